@@ -1,0 +1,81 @@
+"""An adapter as named arrays: a fresh one, checks, and its bytes.
+
+Arrays are float32 on the processor; nothing here knows a model. Weights are written as safetensors and nothing else.
+"""
+
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from fedmide.errors import MessageError, ModelError
+from fedmide.localmodel import Adapter
+from fedmide.seeds import stream
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
+    """The shape of each array by name."""
+    return {name: array.shape for name, array in adapter.items()}
+
+
+def fresh(expected: Shapes, seed: int) -> Adapter:
+    """An adapter that changes nothing yet: B is zero, A uniform within 1 / sqrt(in) as PEFT draws it.
+
+    Each array has its own stream, so the same layer gets the same numbers whichever others there are.
+    """
+    return {name: _initial(name, shape, seed) for name, shape in sorted(expected.items())}
+
+
+def _initial(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
+    if ".lora_B." in name:
+        return np.zeros(shape, dtype=np.float32)
+    bound = 1 / math.sqrt(shape[-1])
+    return stream(seed, f"adapter:{name}").uniform(-bound, bound, shape).astype(np.float32)
+
+
+def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
+    """Why the adapter can't stand where one of the expected shapes is; empty if it can."""
+    missing, extra = sorted(expected.keys() - adapter.keys()), sorted(adapter.keys() - expected.keys())
+    found = []
+    if missing:
+        found.append(f"{len(missing)} arrays missing, first {missing[0]!r}")
+    if extra:
+        found.append(f"{len(extra)} arrays unknown, first {extra[0]!r}")
+    for name in sorted(expected.keys() & adapter.keys()):
+        if adapter[name].shape != expected[name]:
+            found.append(f"{name!r} has shape {adapter[name].shape}, expected {expected[name]}")
+        elif adapter[name].dtype != np.float32:
+            found.append(f"{name!r} has type {adapter[name].dtype}, expected float32")
+        elif not np.isfinite(adapter[name]).all():
+            found.append(f"{name!r} holds a value that is not finite")
+    return tuple(found)
+
+
+def encode(adapter: Adapter) -> bytes:
+    """The adapter as safetensors, names sorted: equal adapters give equal bytes."""
+    return save({name: np.ascontiguousarray(adapter[name]) for name in sorted(adapter)})
+
+
+def decode(data: bytes) -> Adapter:
+    """The adapter in safetensors bytes; raises `MessageError` where they are none."""
+    try:
+        return dict(load(data))
+    except (SafetensorError, KeyError, ValueError, TypeError) as error:
+        raise MessageError(f"not an adapter in safetensors: {type(error).__name__}") from None
+
+
+def read(path: Path, expected: Shapes | None = None) -> Adapter:
+    """The adapter in a safetensors file, checked against the expected shapes."""
+    try:
+        adapter = decode(path.read_bytes())
+    except (OSError, MessageError) as error:
+        raise ModelError(f"{path}: no adapter can be read: {error}") from None
+    found = problems(adapter, expected) if expected is not None else ()
+    if found:
+        raise ModelError([f"{path}: {problem}" for problem in found])
+    return adapter

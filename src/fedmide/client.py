@@ -1,0 +1,178 @@
+"""What a site does with a task: score, enroll, train, measure, reply. Pure: state and model in, reply and state out.
+
+The method, as one round runs on a site:
+
+    receive the aggregated adapter
+    score the personal records with it against what the own adapter made of them; enroll those that score < 1
+    train on the shared set
+    measure the records that stay personal under the new own adapter
+    reply with the adapter and the number of records it was trained on
+"""
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from fedmide.config import Config
+from fedmide.enrollment import enroll, split
+from fedmide.errors import MessageError
+from fedmide.ledger import Ledger, Standing, before, measurements, scores, standing, verdicts
+from fedmide.localmodel import (
+    Adapter,
+    Epoch,
+    LocalModel,
+    Nll,
+    TrainingPlan,
+    personalization_plan,
+    total,
+)
+from fedmide.messages import ClientReply, ClientTask, Metric, MetricName
+from fedmide.records import RecordId
+from fedmide.tokens import Example
+
+
+@dataclass(frozen=True)
+class ClientState:
+    """A site: its training and validation records as examples, the configuration, and its ledger so far.
+
+    `adapter` is the personalised one, once there is one; it never leaves.
+    """
+
+    name: str
+    federation: str
+    config: Config
+    training: Mapping[RecordId, Example]
+    validation: Sequence[Example]
+    ledger: Ledger = ()
+    adapter: Adapter | None = None
+
+
+def handle(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
+    """The reply to a task and the state after it.
+
+    Handling a round again starts from the state before that round, so it is done once however often it is asked for.
+    """
+    if (task.federation, task.client) != (state.federation, state.name):
+        raise MessageError(f"a task for {task.client!r} of {task.federation!r} came to {state.name!r}")
+    state = replace(state, ledger=before(state.ledger, task.round))
+    if task.round >= state.config.federation.rounds:
+        return _personalize(task, state, model)
+    if task.round < 0:
+        return _warm_up(task, state, model)
+    return _federated_round(task, state, model)
+
+
+def _warm_up(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
+    """Stage 0: train on all records; after the last warm-up round measure all of them."""
+    everything = tuple(state.training)
+    trained = _train(task, state, model, everything)
+    measured: Ledger = ()
+    if task.round == -1 and trained is not None:
+        sets = standing((), everything).sets
+        measured = measurements(task.round, _nll(trained.adapter, everything, state, model), sets)
+    after = replace(state, ledger=state.ledger + measured)
+    return _reply(task, trained, len(everything), _set_metrics(after, (), measured)), after
+
+
+def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
+    """Stage 1: split or enroll, train on the shared set, measure what stays personal."""
+    earlier = standing(state.ledger, state.training)
+    judged = _judge(task, state, model, earlier)
+    now = standing(state.ledger + judged, state.training)
+    at_once = state.config.enrollment.timing == "same_round" or not earlier.is_split
+    shared = now.shared if at_once else earlier.shared
+    trained = _train(task, state, model, shared) if task.train else None
+    measured: Ledger = ()
+    if trained is not None:
+        measured = measurements(task.round, _nll(trained.adapter, now.personal, state, model), now.sets)
+    after = replace(state, ledger=state.ledger + judged + measured)
+    enrolled = len(now.shared) - len(earlier.shared) if earlier.is_split else 0
+    metrics = {**_set_metrics(after, judged, measured), "enrolled": Metric(enrolled)}
+    return _reply(task, trained, len(shared), metrics), after
+
+
+def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
+    """Stage 2: tune the aggregated adapter on the client's own records; keep the epoch that validates best.
+
+    Without validation records the last epoch is kept, without records or epochs the aggregated adapter itself.
+    The personalised adapter stays in the state; the reply holds sums only.
+    """
+    now = standing(state.ledger, state.training)
+    chosen = {"all": tuple(state.training), "shared": now.shared, "personal": now.personal}
+    records = chosen[state.config.personalization.records]
+    if not records or state.config.personalization.epochs == 0:
+        return _reply(task, None, 0, {}), replace(state, adapter=task.adapter)
+    plan = personalization_plan(state.config, state.name)
+    examples = [state.training[record] for record in records]
+    best: tuple[float, int, Epoch, Nll] | None = None
+    for number, epoch in enumerate(model.train(task.adapter, examples, plan), 1):
+        validated = total(model.nll(epoch.adapter, state.validation, state.config.training.positions))
+        loss = validated.mean if math.isfinite(validated.mean) else math.inf
+        if best is None or loss < best[0] or not state.validation:
+            best = (loss, number, epoch, validated)
+        last = epoch
+    assert best is not None  # a training has at least one epoch
+    _, number, epoch, validated = best
+    metrics: dict[MetricName, Metric] = {"epoch": Metric(number), "steps": Metric(last.steps)}
+    if validated.num_tokens and math.isfinite(validated.sum):
+        metrics["validation_loss"] = Metric(validated.sum, validated.num_tokens)
+    return _reply(task, None, 0, metrics), replace(state, adapter=epoch.adapter)
+
+
+def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standing) -> Ledger:
+    """The verdicts of this round: the split at the first aggregated adapter after the warm-up, later enrollment."""
+    enrollment = state.config.enrollment
+    if now.is_split and not enrollment.enabled:
+        return ()
+    candidates = [record for record in (now.personal if now.is_split else now.sets) if record in now.own]
+    aggregated = _nll(task.adapter, candidates, state, model)
+    values = scores(aggregated, now.own)
+    judged = enroll(values, enrollment.threshold) if now.is_split else split(values, enrollment.rule)
+    return verdicts(task.round, aggregated, now.own, judged)
+
+
+def _train(task: ClientTask, state: ClientState, model: LocalModel, records: Sequence[RecordId]) -> Epoch | None:
+    """The own adapter after training on the records; None where there are none."""
+    if not records:
+        return None
+    start = model.fresh(state.config.seed) if task.restart else task.adapter
+    plan = TrainingPlan(state.config.training, state.config.seed, task.round, state.name)
+    *_, last = model.train(start, [state.training[record] for record in records], plan)
+    return last
+
+
+def _nll(adapter: Adapter, records: Iterable[RecordId], state: ClientState, model: LocalModel) -> dict[RecordId, Nll]:
+    ids = tuple(records)
+    examples = [state.training[record] for record in ids]
+    return dict(zip(ids, model.nll(adapter, examples, state.config.scoring.positions), strict=True))
+
+
+def _reply(
+    task: ClientTask, trained: Epoch | None, num_records: int, metrics: Mapping[MetricName, Metric]
+) -> ClientReply:
+    """The reply; without training it carries no adapter and weighs nothing."""
+    if trained is None:
+        return ClientReply(task.federation, task.client, task.round, None, 0, metrics)
+    trained_metrics = {**metrics, **_training_metrics(trained)}
+    return ClientReply(task.federation, task.client, task.round, trained.adapter, num_records, trained_metrics)
+
+
+def _set_metrics(after: ClientState, judged: Ledger, measured: Ledger) -> dict[MetricName, Metric]:
+    now = standing(after.ledger, after.training)
+    return {
+        "shared": Metric(len(now.shared)),
+        "personal": Metric(len(now.personal)),
+        "not_finite": Metric(sum(entry.reason == "not-finite" for entry in judged)),
+        "warnings": Metric(sum(entry.reason == "no-threshold" for entry in judged)),
+        "scored_tokens": Metric(sum(entry.num_tokens for entry in judged + measured)),
+    }
+
+
+def _training_metrics(trained: Epoch) -> dict[MetricName, Metric]:
+    metrics: dict[MetricName, Metric] = {
+        "steps": Metric(trained.steps),
+        "trained_tokens": Metric(trained.loss.num_tokens),
+    }
+    if math.isfinite(trained.loss.sum):
+        metrics["loss"] = Metric(trained.loss.sum, trained.loss.num_tokens)
+    return metrics

@@ -1,0 +1,365 @@
+"""Every knob of a run, with its meaning, unit and source; read from TOML, checked as a whole.
+
+The defaults are those of the published method. `load` refuses what it does not know, names all problems at once and
+suggests the nearest right key. The resolved configuration, written back by `to_toml`, repeats the run.
+"""
+
+import difflib
+import hashlib
+import json
+import tomllib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from fedmide.errors import ConfigError
+
+Positions = Literal["all", "response"]
+DataSource = Literal["published", "files", "table", "medical"]
+ThresholdRule = Literal["otsu-256", "otsu-exact", "median"]
+
+Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A group of knobs: frozen, and closed to unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+
+
+class FieldNames(Section):
+    """What the fields of a record are called in the user's files."""
+
+    instruction: str = "instruction"
+    """The question or task."""
+    context: str = "context"
+    """Text that the question is about; the field may be absent."""
+    response: str = "response"
+    """The answer to learn."""
+    category: str = "category"
+    """A label of the record's kind; the field may be absent."""
+    concept: str = "concept"
+    """What the record is about; the field may be absent. Records of one concept stay in one part."""
+    client: str = "client"
+    """The owner of the record, where one file holds all clients."""
+
+
+class DataConfig(Section):
+    """Where the records come from and how they are parted."""
+
+    source: DataSource = "published"
+    """The published layout; one file a client; one file with a client column; or the sites made from packages."""
+    path: str = ""
+    """Folder or file to read; relative to the working directory. Not used by "medical"."""
+    fields: FieldNames = FieldNames()
+    """Names of the fields in the files."""
+    clients: Annotated[int, Field(ge=0)] = 0
+    """How many clients to take, in order; 0: all."""
+    max_records: Count = 0
+    """At most so many training records a client, drawn with the run's seed; 0: all."""
+    max_validation_records: Count = 0
+    """At most so many validation records a client; 0: all."""
+    max_test_records: Count = 0
+    """At most so many test records a client; 0: all."""
+    validation_fraction: Fraction = 0.1
+    """Part of the training records held out to choose the personalisation epoch, where no validation is given."""
+    test_fraction: Fraction = 0.2
+    """Part of the records held out for testing, where no test is given."""
+
+
+class ModelConfig(Section):
+    """The frozen base model."""
+
+    name: str = "smollm2-135m"
+    """A folder, a hub id, `smollm2-135m` (out of a package) or `tiny-random` (tests)."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """"auto": a GPU where there is one."""
+    cutoff: Annotated[int, Field(ge=8)] = 512
+    """Longest record, in tokens, prompt and response together."""
+
+
+class PromptConfig(Section):
+    """How a record becomes a prompt and a response."""
+
+    template: str = "alpaca"
+    """`alpaca`, `chat` (the tokenizer's own), or a TOML file with `with_context` and `without_context`."""
+    overflow: Literal["refuse", "cut"] = "refuse"
+    """A prompt that leaves no room for a response: stop with an error, or cut its context, then its instruction."""
+
+
+class LoraConfig(Section):
+    """The adapter that every site trains."""
+
+    r: Positive = 8
+    """Rank."""
+    alpha: Rate = 16.0
+    """Scale: the update is alpha / r * B A."""
+    dropout: Fraction = 0.05
+    """Dropout on the adapter's input while training."""
+    targets: str | list[str] = ["q_proj", "v_proj"]
+    """Names of the linear layers that get an adapter, or "all-linear"."""
+    blocks: Annotated[str, Field(pattern=r"^(all|top:[1-9][0-9]*)$")] = "all"
+    """Which transformer blocks get one: "all", or "top:N" for the last N."""
+
+
+class TrainingConfig(Section):
+    """Local training within one round."""
+
+    epochs: Positive = 1
+    """Passes over the shared set in each round."""
+    max_steps: Count = 0
+    """At most so many optimiser steps a round; 0: as the epochs give."""
+    batch_size: Positive = 32
+    """Records in one optimiser step."""
+    learning_rate: Rate = 2e-4
+    """AdamW's rate at the start of the local training."""
+    schedule: Literal["linear", "constant"] = "linear"
+    """"linear": to 0 within the round's local training."""
+    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: Rate = 1.0
+    """Gradients are clipped to this norm."""
+    positions: Positions = "all"
+    """Tokens that the loss counts: "all" (prompt and response) or "response"."""
+    tokens_per_batch: Annotated[int, Field(ge=16)] = 2048
+    """Padded tokens in one pass through the model; several passes make one optimiser step. Changes no result."""
+
+
+class FederationConfig(Section):
+    """The rounds."""
+
+    rounds: Count = 20
+    """T, federated rounds after the warm-up."""
+    participation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Part of the clients that trains in a round; at least one does."""
+
+
+class WarmupConfig(Section):
+    """FedAvg on all records, to tell shared from personal."""
+
+    rounds: Count = 1
+    """W; 0: no split, everything is shared."""
+    reset: bool = True
+    """Start the federated rounds from a fresh adapter; false: go on from the warm-up's."""
+
+
+class ScoringConfig(Section):
+    """What a score counts."""
+
+    positions: Positions = "all"
+    """Tokens whose likelihood counts: "all" (published) or "response"."""
+    tokens_per_batch: Annotated[int, Field(ge=16)] = 4096
+    """Padded tokens in one pass through the model. Changes no result."""
+
+
+class EnrollmentConfig(Section):
+    """Who is shared, who is personal, and who moves."""
+
+    rule: ThresholdRule = "otsu-256"
+    """Threshold of the split after the warm-up."""
+    enabled: bool = True
+    """false: the split after the warm-up stands."""
+    threshold: Rate = 1.0
+    """A personal record with a lower score is enrolled."""
+    timing: Literal["same_round", "next_round"] = "same_round"
+    """When enrolled records begin to train: at once, or in the next round as the original's do."""
+
+
+class PersonalizationConfig(Section):
+    """Tuning of the aggregated adapter on each client's own records."""
+
+    epochs: Count = 10
+    """At most so many passes; the one with the lowest validation loss is kept. 0: no personalisation."""
+    learning_rate: Rate = 2e-4
+    """AdamW's rate at the start; where it isn't given, `training.learning_rate`."""
+    records: Literal["all", "personal", "shared"] = "all"
+    """Which of the client's training records to tune on."""
+
+
+class GenerationConfig(Section):
+    """Decoding of the test records' responses: greedy, batched, masked."""
+
+    enabled: bool = True
+    """false: no responses are generated."""
+    max_new_tokens: Count = 0
+    """Longest response, in tokens; 0: the 99th percentile of the training responses, at most 256."""
+    max_records: Count = 0
+    """At most so many test records a client; 0: all."""
+    batch_size: Positive = 16
+    """Prompts decoded together."""
+
+
+class EvaluationConfig(Section):
+    """What is measured on the test records."""
+
+    choices: Annotated[int, Field(ge=2)] = 4
+    """Responses in the choice by likelihood: the reference and choices - 1 others of the same client."""
+    bootstrap: Annotated[int, Field(ge=100)] = 1000
+    """Resamples for the 95 % intervals."""
+
+
+class RuntimeConfig(Section):
+    """The machine."""
+
+    threads: Count = 0
+    """Processor threads; 0: as many as this process may use. Bytes repeat for the same number only."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    seed: Count = 0
+    """Every random draw follows from it."""
+    data: DataConfig = DataConfig()
+    """Records."""
+    model: ModelConfig = ModelConfig()
+    """Base model."""
+    prompt: PromptConfig = PromptConfig()
+    """Prompt."""
+    lora: LoraConfig = LoraConfig()
+    """Adapter."""
+    training: TrainingConfig = TrainingConfig()
+    """Local training."""
+    federation: FederationConfig = FederationConfig()
+    """Rounds."""
+    warmup: WarmupConfig = WarmupConfig()
+    """Warm-up."""
+    scoring: ScoringConfig = ScoringConfig()
+    """Scores."""
+    enrollment: EnrollmentConfig = EnrollmentConfig()
+    """Sets."""
+    personalization: PersonalizationConfig = PersonalizationConfig()
+    """Personalisation."""
+    generation: GenerationConfig = GenerationConfig()
+    """Decoding."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Measures."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Machine."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_learning_rate(cls, values: object) -> object:
+        """Personalisation tunes at the training's rate unless it is given its own."""
+        if not isinstance(values, dict):
+            return values
+        training, personalization = values.get("training", {}), values.get("personalization", {})
+        if not isinstance(training, dict) or not isinstance(personalization, dict):
+            return values
+        if "learning_rate" not in training or "learning_rate" in personalization:
+            return values
+        inherited = {**personalization, "learning_rate": training["learning_rate"]}
+        return {**values, "personalization": inherited}
+
+    @field_validator("lora")
+    @classmethod
+    def _some_target(cls, lora: LoraConfig) -> LoraConfig:
+        if not lora.targets:
+            raise ValueError("targets is empty: name at least one layer, or say 'all-linear'")
+        return lora
+
+
+def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
+    """The configuration that the values describe; all problems at once as one `ConfigError`."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [f"{where}: {_problem(details)}" for details in error.errors()]
+        raise ConfigError(problems) from None
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in a TOML file, changed by `section.key=value` overrides."""
+    return parse(apply_overrides(read_toml(path), overrides), str(path))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds; a missing or broken one is a `ConfigError` with its place."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", "Give a TOML file such as examples/tiny.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The values with each `section.key=value` set; a value is TOML where it parses as such, else a string.
+
+    >>> apply_overrides({"seed": 1}, ["seed=2", "data.path=here/it/is"])
+    {'seed': 2, 'data': {'path': 'here/it/is'}}
+    """
+    result = json.loads(json.dumps(dict(values), default=str))
+    problems = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        *sections, name = key.strip().split(".")
+        target = _section(result, sections)
+        if not separator or not name or target is None:
+            problems.append(f"--set {override!r}: expected section.key=value")
+        else:
+            target[name] = _value(text.strip())
+    if problems:
+        raise ConfigError(problems, "For example --set training.learning_rate=1e-3")
+    return dict(result)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration, every knob, as TOML that `load` reads back to an equal one."""
+    return tomli_w.dumps(config.model_dump())
+
+
+def fingerprint(config: Config) -> str:
+    """A short hash that tells two configurations apart."""
+    canonical = json.dumps(config.model_dump(), sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def knobs(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Each knob's dotted name and what it means."""
+    for name, field in section.model_fields.items():
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from knobs(inner, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field.description or ""
+
+
+def _section(values: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
+    """The section that the names lead to, made where it is missing; None where a name is a knob."""
+    section: Any = values
+    for name in names:
+        section = section.setdefault(name, {}) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else None
+
+
+def _value(text: str) -> Any:
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _problem(details: Any) -> str:
+    key = ".".join(str(part) for part in details["loc"] if not str(part).startswith(("str", "list[")))
+    if details["type"] == "extra_forbidden":
+        return f"unknown key '{key}'{_suggestion(key)}"
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{key} = {details['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _suggestion(key: str) -> str:
+    names = [name for name, _ in knobs()]
+    sections = [name for name, field in Config.model_fields.items() if name != "seed"]
+    close = difflib.get_close_matches(key, names + sections, n=1, cutoff=0.6)
+    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    nearest = close or same_leaf
+    return f" (did you mean '{nearest[0]}'?)" if nearest else ""

@@ -1,0 +1,63 @@
+"""Every exception that fedmide raises on purpose.
+
+    FedMIDEError
+    ├── UserError            something the user can mend: one paragraph on stderr, exit code 2
+    │   ├── ConfigError      the configuration: unknown key, value out of range
+    │   ├── DataError        records: broken file, missing field, empty response, leak
+    │   ├── ModelError       base model or adapter: no weights, targets that match nothing
+    │   ├── RunFolderError   a run folder: wrong config, in use, incomplete, no room on disk
+    │   └── UsageError       a command line that asks for something that is not there
+    └── MessageError         a message that can't be decoded or must not be trusted
+
+A user error carries *all* problems found, so that a file is mended in one go. Messages name the place (file, line,
+client), what was expected and what to do; they never hold the text of a record.
+"""
+
+from collections.abc import Sequence
+
+MAX_SHOWN = 20
+
+
+class FedMIDEError(Exception):
+    """The root of the tree."""
+
+
+class UserError(FedMIDEError):
+    """One or more problems that the user can mend."""
+
+    def __init__(self, problems: str | Sequence[str], remedy: str = "") -> None:
+        self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
+        self.remedy = remedy
+        super().__init__(self._paragraph())
+
+    def _paragraph(self) -> str:
+        shown = list(self.problems[:MAX_SHOWN])
+        hidden = len(self.problems) - len(shown)
+        if hidden:
+            shown.append(f"and {hidden} more")
+        text = shown[0] if len(shown) == 1 else f"{len(self.problems)} problems: " + "; ".join(shown)
+        return f"{text}. {self.remedy}" if self.remedy else text
+
+
+class ConfigError(UserError):
+    """The configuration can't be used."""
+
+
+class DataError(UserError):
+    """The records can't be used."""
+
+
+class ModelError(UserError):
+    """The base model or an adapter can't be used."""
+
+
+class RunFolderError(UserError):
+    """The run folder can't be used."""
+
+
+class UsageError(UserError):
+    """The command line asks for something that is not there."""
+
+
+class MessageError(FedMIDEError):
+    """A message is malformed or not to be trusted."""

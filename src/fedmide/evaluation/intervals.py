@@ -1,0 +1,108 @@
+"""95 % percentile intervals by resampling the records of one client.
+
+Records are drawn with replacement; a record's tokens stay together. The draws depend on the seed and the
+number of records only, so two metrics, or two methods, on the same records are resampled alike. Intervals say
+how much a figure hangs on which records were tested; they know nothing of seeds or of training.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmide.seeds import stream
+
+FloatArray = npt.NDArray[np.float64]
+
+PERCENTILES = (2.5, 97.5)
+DRAWS_AT_ONCE = 1 << 20
+"""Indices held in memory at a time: 8 MiB."""
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A figure on the records as they are, and the ends of its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+
+def bootstrap_ratio(sums: npt.ArrayLike, counts: npt.ArrayLike, resamples: int, seed: int) -> Interval:
+    """The sum of `sums` over the sum of `counts`, as NLL over tokens, with its interval.
+
+    Both hold one value for each record. With one record both ends are the value. ValueError where there are
+    no records, a sum is not finite or a count is not positive. The interval of a perplexity is `exp` of this
+    one's ends.
+
+    >>> bootstrap_ratio([6.0], [4], resamples=100, seed=0)
+    Interval(value=1.5, low=1.5, high=1.5)
+    """
+    numerators, denominators = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
+    _check(numerators, denominators, resamples)
+    ratios = np.concatenate(
+        [
+            numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)
+            for drawn in _draws(len(numerators), resamples, seed)
+        ]
+    )
+    low, high = np.percentile(ratios, PERCENTILES)
+    return Interval(float(numerators.sum() / denominators.sum()), float(low), float(high))
+
+
+def bootstrap_mean(values: npt.ArrayLike, resamples: int, seed: int) -> Interval:
+    """The mean of one value for each record, with its interval.
+
+    >>> bootstrap_mean([0.5, 0.5, 0.5], resamples=100, seed=0)
+    Interval(value=0.5, low=0.5, high=0.5)
+    """
+    values = np.asarray(values, dtype=np.float64)
+    return bootstrap_ratio(values, np.ones_like(values), resamples, seed)
+
+
+def paired_bootstrap(
+    first: npt.ArrayLike,
+    second: npt.ArrayLike,
+    counts: npt.ArrayLike | None = None,
+    *,
+    resamples: int,
+    seed: int,
+) -> Interval:
+    """What the first method's figure exceeds the second's by on the same records, with its interval.
+
+    Without `counts` the figures are means of `first` and `second`; with them, ratios of their sums to
+    `counts`, which are common to both, as the tokens of the same responses are.
+
+    >>> paired_bootstrap([3.0, 5.0], [1.0, 3.0], resamples=100, seed=0)
+    Interval(value=2.0, low=2.0, high=2.0)
+    """
+    minuend, subtrahend = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if minuend.shape != subtrahend.shape:
+        raise ValueError(f"{minuend.shape} values are paired with {subtrahend.shape}")
+    # Every resample holds the same records for both, so the difference of the figures is that of the records.
+    difference = minuend - subtrahend
+    if counts is None:
+        return bootstrap_mean(difference, resamples, seed)
+    return bootstrap_ratio(difference, counts, resamples, seed)
+
+
+def _check(sums: FloatArray, counts: FloatArray, resamples: int) -> None:
+    if sums.ndim != 1 or sums.shape != counts.shape:
+        raise ValueError(f"expected one sum and one count for each record, got {sums.shape} and {counts.shape}")
+    if not len(sums):
+        raise ValueError("there are no records to resample")
+    if not np.isfinite(sums).all():
+        raise ValueError("a record's sum is not finite")
+    if not (np.isfinite(counts) & (counts > 0)).all():
+        raise ValueError("a record's count is not positive")
+    if resamples < 1:
+        raise ValueError(f"expected at least 1 resample, got {resamples}")
+
+
+def _draws(num_records: int, resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
+    """Indices [some resamples, records], as many resamples at once as memory is meant for."""
+    generator = stream(seed, "bootstrap")
+    rows = max(1, DRAWS_AT_ONCE // num_records)
+    for start in range(0, resamples, rows):
+        yield generator.integers(num_records, size=(min(rows, resamples - start), num_records))

@@ -1,0 +1,160 @@
+"""What metrics.json holds: each client's figures with their protocol and intervals, and the figures over clients.
+
+A figure names how many records it is over. Records whose likelihood is no number are left out of it and counted.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, Literal
+
+import numpy as np
+
+from fedmide.config import Config
+from fedmide.evaluation.choice import choice_accuracy, standard_error
+from fedmide.evaluation.clients import over_clients, spearman
+from fedmide.evaluation.intervals import bootstrap_mean, bootstrap_ratio
+from fedmide.evaluation.measure import Measured
+from fedmide.evaluation.text import score_texts
+from fedmide.ledger import Ledger, standing
+from fedmide.records import RecordId
+
+StageName = Literal["base", "aggregated", "personalized"]
+STAGES: tuple[StageName, ...] = ("base", "aggregated", "personalized")
+
+Figures = dict[str, Any]
+
+
+def summarize(
+    config: Config,
+    measured: Mapping[str, Mapping[StageName, Measured]],
+    sets: Mapping[str, Figures],
+    predictions: Mapping[str, Sequence[Mapping[str, str]]],
+    prompt_hash: str,
+) -> Figures:
+    """The figures of every client and over clients."""
+    clients = {
+        name: {
+            "stages": {stage: stage_figures(each, config) for stage, each in stages.items()},
+            "sets": sets[name],
+            "generation": text_figures(predictions[name], config),
+        }
+        for name, stages in measured.items()
+    }
+    return {"protocol": _protocol(config, prompt_hash), "clients": clients, "over_clients": _over(clients)}
+
+
+def stage_figures(measured: Measured, config: Config) -> Figures:
+    """Likelihood and choice of one client's test records under one adapter; None where there is nothing to measure."""
+    finite = [index for index, value in enumerate(measured.nll_sums) if math.isfinite(value)]
+    sums = [measured.nll_sums[index] for index in finite]
+    counts = [measured.num_tokens[index] for index in finite]
+    figures: Figures = {
+        "num_records": len(finite),
+        "num_not_finite": len(measured.nll_sums) - len(finite),
+        "num_truncated": measured.num_truncated,
+        "response_nll": None,
+        "choice": _choice_figures(measured),
+    }
+    if finite:
+        interval = bootstrap_ratio(sums, counts, config.evaluation.bootstrap, config.seed)
+        figures["response_nll"] = {"sum": math.fsum(sums), "count": sum(counts), **asdict(interval)}
+    return figures
+
+
+def set_figures(ledger: Ledger, records: Sequence[RecordId]) -> Figures:
+    """A client's sets after the last round and how its scores go with length, from its ledger."""
+    now = standing(ledger, records)
+    judged = [entry for entry in ledger if entry.reason != "own-nll"]
+    first = [entry for entry in judged if entry.round == judged[0].round] if judged else []
+    scored = [entry for entry in first if entry.score is not None and math.isfinite(entry.score)]
+    return {
+        "shared": len(now.shared),
+        "personal": len(now.personal),
+        "shared_at_split": sum(entry.set == "shared" for entry in first),
+        "enrolled": sum(entry.set == "shared" for entry in judged[len(first) :]),
+        "not_finite": sum(entry.reason == "not-finite" for entry in judged),
+        "threshold": first[0].threshold if first else None,
+        "spearman_score_tokens": spearman(
+            [entry.score for entry in scored if entry.score is not None],
+            [entry.num_tokens for entry in scored],
+        ),
+    }
+
+
+def text_figures(predictions: Sequence[Mapping[str, str]], config: Config) -> Figures | None:
+    """The text metrics of one client's generated responses; None where there are none."""
+    if not predictions:
+        return None
+    texts = [line["prediction"] for line in predictions]
+    scores = score_texts(texts, [line["reference"] for line in predictions])
+    intervals = {
+        name: asdict(bootstrap_mean(values, config.evaluation.bootstrap, config.seed))
+        for name, values in scores.per_record().items()
+    }
+    return {
+        "num_records": len(texts),
+        **intervals,
+        "bleu": scores.bleu,
+        "chrf": scores.chrf,
+        "protocol": dict(scores.protocol),
+    }
+
+
+def _choice_figures(measured: Measured) -> Figures | None:
+    """Accuracy of the choice by likelihood; a choice with an NLL that is no number counts as the worst."""
+    if not measured.choices:
+        return None
+    sums = [
+        [value if math.isfinite(value) else math.inf for value in row]
+        for row in measured.choices
+        if math.isfinite(row[0])
+    ]
+    lengths = [row for row, nll in zip(measured.lengths, measured.choices, strict=True) if math.isfinite(nll[0])]
+    if not sums:
+        return None
+    scores = choice_accuracy(sums, lengths)
+    return {
+        "accuracy": float(np.mean(scores.correct)),
+        "accuracy_norm": float(np.mean(scores.correct_norm)),
+        "standard_error": standard_error(scores.correct),
+        "num_records": len(sums),
+        "num_options": int(scores.num_options[0]),
+        "chance": scores.chance(),
+    }
+
+
+def _over(clients: Mapping[str, Figures]) -> Figures:
+    """The figures over clients of each stage that all of them have."""
+    figures: Figures = {}
+    for stage in STAGES:
+        rows = {name: each["stages"].get(stage) for name, each in clients.items()}
+        likelihoods = {name: row["response_nll"] for name, row in rows.items() if row and row["response_nll"]}
+        choices = {name: row["choice"] for name, row in rows.items() if row and row["choice"]}
+        if likelihoods:
+            figures[stage] = {
+                "response_nll": _figures_over(likelihoods, "value", rows, lower_is_better=True),
+                "choice_accuracy": _figures_over(choices, "accuracy", rows, lower_is_better=False),
+            }
+    return figures
+
+
+def _figures_over(
+    values: Mapping[str, Figures], key: str, rows: Mapping[str, Figures], lower_is_better: bool
+) -> Figures | None:
+    if not values:
+        return None
+    weights = {name: rows[name]["num_records"] for name in values}
+    return asdict(over_clients({name: each[key] for name, each in values.items()}, weights, lower_is_better))
+
+
+def _protocol(config: Config, prompt_hash: str) -> Figures:
+    return {
+        "prompt": {"template": config.prompt.template, "hash": prompt_hash},
+        "response_nll": "sum of the NLL of all response tokens, end of sequence included / their number; nats",
+        "interval": f"95 %, bootstrap over records, {config.evaluation.bootstrap} resamples",
+        "choice": f"the reference against up to {config.evaluation.choices - 1} responses of other test records of the "
+        "same client; accuracy: largest summed log-probability; accuracy_norm: divided by characters",
+        "decoding": "greedy, special tokens removed",
+        "cutoff": config.model.cutoff,
+    }

@@ -1,0 +1,147 @@
+"""How close generated responses are to their references: ROUGE, BLEU, chrF, exact match and token F1.
+
+It compares texts and nothing else: decoding is done elsewhere. Three properties of the metrics to know when
+reading a figure:
+
+* rouge-score keeps ASCII letters and digits only, after lower-casing: "naïve" counts as "na" and "ve", "α" as
+  nothing, and a text without ASCII letters or digits scores 0 even against itself.
+* BLEU has no value above 0 where no response has four tokens, however right the responses are. For one-word
+  answers read exact match.
+* Normalising as SQuAD does drops signs: "1.5" equals "15" and "HER2+" equals "HER2-".
+"""
+
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import numpy as np
+import numpy.typing as npt
+
+FloatArray = npt.NDArray[np.float64]
+
+ARTICLES = frozenset({"a", "an", "the"})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TextScores:
+    """The figures of one client's generated responses.
+
+    The arrays hold one value in [0, 1] for each record, in the records' order; their means are what is
+    reported. `bleu` and `chrf` belong to all the records together, in [0, 100] as sacrebleu gives them.
+    """
+
+    rouge1: FloatArray
+    rouge2: FloatArray
+    rouge_l: FloatArray
+    exact_match: FloatArray
+    token_f1: FloatArray
+    bleu: float
+    chrf: float
+    protocol: Mapping[str, str]
+
+    def per_record(self) -> dict[str, FloatArray]:
+        """The averaged metrics by name, for means and their intervals."""
+        names = ("rouge1", "rouge2", "rouge_l", "exact_match", "token_f1")
+        return {name: getattr(self, name) for name in names}
+
+
+def normalise(text: str) -> str:
+    """The text in NFC, case folded, without punctuation and English articles, words apart by one space.
+
+    Punctuation is removed, not replaced, as SQuAD's scorer does; it is ASCII's (signs such as + and <
+    included) and every character that Unicode calls punctuation.
+
+    >>> normalise("  The X-ray: “normal”. ")
+    'xray normal'
+    """
+    folded = unicodedata.normalize("NFD", text).casefold()
+    kept = "".join(character for character in folded if not _is_punctuation(character))
+    words = unicodedata.normalize("NFC", kept).split()
+    return " ".join(word for word in words if word not in ARTICLES)
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1.0 where both texts are the same after normalising, else 0.0.
+
+    >>> exact_match("The heart.", "heart")
+    1.0
+    """
+    return float(normalise(prediction) == normalise(reference))
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """The harmonic mean of precision and recall over normalised words, counted with repetition.
+
+    Where a text has no words left, 1.0 if neither has, else 0.0.
+
+    >>> token_f1("acute heart failure", "the heart failure")
+    0.8
+    """
+    predicted, expected = normalise(prediction).split(), normalise(reference).split()
+    if not predicted or not expected:
+        return float(predicted == expected)
+    common = (Counter(predicted) & Counter(expected)).total()
+    return 2.0 * common / (len(predicted) + len(expected))
+
+
+def score_texts(predictions: Sequence[str], references: Sequence[str]) -> TextScores:
+    """Every metric of the predictions against the reference at the same position.
+
+    Empty predictions are allowed. ValueError where the two differ in length or there are no records.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
+    if not predictions:
+        raise ValueError("there are no predictions to score")
+    rouge, rouge_protocol = _rouge(predictions, references)
+    corpus, corpus_protocol = _corpus(predictions, references)
+    pairs = list(zip(predictions, references, strict=True))
+    return TextScores(
+        rouge1=rouge["rouge1"],
+        rouge2=rouge["rouge2"],
+        rouge_l=rouge["rougeL"],
+        exact_match=np.array([exact_match(*pair) for pair in pairs], dtype=np.float64),
+        token_f1=np.array([token_f1(*pair) for pair in pairs], dtype=np.float64),
+        bleu=corpus["bleu"],
+        chrf=corpus["chrf"],
+        protocol={**rouge_protocol, **corpus_protocol, **_normalised_protocol()},
+    )
+
+
+def _rouge(predictions: Sequence[str], references: Sequence[str]) -> tuple[dict[str, FloatArray], dict[str, str]]:
+    """ROUGE F1 by rouge-score's name for it, an array over records each, and the protocol."""
+    from rouge_score.rouge_scorer import RougeScorer  # takes more than a second: nltk
+
+    kinds = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(list(kinds), use_stemmer=True)
+    scores = [scorer.score(reference, text) for text, reference in zip(predictions, references, strict=True)]
+    values = {kind: np.array([score[kind].fmeasure for score in scores], dtype=np.float64) for kind in kinds}
+    versions = f"rouge-score {version('rouge-score')}, nltk {version('nltk')}"
+    return values, {"rouge": f"F1, Porter stemmer on, ASCII letters and digits only, {versions}"}
+
+
+def _corpus(predictions: Sequence[str], references: Sequence[str]) -> tuple[dict[str, float], dict[str, str]]:
+    """BLEU and chrF over all records, and sacrebleu's signatures."""
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    # force: responses that end in a full stop set apart are no reason for a warning here.
+    metrics = {"bleu": BLEU(force=True), "chrf": CHRF()}
+    scores = {name: float(metric.corpus_score(predictions, [references]).score) for name, metric in metrics.items()}
+    # A signature counts the references, so it is complete only after scoring.
+    return scores, {name: f"sacrebleu {metric.get_signature()}" for name, metric in metrics.items()}
+
+
+def _normalised_protocol() -> dict[str, str]:
+    rule = "NFC, case folded, punctuation and English articles removed, whitespace collapsed"
+    return {
+        "exact_match": f"{rule}, Unicode {unicodedata.unidata_version}",
+        "token_f1": f"words after the rule of exact match, Unicode {unicodedata.unidata_version}",
+    }

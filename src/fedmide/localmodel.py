@@ -1,0 +1,92 @@
+"""What a client needs of a model: likelihoods and local training. The federation's logic knows no more than this.
+
+Kept free of torch, so that the logic is read and tested without it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmide.config import Config, PersonalizationConfig, Positions, TrainingConfig
+from fedmide.seeds import entropy
+from fedmide.tokens import Example
+
+Adapter: TypeAlias = Mapping[str, NDArray[np.float32]]
+"""LoRA weights by PEFT's names: `...lora_A.weight` is (r, in), `...lora_B.weight` is (out, r)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nll:
+    """A negative log-likelihood in nats, as a sum over so many predicted tokens."""
+
+    sum: float
+    num_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token; NaN where nothing was predicted."""
+        return self.sum / self.num_tokens if self.num_tokens else math.nan
+
+    def __add__(self, other: "Nll") -> "Nll":
+        return Nll(self.sum + other.sum, self.num_tokens + other.num_tokens)
+
+
+ZERO = Nll(0.0, 0)
+
+
+def total(values: Sequence[Nll]) -> Nll:
+    """The sum of several.
+
+    >>> total([Nll(1.0, 2), Nll(3.0, 2)]).mean
+    1.0
+    """
+    return sum(values, ZERO)
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One local training: the settings and the name of its random streams."""
+
+    settings: TrainingConfig
+    seed: int
+    round_number: int
+    client: str
+
+    @property
+    def stream_seed(self) -> int:
+        """What the order of the records and dropout follow from."""
+        return entropy(self.seed, "training", self.round_number, self.client)
+
+
+def personalization_plan(config: Config, client: str) -> TrainingPlan:
+    """The plan of the last stage: the training's settings with its own epochs and rate."""
+    own: PersonalizationConfig = config.personalization
+    changes = {"epochs": max(1, own.epochs), "learning_rate": own.learning_rate, "max_steps": 0}
+    settings = config.training.model_copy(update=changes)
+    return TrainingPlan(settings, config.seed, config.federation.rounds, client)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The state after one pass over the records: the adapter, the pass's training loss and the steps so far."""
+
+    adapter: Adapter
+    loss: Nll
+    steps: int
+
+
+class LocalModel(Protocol):
+    """A frozen base model under adapters that are swapped in place."""
+
+    def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
+        """NLL of each example under the adapter, without dropout, in the examples' order."""
+
+    def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
+        """The states after each pass of a training that starts from the adapter; `nll` may be called in between."""
+
+    def fresh(self, seed: int) -> Adapter:
+        """An adapter that changes nothing yet."""

@@ -1,0 +1,192 @@
+"""All that may cross the wire: a task to a client, a reply from it, and their bytes.
+
+Privacy by type: no field of a reply can hold a text, a record id or a per-record score. Its numbers are sums over
+records, under names from a closed list. A frame is a magic word, a JSON header of bounded length and the adapter as
+safetensors; nothing is unpickled.
+"""
+
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from fedmide import adapters
+from fedmide.errors import MessageError
+from fedmide.localmodel import Adapter
+
+MAGIC = b"FMD1"
+MAX_HEADER_BYTES = 65_536
+_LENGTH = struct.Struct("<I")
+
+MetricName = Literal[
+    "loss",  # training loss: nats over trained tokens, count of those
+    "validation_loss",  # the same on the validation records, at the epoch that was kept
+    "shared",  # records in the shared set
+    "personal",  # records in the personal set
+    "enrolled",  # records that moved in this round
+    "not_finite",  # records whose score was no number
+    "warnings",  # verdicts given without a threshold
+    "steps",  # optimiser steps
+    "epoch",  # the personalisation epoch that was kept
+    "trained_tokens",  # tokens that the loss counted
+    "scored_tokens",  # tokens whose likelihood was computed
+    "seconds",  # spent on the task at the site
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A figure that adds up over clients: a sum over so many things."""
+
+    sum: float
+    count: int = 1
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What the server asks of a client in a round.
+
+    `round`: -W .. -1 warm-up, 0 .. T-1 federated, T personalisation. `restart`: train from the fresh adapter that the
+    configuration's seed gives, not from `adapter` (which is then only scored with). `train` false: score only.
+    """
+
+    federation: str
+    client: str
+    round: int
+    adapter: Adapter
+    restart: bool = False
+    train: bool = True
+
+
+@dataclass(frozen=True)
+class ClientReply:
+    """What a client answers: its adapter, how many records trained it, and sums.
+
+    No adapter and 0 records: the client did not train for the common model in this round.
+    """
+
+    federation: str
+    client: str
+    round: int
+    adapter: Adapter | None
+    num_records: int
+    metrics: Mapping[MetricName, Metric] = field(default_factory=dict)
+
+
+class _Header(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    federation: Annotated[str, Field(max_length=64)]
+    client: Annotated[str, Field(max_length=64)]
+    round: int
+
+
+class _TaskHeader(_Header):
+    kind: Literal["task"]
+    restart: bool
+    train: bool
+
+
+class _MetricHeader(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    sum: Annotated[float, Field(allow_inf_nan=False)]
+    count: Annotated[int, Field(ge=0)]
+
+
+class _ReplyHeader(_Header):
+    kind: Literal["reply"]
+    num_records: Annotated[int, Field(ge=0)]
+    has_adapter: bool
+    metrics: dict[MetricName, _MetricHeader]
+
+
+def encode_task(task: ClientTask) -> bytes:
+    """The task's frame."""
+    header = _TaskHeader(
+        kind="task",
+        federation=task.federation,
+        client=task.client,
+        round=task.round,
+        restart=task.restart,
+        train=task.train,
+    )
+    return _frame(header, adapters.encode(task.adapter))
+
+
+def decode_task(data: bytes) -> ClientTask:
+    """The task in a frame; raises `MessageError`."""
+    text, payload = _unframe(data)
+    header = _validated(_TaskHeader, text)
+    return ClientTask(
+        header.federation,
+        header.client,
+        header.round,
+        adapters.decode(payload),
+        header.restart,
+        header.train,
+    )
+
+
+def encode_reply(reply: ClientReply) -> bytes:
+    """The reply's frame; raises `MessageError` where a metric is not finite."""
+    try:
+        header = _ReplyHeader(
+            kind="reply",
+            federation=reply.federation,
+            client=reply.client,
+            round=reply.round,
+            num_records=reply.num_records,
+            has_adapter=reply.adapter is not None,
+            metrics={name: _MetricHeader(sum=metric.sum, count=metric.count) for name, metric in reply.metrics.items()},
+        )
+    except ValidationError as error:
+        raise MessageError(f"a reply can't be sent: {_first(error)}") from None
+    return _frame(header, adapters.encode(reply.adapter) if reply.adapter is not None else b"")
+
+
+def decode_reply(data: bytes) -> ClientReply:
+    """The reply in a frame; raises `MessageError`. What it says is not checked here, see `server.refusal`."""
+    text, payload = _unframe(data)
+    header = _validated(_ReplyHeader, text)
+    return ClientReply(
+        header.federation,
+        header.client,
+        header.round,
+        adapters.decode(payload) if header.has_adapter else None,
+        header.num_records,
+        {name: Metric(metric.sum, metric.count) for name, metric in header.metrics.items()},
+    )
+
+
+def _frame(header: _Header, payload: bytes) -> bytes:
+    text = header.model_dump_json().encode()
+    return MAGIC + _LENGTH.pack(len(text)) + text + payload
+
+
+def _unframe(data: bytes) -> tuple[bytes, bytes]:
+    start = len(MAGIC) + _LENGTH.size
+    if data[: len(MAGIC)] != MAGIC or len(data) < start:
+        raise MessageError("not a fedmide message")
+    (length,) = _LENGTH.unpack(data[len(MAGIC) : start])
+    if length > MAX_HEADER_BYTES or start + length > len(data):
+        raise MessageError("a message's header is cut off or too long")
+    return data[start : start + length], data[start + length :]
+
+
+H = TypeVar("H", bound=_Header)
+
+
+def _validated(kind: type[H], text: bytes) -> H:
+    try:
+        return kind.model_validate_json(text)
+    except ValidationError as error:
+        raise MessageError(f"a message's header is wrong: {_first(error)}") from None
+
+
+def _first(error: ValidationError) -> str:
+    """Where the first problem is and what it is; the value itself is never repeated."""
+    details = error.errors(include_input=False, include_url=False)[0]
+    return f"{'.'.join(str(part) for part in details['loc'])}: {details['msg']}"

@@ -1,0 +1,231 @@
+"""The frozen base model with LoRA layers: the only module that imports transformers and peft.
+
+One base model stays in memory; adapters are copied in and out in place. Logits are computed only where they are asked
+for: a hook in front of the output layer keeps the hidden states of the wanted positions, which works for any causal
+model whose logits are a function of each position alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import peft
+import transformers
+from peft import PeftModel
+
+from fedmide import adapters
+from fedmide.config import LoraConfig, ModelConfig
+from fedmide.errors import ModelError
+from fedmide.localmodel import Adapter
+
+
+class Positions(nn.Module):
+    """A hook that lets only chosen rows of the hidden states (B, T, D) through, as (1, N, D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: Tensor | None = None
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """The arguments of the output layer, thinned."""
+        if self.rows is None:
+            return None
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self.rows].unsqueeze(0), *args[1:])
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModel:
+    """A base model under LoRA layers, ready for adapters of these shapes."""
+
+    network: PeftModel
+    tokenizer: Any
+    lora: peft.LoraConfig
+    shapes: adapters.Shapes
+    chosen: Positions
+    device: torch.device
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors, by the names that an adapter gives them."""
+        return {
+            name.replace(".default.", "."): parameter
+            for name, parameter in self.network.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def put(self, adapter: Adapter) -> None:
+        """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit."""
+        found = adapters.problems(adapter, self.shapes)
+        shape_problems = [problem for problem in found if "not finite" not in problem]
+        if shape_problems:
+            raise ModelError([f"adapter: {problem}" for problem in shape_problems])
+        with torch.no_grad():
+            for name, parameter in self.parameters().items():
+                parameter.copy_(torch.from_numpy(adapter[name]))
+
+    def take(self) -> Adapter:
+        """A copy of what the LoRA layers hold now."""
+        return {
+            name: parameter.detach().to("cpu", torch.float32).numpy().copy()
+            for name, parameter in self.parameters().items()
+        }
+
+    def token_nll(self, ids: Tensor, predicts: Tensor) -> Tensor:
+        """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`.
+
+        ids: int64 (B, T). predicts: bool (B, T), true at t where token t + 1 is predicted.
+        """
+        ids, predicts = ids.to(self.device), predicts.to(self.device)
+        targets = ids.roll(-1, dims=1)[predicts]  # (N,)
+        with self._only(predicts.reshape(-1).nonzero().squeeze(1)):
+            logits = self.network(input_ids=ids, use_cache=False).logits[0]  # (N, V)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
+        """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T)."""
+        self.network.eval()
+        eos = self.tokenizer.eos_token_id
+        greedy = transformers.GenerationConfig(
+            max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos
+        )
+        with torch.inference_mode():
+            output: Tensor = self.network.generate(
+                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=greedy
+            )
+        return output[:, ids.shape[1] :].cpu()
+
+    @contextmanager
+    def _only(self, rows: Tensor) -> Iterator[None]:
+        self.chosen.rows = rows
+        try:
+            yield
+        finally:
+            self.chosen.rows = None
+
+
+def load(folder: Path, model: ModelConfig, lora: LoraConfig) -> LoraModel:
+    """The model in a folder, frozen, with LoRA layers where the configuration wants them.
+
+    Weights come from safetensors only. Raises `ModelError`.
+    """
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    device = _device(model)
+    base, tokenizer = _load_base(folder, _dtype(model, device))
+    config = _lora_config(base, model.name, lora)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
+        network = peft.get_peft_model(base, config)
+    config.base_model_name_or_path = model.name  # PEFT puts the folder of this machine there
+    chosen = Positions()
+    network.get_output_embeddings().register_forward_pre_hook(chosen)
+    network.to(device).eval()
+    trainable = {
+        name.replace(".default.", "."): tuple(parameter.shape)
+        for name, parameter in network.named_parameters()
+        if parameter.requires_grad
+    }
+    return LoraModel(network, tokenizer, config, trainable, chosen, device)
+
+
+def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
+    """The files of a PEFT folder, which `PeftModel.from_pretrained` loads; equal adapters give equal bytes."""
+    return {
+        "adapter_config.json": _peft_json(lora).encode(),
+        "adapter_model.safetensors": adapters.encode(adapter),
+    }
+
+
+def _peft_json(lora: peft.LoraConfig) -> str:
+    """The configuration as PEFT writes it, but with sets in order: equal ones give equal bytes."""
+    values = {**lora.to_dict(), "inference_mode": True, "peft_version": peft.__version__}
+    values.pop("runtime_config", None)
+    return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"
+
+
+def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            base = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
+            )
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{folder}: the model can't be loaded: {first_line}") from None
+    base.requires_grad_(False)
+    return base, tokenizer
+
+
+def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> peft.LoraConfig:
+    """PEFT's configuration; the layers it will match are found first, so that a miss is one clear message."""
+    blocks = _blocks(base, lora.blocks)
+    targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
+    present = sorted({full.rsplit(".", 1)[-1] for full in _linear_names(base, blocks)})
+    wanted = present if targets == ["all-linear"] else targets
+    unmatched = [target for target in wanted if target.rsplit(".", 1)[-1] not in present]
+    if unmatched or not wanted:
+        raise ModelError(
+            [f"lora.targets: {target!r} matches no linear layer in the chosen blocks" for target in unmatched]
+            or ["lora.targets: the chosen blocks have no linear layer"],
+            f"This model has {', '.join(present) or 'none'}",
+        )
+    return peft.LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
+        lora_dropout=lora.dropout,
+        target_modules=wanted,
+        layers_to_transform=None if blocks is None else blocks,
+        bias="none",
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=name,
+    )
+
+
+def _blocks(base: transformers.PreTrainedModel, blocks: str) -> list[int] | None:
+    """Indices of the blocks that get an adapter; None for all."""
+    if blocks == "all":
+        return None
+    wanted, present = int(blocks.removeprefix("top:")), int(base.config.get_text_config().num_hidden_layers)
+    if wanted > present:
+        raise ModelError(f"lora.blocks = {blocks!r}: the model has {present} blocks")
+    return list(range(present - wanted, present))
+
+
+def _linear_names(base: transformers.PreTrainedModel, blocks: Iterable[int] | None) -> Iterator[str]:
+    """Full names of the linear layers inside the chosen blocks; the output layer is in none."""
+    numbers = None if blocks is None else {str(block) for block in blocks}
+    for name, module in base.named_modules():
+        inside = [part for part in name.split(".") if part.isdigit()]
+        if isinstance(module, nn.Linear) and inside and (numbers is None or inside[0] in numbers):
+            yield name
+
+
+def _device(model: ModelConfig) -> torch.device:
+    if model.device == "cuda" and not torch.cuda.is_available():
+        raise ModelError("model.device = 'cuda': there is no such device here", "Say 'auto' or 'cpu'")
+    use_gpu = model.device == "cuda" or (model.device == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if use_gpu else "cpu")
+
+
+def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
+    if model.dtype != "auto":
+        return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
+    computes = torch.cpu.get_capabilities()
+    return torch.bfloat16 if computes.get("avx512_bf16") or computes.get("amx_bf16") else torch.float32

@@ -1,0 +1,60 @@
+"""The resident model: one base model that any client's adapter is put into, with its work counted.
+
+This is the `LocalModel` that clients train with, and what evaluation and generation use.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from fedmide import adapters, generation, scoring, training
+from fedmide.config import Config, Positions
+from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan
+from fedmide.model import LoraModel, load
+from fedmide.tokens import Example
+
+
+@dataclass
+class Resident:
+    """A loaded model. `tokens` counts what went through it, padding left out, by kind of work."""
+
+    model: LoraModel
+    config: Config
+    tokens: Counter[str] = field(default_factory=Counter)
+
+    def fresh(self, seed: int) -> Adapter:
+        """An adapter that changes nothing yet."""
+        return adapters.fresh(self.model.shapes, seed)
+
+    def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
+        """NLL of each example under the adapter."""
+        self.model.put(adapter)
+        budget = self.config.scoring.tokens_per_batch
+        return scoring.nll(self.model, examples, positions, budget, self._count("scored"))
+
+    def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
+        """The states after each pass of a training that starts from the adapter."""
+        self.model.put(adapter)
+        return training.train(self.model, examples, plan, self._count("trained"))
+
+    def generate(self, adapter: Adapter, examples: Sequence[Example], max_new_tokens: int) -> tuple[str, ...]:
+        """The responses to the examples' prompts under the adapter."""
+        self.model.put(adapter)
+        batch_size = self.config.generation.batch_size
+        return generation.generate(self.model, examples, max_new_tokens, batch_size)
+
+    def _count(self, kind: str) -> Callable[[int], None]:
+        def count(number: int) -> None:
+            self.tokens[kind] += number
+
+        return count
+
+
+def open_model(config: Config, folder: Path) -> Resident:
+    """The model in a folder, under LoRA layers as configured, on so many threads as configured."""
+    torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+    return Resident(load(folder, config.model, config.lora), config)

@@ -1,0 +1,1 @@
+"""Ways to bring tasks to clients and replies back."""

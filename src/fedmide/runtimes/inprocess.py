@@ -1,0 +1,38 @@
+"""All clients in this process, one after the other, under one resident base model.
+
+Every message is encoded and decoded with the codec of the wire, so bytes are counted and nothing is passed that could
+not have travelled.
+"""
+
+import time
+from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from dataclasses import dataclass
+
+from fedmide.client import ClientState, handle
+from fedmide.localmodel import LocalModel
+from fedmide.messages import ClientTask, decode_reply, decode_task, encode_reply, encode_task
+from fedmide.server import Delivery
+
+
+@dataclass(frozen=True)
+class InProcess:
+    """A runtime: call it with tasks. `sites` is updated in place and each state is kept by `save` before its reply."""
+
+    sites: MutableMapping[str, ClientState]
+    model: LocalModel
+    save: Callable[[ClientState], None]
+
+    def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
+        """The replies, in the tasks' order."""
+        for task in tasks:
+            yield self._deliver(task)
+
+    def _deliver(self, task: ClientTask) -> Delivery:
+        down = encode_task(task)
+        begun = time.perf_counter()
+        reply, state = handle(decode_task(down), self.sites[task.client], self.model)
+        self.sites[task.client] = state
+        self.save(state)
+        seconds = time.perf_counter() - begun
+        up = encode_reply(reply)
+        return Delivery(task.client, decode_reply(up), "", len(down), len(up), seconds)

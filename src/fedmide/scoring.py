@@ -1,0 +1,41 @@
+"""Likelihood of records under an adapter: NLL as (sum, count) per record.
+
+A record's NLL does not depend on the batch it is in, its neighbours, their order or the padding.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fedmide.config import Positions
+from fedmide.localmodel import Nll
+from fedmide.model import LoraModel
+from fedmide.tokens import Example, batches
+
+
+def nll(
+    model: LoraModel,
+    examples: Sequence[Example],
+    positions: Positions,
+    tokens_per_batch: int,
+    progress: Callable[[int], None] = lambda num_tokens: None,
+) -> tuple[Nll, ...]:
+    """NLL of each example under the adapter that the model holds, without dropout, in the examples' order."""
+    results: list[Nll] = [Nll(0.0, 0)] * len(examples)
+    model.network.eval()
+    for batch in batches(examples, positions, tokens_per_batch):
+        with torch.inference_mode():
+            losses = model.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+        sums = _row_sums(losses.to("cpu", torch.float64).numpy(), batch.predicts)
+        for row, value in zip(batch.rows, sums, strict=True):
+            results[row] = value
+        progress(sum(len(examples[row].ids) for row in batch.rows))
+    return tuple(results)
+
+
+def _row_sums(losses: np.ndarray, predicts: np.ndarray) -> list[Nll]:
+    """One (sum, count) per row out of the losses in row-major order; sums in float64."""
+    counts = predicts.sum(axis=1)
+    pieces = np.split(losses, np.cumsum(counts)[:-1])
+    return [Nll(float(piece.sum()), int(count)) for piece, count in zip(pieces, counts, strict=True)]

@@ -1,0 +1,151 @@
+"""The server: who does what in a round, and what becomes of the replies. Pure; it knows no transport and no model.
+
+It trusts no reply: one with other keys, shapes, types or a value that is not finite is refused with its reason, and
+the round goes on without that client.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from fedmide import adapters
+from fedmide.aggregation import weighted_mean
+from fedmide.config import Config
+from fedmide.localmodel import Adapter
+from fedmide.messages import ClientReply, ClientTask, Metric, MetricName
+from fedmide.seeds import stream
+
+Stage = Literal["warmup", "train", "personalize"]
+
+
+@dataclass(frozen=True)
+class ServerState:
+    """The federation between two rounds: `round` is the one to come, `adapter` the aggregated one it starts from."""
+
+    federation: str
+    clients: tuple[str, ...]
+    round: int
+    adapter: Adapter
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What a runtime brings back for one task: a reply or the reason why there is none, and what it cost."""
+
+    client: str
+    reply: ClientReply | None
+    problem: str = ""
+    bytes_down: int = 0
+    bytes_up: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class ClientRow:
+    """One client's part in a round. `refused` is the reason why its reply did not count, empty if it did."""
+
+    client: str
+    num_records: int
+    metrics: Mapping[MetricName, Metric]
+    bytes_down: int
+    bytes_up: int
+    seconds: float
+    refused: str = ""
+
+
+@dataclass(frozen=True)
+class RoundSummary:
+    """A round in figures. `aggregated` false: nobody trained, the adapter stays as it was."""
+
+    round: int
+    stage: Stage
+    aggregated: bool
+    clients: tuple[ClientRow, ...] = field(default=())
+
+
+def begin(federation: str, clients: Iterable[str], adapter: Adapter, config: Config) -> ServerState:
+    """The state before the first round."""
+    return ServerState(federation, tuple(clients), -config.warmup.rounds, adapter)
+
+
+def stage_of(round_number: int, config: Config) -> Stage:
+    """Which stage a round belongs to."""
+    if round_number < 0:
+        return "warmup"
+    return "train" if round_number < config.federation.rounds else "personalize"
+
+
+def plan(state: ServerState, config: Config) -> tuple[ClientTask, ...]:
+    """The tasks of the round to come, in client order.
+
+    Warm-up and personalisation are for everyone. So is round 0 after a warm-up, since it brings the adapter that the
+    split is made with; those who are not drawn for it only score.
+    """
+    stage = stage_of(state.round, config)
+    first_after_warmup = state.round == 0 and config.warmup.rounds > 0 and stage == "train"
+    drawn = _participants(state, config) if stage == "train" else frozenset(state.clients)
+    restart = first_after_warmup and config.warmup.reset
+    return tuple(
+        ClientTask(state.federation, client, state.round, state.adapter, restart, client in drawn)
+        for client in state.clients
+        if client in drawn or first_after_warmup
+    )
+
+
+def apply(state: ServerState, deliveries: Iterable[Delivery], config: Config) -> tuple[ServerState, RoundSummary]:
+    """The state after the round: replies are checked and folded as they come."""
+    rows: list[ClientRow] = []
+    mean = weighted_mean(_accepted(state, deliveries, rows))
+    summary = RoundSummary(state.round, stage_of(state.round, config), mean is not None, tuple(rows))
+    return replace(state, round=state.round + 1, adapter=state.adapter if mean is None else mean), summary
+
+
+def refusal(reply: ClientReply, state: ServerState) -> str:
+    """Why a reply must not count; empty if it may."""
+    if (reply.federation, reply.round) != (state.federation, state.round):
+        return f"it answers round {reply.round} of {reply.federation!r}"
+    if reply.client not in state.clients:
+        return f"there is no client {reply.client!r}"
+    if (reply.adapter is None) != (reply.num_records == 0):
+        return f"{reply.num_records} records do not go with {'no' if reply.adapter is None else 'an'} adapter"
+    if reply.adapter is None:
+        return ""
+    return "; ".join(adapters.problems(reply.adapter, adapters.shapes(state.adapter)))
+
+
+def _accepted(
+    state: ServerState, deliveries: Iterable[Delivery], rows: list[ClientRow]
+) -> Iterator[tuple[Adapter, int]]:
+    """The adapters that count, with their weights; every delivery leaves a row."""
+    answered: set[str] = set()
+    for delivery in deliveries:
+        reply = delivery.reply
+        reason = delivery.problem if reply is None else refusal(reply, state)
+        if not reason and (delivery.client in answered or (reply and reply.client != delivery.client)):
+            reason = "it answers for another client, or twice"
+        rows.append(_row(delivery, reason))
+        if reason or reply is None:
+            continue
+        answered.add(delivery.client)
+        if reply.adapter is not None:
+            yield reply.adapter, reply.num_records
+
+
+def _row(delivery: Delivery, refused: str) -> ClientRow:
+    reply = None if refused else delivery.reply
+    return ClientRow(
+        delivery.client,
+        reply.num_records if reply else 0,
+        reply.metrics if reply else {},
+        delivery.bytes_down,
+        delivery.bytes_up,
+        delivery.seconds,
+        refused,
+    )
+
+
+def _participants(state: ServerState, config: Config) -> frozenset[str]:
+    """The clients that train in this round, drawn anew in each."""
+    number = max(1, round(config.federation.participation * len(state.clients)))
+    drawn = stream(config.seed, "participation", state.round).choice(len(state.clients), number, replace=False)
+    return frozenset(state.clients[index] for index in drawn)

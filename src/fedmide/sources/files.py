@@ -1,0 +1,300 @@
+"""Records read from the user's files: JSON, JSON lines or Parquet; a folder of clients, or one table of all.
+
+Files are only ever read. All problems of all files make one `DataError`, which holds no word of a record.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, Literal, TypeVar
+
+from fedmide.config import FieldNames
+from fedmide.errors import DataError
+from fedmide.records import Record
+from fedmide.split import Parts
+
+T = TypeVar("T")
+Part = Literal["training", "validation", "test"]
+PARTS: tuple[Part, ...] = ("training", "validation", "test")
+SUFFIXES = (".json", ".jsonl", ".parquet")
+LAYOUT = (
+    "Expected one file a client (NAME.json, NAME.jsonl or NAME.parquet), or one folder a client that holds "
+    "training.json and, if you have them, validation.json and test.json (or .jsonl, .parquet)"
+)
+FIELDS = "Every record needs text as instruction and response; data.fields says what these are called"
+_NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
+_NAME_RULE = "expected a name of 1 to 64 characters out of A-Z a-z 0-9 . _ -"
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_MARK = re.compile(r"[ \t\n\r]*([\[,\]]?)[ \t\n\r]*")
+_KINDS = {dict: "an object", list: "a list", str: "text", type(None): "null"}
+_NO_RECORDS = "no records, expected at least one"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading(Generic[T]):
+    """What was read, and what was wrong."""
+
+    values: tuple[T, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One element of a file, and where it stands."""
+
+    place: str
+    value: object
+
+
+@dataclass(frozen=True, slots=True)
+class ClientFiles:
+    """A client's name and the file of each part that it has."""
+
+    name: str
+    paths: Mapping[Part, Path]
+
+
+def read_records(path: Path, fields: FieldNames) -> tuple[Record, ...]:
+    """The records in one .json, .jsonl or .parquet file, in order; all its problems as one `DataError`."""
+    return sound(_records(path, fields), FIELDS)
+
+
+def read_folder(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
+    """The clients in a folder, in natural order of their names: one file or one subfolder each."""
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder", "Check data.path")
+    return read_clients(_clients_in(path), fields)
+
+
+def read_table(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
+    """The clients in one file that names each record's owner, in natural order of their names."""
+    if not path.is_file():
+        raise DataError(f"{path}: no such file", "Check data.path")
+    found = _rows(path, fields)
+    problems = list(found.problems)
+    owned: defaultdict[str, list[Record]] = defaultdict(list)
+    for row in found.values:
+        owner, reading = _owner(row, fields), checked_record(row, fields)
+        problems += (*owner.problems, *reading.problems)
+        for name in owner.values:
+            owned[name] += reading.values
+    problems += _repeated(path, owned)
+    names = sound(Reading(tuple(sorted(owned, key=natural_order)), tuple(problems)), FIELDS)
+    return tuple(Parts(name, tuple(owned[name])) for name in names)
+
+
+def read_clients(found: Reading[ClientFiles], fields: FieldNames) -> tuple[Parts, ...]:
+    """The clients whose files were found; the problems of the search and of all files as one `DataError`."""
+    read = gathered((_client(client, fields) for client in found.values), found.problems)
+    return sound(read, LAYOUT if found.problems else FIELDS)
+
+
+def sound(reading: Reading[T], remedy: str) -> tuple[T, ...]:
+    """The values of a reading without problems; with any, a `DataError`."""
+    if reading.problems:
+        raise DataError(reading.problems, remedy)
+    return reading.values
+
+
+def gathered(readings: Iterable[Reading[T]], problems: Iterable[str] = ()) -> Reading[T]:
+    """All readings as one, after the problems found before them."""
+    readings = tuple(readings)
+    values = tuple(value for reading in readings for value in reading.values)
+    return Reading(values, (*problems, *(problem for reading in readings for problem in reading.problems)))
+
+
+def natural_order(name: str) -> tuple[tuple[str | int, ...], str]:
+    """A key that sorts names as people do, numbers by value.
+
+    >>> sorted(["site10", "Site9", "site1"], key=natural_order)
+    ['site1', 'Site9', 'site10']
+    """
+    pieces = re.split(r"([0-9]+)", name.casefold())
+    return tuple(int(piece) if index % 2 else piece for index, piece in enumerate(pieces)), name
+
+
+def checked_record(row: Row, fields: FieldNames) -> Reading[Record]:
+    """The record that a row describes, or what is wrong with it.
+
+    >>> checked_record(Row("a.json:3", {"instruction": "Why?", "response": 7}), FieldNames()).problems
+    ("a.json:3: field 'response' is int, expected text",)
+    """
+    value = row.value
+    if not isinstance(value, dict):
+        return Reading(problems=(f"{row.place}: {kind(value)}, expected an object",))
+    required = (fields.instruction, fields.response)
+    names = (*required, fields.context, fields.category, fields.concept)
+    faults = {name: _fault(value.get(name), name in required) for name in names}
+    problems = tuple(f"{row.place}: field '{name}' {fault}" for name, fault in faults.items() if fault)
+    if problems:
+        return Reading(problems=problems)
+    instruction, response, context, category, concept = (value.get(name) or "" for name in names)
+    return Reading((Record(instruction, response, context, category, concept),))
+
+
+def json_rows(path: Path) -> Reading[Row]:
+    """The elements of a .json list or a .jsonl file, each with its line."""
+    try:
+        text = path.read_bytes().decode("utf-8-sig")
+    except OSError as error:
+        return Reading(problems=(f"{path}: not readable: {error.strerror}",))
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        return Reading(problems=(f"{path}:{line}: not UTF-8, expected text in UTF-8",))
+    found = _line_rows(path, text) if path.suffix.lower() == ".jsonl" else _list_rows(path, text)
+    return found if found.values or found.problems else Reading(problems=(f"{path}: {_NO_RECORDS}",))
+
+
+def kind(value: object) -> str:
+    """What a value is, in words and without itself."""
+    return _KINDS.get(type(value), type(value).__name__)
+
+
+def _client(files: ClientFiles, fields: FieldNames) -> Reading[Parts]:
+    parts = {part: _records(path, fields) for part, path in files.paths.items()}
+    given = {part: reading.values for part, reading in parts.items()}
+    client = Parts(files.name, given.get("training", ()), given.get("validation"), given.get("test"))
+    return Reading((client,), gathered(parts.values()).problems)
+
+
+def _records(path: Path, fields: FieldNames) -> Reading[Record]:
+    found = _rows(path, fields)
+    return gathered((checked_record(row, fields) for row in found.values), found.problems)
+
+
+def _rows(path: Path, fields: FieldNames) -> Reading[Row]:
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        return Reading(problems=(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}",))
+    return _parquet_rows(path, fields.model_dump().values()) if suffix == ".parquet" else json_rows(path)
+
+
+def _line_rows(path: Path, text: str) -> Reading[Row]:
+    rows, problems = [], []
+    # Not splitlines(): that also cuts at U+2028 and the like, which may stand in a JSON string as they are.
+    for number, line in enumerate(text.split("\n"), start=1):
+        try:
+            rows += [Row(f"{path}:{number}", json.loads(line))] if line.strip() else []
+        except (ValueError, RecursionError) as error:
+            problems.append(_broken(path, number, error))
+    return Reading(tuple(rows), tuple(problems))
+
+
+def _list_rows(path: Path, text: str) -> Reading[Row]:
+    rows: list[Row] = []
+    line, counted_to = 1, 0
+    try:
+        for position, value in _elements(text) if text.strip() else ():
+            line += text.count("\n", counted_to, position)
+            counted_to = position
+            rows.append(Row(f"{path}:{line}", value))
+    except (ValueError, RecursionError) as error:
+        place = error.lineno if isinstance(error, json.JSONDecodeError) else line
+        return Reading(tuple(rows), (_broken(path, place, error),))
+    return Reading(tuple(rows))
+
+
+def _elements(text: str) -> Iterator[tuple[int, object]]:
+    """Each element of a JSON list and the position where it begins, which `json.loads` does not tell."""
+    decoder = json.JSONDecoder()
+    mark, position = _mark(text, 0)
+    if mark != "[":
+        raise json.JSONDecodeError("expected a list (JSON lines end in .jsonl)", text, position)
+    if text.startswith("]", position):
+        mark, position = _mark(text, position)
+    while mark != "]":
+        value, end = decoder.raw_decode(text, position)
+        yield position, value
+        mark, position = _mark(text, end)
+        if mark not in {",", "]"}:
+            raise json.JSONDecodeError("expected ',' or ']' after an element", text, position)
+    if position != len(text):
+        raise json.JSONDecodeError("expected nothing after the list", text, position)
+
+
+def _mark(text: str, position: int) -> tuple[str, int]:
+    """The mark that comes next, "[", "]" or ",", if one does, and where what follows it begins."""
+    match = _MARK.match(text, position)
+    return (match[1], match.end()) if match else ("", position)
+
+
+def _broken(path: Path, line: int, error: ValueError | RecursionError) -> str:
+    reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deep or a number too long"
+    return f"{path}:{line}: broken JSON: {reason}"
+
+
+def _parquet_rows(path: Path, wanted: Iterable[str]) -> Reading[Row]:
+    import pyarrow
+    from pyarrow.parquet import ParquetFile
+
+    try:
+        with ParquetFile(path) as file:
+            table = file.read()
+        columns = {name: table.column(name).to_pylist() for name in wanted if name in table.column_names}
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError):
+        return Reading(problems=(f"{path}: not readable as Parquet",))
+    values = ({name: column[i] for name, column in columns.items()} for i in range(table.num_rows))
+    rows = tuple(Row(f"{path}: record {i}", value) for i, value in enumerate(values, start=1))
+    return Reading(rows) if rows else Reading(problems=(f"{path}: {_NO_RECORDS}",))
+
+
+def _fault(text: object, required: bool) -> str:
+    """What is wrong with what should be a text; empty where nothing is."""
+    if text is None:
+        return "is missing, expected text" if required else ""
+    if not isinstance(text, str):
+        return f"is {kind(text)}, expected text"
+    if _SURROGATE.search(text):
+        return "holds half of a surrogate pair, expected Unicode text"
+    return "is empty, expected text" if required and not text.strip() else ""
+
+
+def _owner(row: Row, fields: FieldNames) -> Reading[str]:
+    """The name of the client that a row belongs to; whole numbers are names too."""
+    value = row.value.get(fields.client) if isinstance(row.value, dict) else None
+    name = str(value) if type(value) in {str, int} else ""
+    if _NAME.fullmatch(name):
+        return Reading((name,))
+    return Reading(problems=(f"{row.place}: field '{fields.client}' does not name a client, {_NAME_RULE}",))
+
+
+def _clients_in(path: Path) -> Reading[ClientFiles]:
+    files, folders = _entries(path)
+    single = [ClientFiles(file.stem, {"training": file}) for file in files]
+    found = gathered(_parts_in(folder) for folder in folders)
+    clients = sorted((*single, *found.values), key=lambda client: natural_order(client.name))
+    names = [client.name for client in clients]
+    problems = [*found.problems, *_repeated(path, names)]
+    problems += [f"{path / name}: {_NAME_RULE}" for name in names if not _NAME.fullmatch(name)]
+    # A folder that is itself one client's would otherwise be read as clients called training and test.
+    problems += [f"{file}: a part, expected a client" for file in files if file.stem in PARTS]
+    return Reading(tuple(clients), tuple(problems if clients else [f"{path}: no clients found"]))
+
+
+def _parts_in(folder: Path) -> Reading[ClientFiles]:
+    """The client that a subfolder is."""
+    files, _ = _entries(folder)
+    paths: dict[Part, Path] = {part: file for part in PARTS for file in files if file.stem == part}
+    rest = [file for file in files if file not in paths.values()]
+    problems = [f"{file}: expected one file for each of {', '.join(PARTS)} and no other" for file in rest]
+    problems += [] if "training" in paths else [f"{folder}: no training file"]
+    return Reading((ClientFiles(folder.name, paths),), tuple(problems))
+
+
+def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
+    """The record files and the folders in a folder, hidden ones left out."""
+    seen = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
+    folders = [path for path in seen if path.is_dir()]
+    return [path for path in seen if path.suffix.lower() in SUFFIXES and path not in folders], folders
+
+
+def _repeated(path: Path, names: Iterable[str]) -> list[str]:
+    """A problem for each repeated client name; like many file systems, it takes no notice of case."""
+    same: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        same[name.casefold()].append(name)
+    repeated = [", ".join(alike) for alike in same.values() if len(alike) > 1]
+    return [f"{path}: duplicate client name, whatever its case: {alike}" for alike in repeated]

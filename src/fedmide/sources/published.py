@@ -1,0 +1,71 @@
+"""Clients read from the layout in which the original method's data was published.
+
+A folder holds `local_training_{i}.json` and, for some or all clients, `local_test_{i}.json`; or it holds
+exactly one folder with a number as its name, the number of clients, that does. Nothing else is looked at.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from fedmide.config import FieldNames
+from fedmide.errors import DataError
+from fedmide.sources.files import ClientFiles, Part, Reading, read_clients
+from fedmide.split import Parts
+
+_FILE = re.compile(r"local_(training|test)_(.*)\.json")
+_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+_REMEDY = "data.path names the folder that holds local_training_0.json and so on, or the folder above it"
+
+
+def read_published(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
+    """The clients in a published folder, named and ordered by number; without a file `test` is None."""
+    return read_clients(_client_files(_data_folder(path)), fields)
+
+
+def is_published(path: Path) -> bool:
+    """Whether a folder, or a numbered folder in it, holds files of this layout."""
+    return _holds_records(path) or bool(_inner(path))
+
+
+def _data_folder(path: Path) -> Path:
+    """The folder itself or the one numbered folder in it, whichever holds the records."""
+    if not path.is_dir():
+        raise DataError(f"{path}: no such folder", _REMEDY)
+    if _holds_records(path):
+        return path
+    inner = _inner(path)
+    if not inner:
+        raise DataError(f"{path}: no local_training_{{i}}.json, in it or in a numbered folder in it", _REMEDY)
+    if len(inner) > 1:
+        names = ", ".join(folder.name for folder in inner)
+        raise DataError(f"{path}: several numbered folders hold records ({names}), expected one", _REMEDY)
+    return inner[0]
+
+
+def _inner(path: Path) -> list[Path]:
+    """The numbered folders in a folder that hold records."""
+    return [folder for folder in sorted(path.iterdir()) if _NUMBER.fullmatch(folder.name) and _holds_records(folder)]
+
+
+def _holds_records(folder: Path) -> bool:
+    return folder.is_dir() and any(_FILE.fullmatch(entry.name) for entry in folder.iterdir())
+
+
+def _client_files(folder: Path) -> Reading[ClientFiles]:
+    training, test = _numbered(folder, "training"), _numbered(folder, "test")
+    unnumbered = [path for name, path in (training | test).items() if not _NUMBER.fullmatch(name)]
+    problems = [f"{path}: expected a whole number for the client" for path in sorted(unnumbered)]
+    problems += (f"{test[name]}: no local_training_{name}.json beside it" for name in sorted(test.keys() - training))
+    names = sorted(filter(_NUMBER.fullmatch, training), key=int)
+    return Reading(tuple(ClientFiles(name, _paths(training[name], test.get(name))) for name in names), tuple(problems))
+
+
+def _numbered(folder: Path, part: str) -> dict[str, Path]:
+    """The files of one part by their client's number, as it is written."""
+    matches = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
+    return {match[2]: path for match, path in matches if match and match[1] == part}
+
+
+def _paths(training: Path, test: Path | None) -> Mapping[Part, Path]:
+    return {"training": training} if test is None else {"training": training, "test": test}

@@ -1,0 +1,198 @@
+"""A client's records parted into training, validation and test, and a count of what leaks between the parts.
+
+Records of one group are never split over two parts. A record's group is its concept where the source knows
+it, else its instruction without regard to case, spacing and Unicode form. The order in which groups are held
+out follows from the seed and the group alone, so sites that share a concept tend to hold it out together.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, product
+from typing import Literal
+from unicodedata import normalize
+
+import numpy as np
+
+from fedmide.config import DataConfig
+from fedmide.errors import DataError
+from fedmide.records import ClientData, Record, canonical_text, client_data
+from fedmide.seeds import entropy, stream
+
+HeldOut = Literal["validation", "test"]
+LeakKind = Literal["text", "instruction", "concept"]
+KeyCounts = Mapping[LeakKind, Counter[str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A client as its source gave it; a part that is None is yet to be split off the training records."""
+
+    name: str
+    training: tuple[Record, ...]
+    validation: tuple[Record, ...] | None = None
+    test: tuple[Record, ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Leak:
+    """How much of one client's held-out part also occurs in a client's training part, its own or another's.
+
+    `records` counts held-out records, `distinct` the texts, instructions or concepts that they repeat.
+    """
+
+    client: str
+    part: HeldOut
+    training_client: str
+    kind: LeakKind
+    records: int
+    distinct: int
+
+
+def normalised(text: str) -> str:
+    """The text in Unicode NFC, without case, with single spaces.
+
+    >>> normalised("  What IS\\n asthma? ")
+    'what is asthma?'
+    """
+    return " ".join(normalize("NFC", text).casefold().split())
+
+
+def group(record: Record) -> str:
+    """The group that a record shares a part with: its concept where it has one, else its instruction.
+
+    >>> group(Record("What is it?", "a", concept="J45")) == group(Record("How so?", "b", concept="j45"))
+    True
+    >>> group(Record("What is it?", "a")) == group(Record("what is  it?", "b"))
+    True
+    """
+    concept = normalised(record.concept)
+    return f"concept\x1f{concept}" if concept else f"instruction\x1f{normalised(record.instruction)}"
+
+
+def split(parts: Parts, config: DataConfig, seed: int) -> ClientData:
+    """The client's data with the parts that were not given split off its training records, test first.
+
+    A held-out part has at least `round(fraction * n)` records, in whole groups, unless that would leave
+    nothing for training or for the part still to come; a fraction of 0 gives an empty part. Too few groups
+    are a `DataError`.
+    """
+    groups = [group(record) for record in parts.training]
+    held_out = _held_out_groups(parts, Counter(groups), config, seed)
+
+    def of(wanted: HeldOut | None) -> tuple[Record, ...]:
+        return tuple(
+            record for record, name in zip(parts.training, groups, strict=True) if held_out.get(name) == wanted
+        )
+
+    validation = of("validation") if parts.validation is None else parts.validation
+    test = of("test") if parts.test is None else parts.test
+    return client_data(parts.name, of(None), validation, test)
+
+
+def limit(client: ClientData, config: DataConfig, seed: int) -> ClientData:
+    """The client with at most the configured number of records a part, drawn, in order and with their ids."""
+
+    def drawn(part: str, records: tuple[Record, ...], most: int) -> tuple[Record, ...]:
+        return _drawn(records, most, stream(seed, f"limit-{part}", client=client.name))
+
+    return replace(
+        client,
+        training=drawn("training", client.training, config.max_records),
+        validation=drawn("validation", client.validation, config.max_validation_records),
+        test=drawn("test", client.test, config.max_test_records),
+    )
+
+
+def leaks(clients: Sequence[ClientData]) -> tuple[Leak, ...]:
+    """What of the held-out parts also occurs in training: within each client, then in other clients.
+
+    Within a client by exact text, instruction and concept; across clients, for test alone, by exact text and
+    concept, because sites may well ask the same question. Only what occurs is listed.
+    """
+    training = {client.name: _keys(client.training) for client in clients}
+    validation = {client.name: _keys(client.validation) for client in clients}
+    test = {client.name: _keys(client.test) for client in clients}
+    within = (
+        leak
+        for name in training
+        for leak in (
+            *_leaks(name, "validation", validation[name], name, training[name]),
+            *_leaks(name, "test", test[name], name, training[name]),
+        )
+    )
+    across = (
+        leak
+        for name, other in product(training, training)
+        if name != other
+        for leak in _leaks(name, "test", test[name], other, training[other])
+        if leak.kind != "instruction"
+    )
+    return (*within, *across)
+
+
+def _held_out_groups(parts: Parts, sizes: Counter[str], config: DataConfig, seed: int) -> dict[str, HeldOut]:
+    """The part of each group that leaves the training records."""
+    fractions = _fractions(parts, config)
+    if len(sizes) <= len(fractions):
+        raise _too_few_groups(parts.name, len(sizes), tuple(fractions))
+    order = sorted(sizes, key=lambda name: (entropy(seed, "split", client=name), name))
+    held_out: dict[str, HeldOut] = {}
+    for kept_back, (part, fraction) in zip(range(len(fractions), 0, -1), fractions.items(), strict=True):
+        enough = _groups_for([sizes[name] for name in order], fraction)
+        number = min(enough, len(order) - kept_back)
+        held_out |= dict.fromkeys(order[:number], part)
+        order = order[number:]
+    return held_out
+
+
+def _fractions(parts: Parts, config: DataConfig) -> dict[HeldOut, float]:
+    """The fraction of each part that is to be split off, in the order in which they are."""
+    wanted: dict[HeldOut, float] = {}
+    if parts.test is None and config.test_fraction > 0:
+        wanted["test"] = config.test_fraction
+    if parts.validation is None and config.validation_fraction > 0:
+        wanted["validation"] = config.validation_fraction
+    return wanted
+
+
+def _groups_for(sizes: Sequence[int], fraction: float) -> int:
+    """How many of the first groups hold at least the fraction of all records, and at least one record."""
+    target = max(1, round(fraction * sum(sizes)))
+    return next(number for number, total in enumerate(accumulate(sizes), start=1) if total >= target)
+
+
+def _too_few_groups(client: str, number: int, parts: Sequence[HeldOut]) -> DataError:
+    if not number:
+        return DataError(f"client '{client}': no training records, expected at least one")
+    knobs = " and ".join(f"data.{part}_fraction = 0" for part in parts)
+    return DataError(
+        f"client '{client}': distinct instructions or concepts in its training records: {number}, "
+        f"expected at least {len(parts) + 1} to split off {' and '.join(parts)}",
+        f"Give the client its own {' and '.join(parts)} records, set {knobs}, or let data.fields.concept "
+        "name a field that tells what a record is about",
+    )
+
+
+def _drawn(records: tuple[Record, ...], most: int, generator: np.random.Generator) -> tuple[Record, ...]:
+    if not most or len(records) <= most:
+        return records
+    chosen = generator.choice(len(records), size=most, replace=False)
+    return tuple(records[position] for position in sorted(chosen))
+
+
+def _keys(records: Sequence[Record]) -> KeyCounts:
+    """How often each text, instruction and concept occurs; a record without a concept has none to count."""
+    key_of: dict[LeakKind, Callable[[Record], str]] = {
+        "text": canonical_text,
+        "instruction": lambda record: normalised(record.instruction),
+        "concept": lambda record: normalised(record.concept),
+    }
+    return {kind: Counter(key for key in map(of, records) if key) for kind, of in key_of.items()}
+
+
+def _leaks(client: str, part: HeldOut, held_out: KeyCounts, owner: str, training: KeyCounts) -> Iterator[Leak]:
+    for kind, counts in held_out.items():
+        common = counts.keys() & training[kind].keys()
+        if common:
+            yield Leak(client, part, owner, kind, sum(counts[key] for key in common), len(common))

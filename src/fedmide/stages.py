@@ -1,0 +1,255 @@
+"""The stages of a run, each on its run folder: train, personalise, generate, evaluate.
+
+Each can be stopped at any moment and started again: what is whole is kept, what is not is made anew.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from fedmide import adapters, server
+from fedmide.atomic import check_room, to_json, write_file, write_folder
+from fedmide.client import ClientState
+from fedmide.config import Config
+from fedmide.config import fingerprint as config_fingerprint
+from fedmide.errors import RunFolderError
+from fedmide.evaluation import summary
+from fedmide.evaluation.measure import Measured, measure
+from fedmide.generation import default_max_new_tokens
+from fedmide.inputs import Inputs, now, read
+from fedmide.journal import RunFolder, create, reopen
+from fedmide.ledger import before
+from fedmide.localmodel import Adapter
+from fedmide.messages import ClientTask
+from fedmide.model import peft_files
+from fedmide.rounds import Runtime
+from fedmide.rounds import run as run_rounds
+from fedmide.runtimes.inprocess import InProcess
+from fedmide.server import Delivery, ServerState
+
+Advance = Callable[[int, str], None]
+"""Tells how many units of work were done, and a word on the latest."""
+
+
+class Progress(Protocol):
+    """Shows long work to whoever waits for it."""
+
+    def __call__(self, stage: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """A stage of `total` units; within it the returned function is called as units are done."""
+
+
+def silent(stage: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+    """Shows nothing."""
+    return nullcontext(lambda units, note: None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what its configuration points at."""
+
+    folder: RunFolder
+    inputs: Inputs
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.folder.config
+
+
+def start(config: Config, path: Path) -> Run:
+    """A new run in a new folder. All input is read and checked before anything is written."""
+    inputs = read(config)
+    num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
+    check_room(path, num_adapters * len(adapters.encode(inputs.fresh_adapter())))
+    return Run(create(path, config, inputs.manifest), inputs)
+
+
+def resume(path: Path, config: Config | None = None) -> Run:
+    """An earlier run, to go on with; refused where its data or its model are no longer the same."""
+    folder = reopen(path, config)
+    inputs = read(folder.config)
+    earlier = folder.read_manifest()
+    changed = [name for name in ("data", "model") if earlier[name] != inputs.manifest[name]]
+    if changed:
+        problems = [f"{path}: the {name} is not what the run began with" for name in changed]
+        raise RunFolderError(problems, "Bring it back, or start a new run")
+    return Run(folder, inputs)
+
+
+def train(run: Run, progress: Progress = silent) -> None:
+    """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
+    state = run.folder.last_round(_begin(run))
+    run.folder.rebuild_events()
+    sites = {name: _site(run, name, state.round) for name in run.inputs.clients}
+    runtime = InProcess(sites, run.inputs.resident, run.folder.save_ledger)
+    ahead = range(state.round, run.config.federation.rounds)
+    num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
+    with _timed(run, "trained"), progress("rounds", num_tasks, "client rounds") as advance:
+        state = run_rounds(state, run.config, _shown(runtime, advance), run.folder.commit_round)
+        write_folder(run.folder.path / "adapter", peft_files(state.adapter, run.inputs.resident.model.lora))
+
+
+def personalize(run: Run, progress: Progress = silent) -> None:
+    """Stage 2: each client tunes the aggregated adapter on its own records. Leaves `clients/ID/adapter/`."""
+    state = _trained(run)
+    plan = server.plan(state, run.config)
+    tasks = [task for task in plan if not run.folder.personal_adapter(task.client).is_dir()]
+    sites = {task.client: _site(run, task.client, state.round) for task in tasks}
+    runtime = InProcess(sites, run.inputs.resident, lambda site: None)
+    lora = run.inputs.resident.model.lora
+    with _timed(run, "personalized"), progress("personalisation", len(tasks), "clients") as advance:
+        for delivery in _shown(runtime, advance)(tasks):
+            _, tuned = server.apply(state, [delivery], run.config)
+            adapter = sites.pop(delivery.client).adapter
+            assert adapter is not None  # personalisation always leaves one
+            run.folder.commit_personalization(tuned, peft_files(adapter, lora))
+
+
+def generate(run: Run, progress: Progress = silent) -> None:
+    """Stage 3: each client's responses to its test prompts, with its personalised adapter. Leaves `predictions/`."""
+    _trained(run)
+    if not run.config.generation.enabled:
+        return
+    names = [name for name in run.inputs.clients if not run.folder.predictions(name).exists()]
+    with _timed(run, "generated"), progress("generation", len(names), "clients") as advance:
+        for name in names:
+            write_file(run.folder.predictions(name), _responses(run, name))
+            advance(1, f"client {name}")
+
+
+def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
+    """What metrics.json holds: likelihood, choice and text metrics of each client's test records.
+
+    Under the base model, the aggregated adapter and, where there is one, the client's personalised one. What a client
+    measured is kept on its site, so that an evaluation that was stopped goes on.
+    """
+    aggregated = _trained(run).adapter
+    work = [(name, stage) for name in run.inputs.clients for stage in _available(run, name)]
+    measured: dict[str, dict[summary.StageName, Measured]] = {name: {} for name in run.inputs.clients}
+    with _timed(run, "evaluated"), progress("evaluation", len(work), "adapters") as advance:
+        for name, stage in work:
+            measured[name][stage] = _measured(run, name, stage, aggregated)
+            advance(1, f"client {name}, {stage}")
+        metrics = summary.summarize(
+            run.config,
+            measured,
+            {name: _set_figures(run, name) for name in measured},
+            {name: run.folder.read_predictions(name) for name in measured},
+            run.inputs.prompt_hash,
+        )
+        write_file(run.folder.path / "metrics.json", to_json(metrics))
+    return metrics
+
+
+def _begin(run: Run) -> ServerState:
+    federation = config_fingerprint(run.config)
+    return server.begin(federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
+
+
+def _trained(run: Run) -> ServerState:
+    """The state after the last federated round; a run that is not there yet is refused."""
+    state = run.folder.last_round(_begin(run))
+    if state.round < run.config.federation.rounds or not (run.folder.path / "adapter").is_dir():
+        raise RunFolderError(f"{run.folder.path}: the rounds are not finished", "First: fedmide train RUN")
+    return state
+
+
+def _site(run: Run, name: str, next_round: int) -> ClientState:
+    """A client's state before a round, out of its records and its ledger."""
+    examples = run.inputs.examples[name]
+    return ClientState(
+        name,
+        config_fingerprint(run.config),
+        run.config,
+        {example.id: example for example in examples.training},
+        examples.validation,
+        before(run.folder.read_ledger(name), next_round),
+    )
+
+
+def _personal_adapter(run: Run, name: str) -> Adapter:
+    path = run.folder.personal_adapter(name)
+    if not path.is_dir():
+        raise RunFolderError(
+            f"{run.folder.path}: client {name!r} is not personalised", "First: fedmide personalize RUN"
+        )
+    return adapters.read(path / "adapter_model.safetensors", run.inputs.resident.model.shapes)
+
+
+def _responses(run: Run, name: str) -> bytes:
+    """A client's predictions as JSON lines: record, reference and what the model says."""
+    config, examples = run.config.generation, run.inputs.examples[name]
+    count = config.max_records or len(examples.test)
+    longest = config.max_new_tokens or default_max_new_tokens(examples.training)
+    records = run.inputs.clients[name].test[:count]
+    texts = run.inputs.resident.generate(_personal_adapter(run, name), examples.test[:count], longest)
+    lines = [
+        {
+            "record_id": record.id,
+            "instruction": record.instruction,
+            "reference": record.response,
+            "prediction": text,
+        }
+        for record, text in zip(records, texts, strict=True)
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def _available(run: Run, name: str) -> tuple[summary.StageName, ...]:
+    personalized = run.folder.personal_adapter(name).is_dir()
+    return ("base", "aggregated", "personalized") if personalized else ("base", "aggregated")
+
+
+def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Measured:
+    """What a client's test records measure under an adapter; kept, so that it is measured once."""
+    path = run.folder.site(name) / f"evaluation-{stage}.json"
+    if path.exists():
+        return Measured.from_dict(json.loads(path.read_text("utf-8")))
+    measured = measure(
+        run.inputs.resident,
+        _adapter(run, name, stage, aggregated),
+        run.inputs.encode,
+        run.inputs.clients[name],
+        run.config,
+    )
+    write_file(path, to_json(asdict(measured)))
+    return measured
+
+
+def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Adapter:
+    if stage == "personalized":
+        return _personal_adapter(run, name)
+    return aggregated if stage == "aggregated" else run.inputs.fresh_adapter()
+
+
+def _set_figures(run: Run, name: str) -> dict[str, Any]:
+    records = [example.id for example in run.inputs.examples[name].training]
+    return summary.set_figures(run.folder.read_ledger(name), records)
+
+
+def _shown(runtime: Runtime, advance: Advance) -> Runtime:
+    """The same runtime, with progress told after every delivery."""
+
+    def deliver(tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
+        for delivery in runtime(tasks):
+            advance(1, f"round {tasks[0].round}, client {delivery.client}")
+            yield delivery
+
+    return deliver
+
+
+@contextmanager
+def _timed(run: Run, status: str) -> Iterator[None]:
+    """Notes in the manifest that a stage ended, and how long it has worked, restarts included."""
+    begun = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds = run.folder.read_manifest().get("seconds", {})
+        spent = seconds.get(status, 0.0) + time.perf_counter() - begun
+        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)})
+    run.folder.update_manifest(status=status, updated=now())

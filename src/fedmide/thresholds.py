@@ -1,0 +1,85 @@
+"""Thresholds that part a set of scores in two: Otsu's and the median.
+
+Each rule gives None where it can't part anything: fewer than two scores, all equal, or one that is not finite.
+
+Reference: N. Otsu, A threshold selection method from gray-level histograms, IEEE Trans. SMC 9(1), 1979.
+"""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fedmide.config import ThresholdRule
+
+NUM_BINS = 256
+
+
+def otsu_256(scores: ArrayLike) -> float | None:
+    """Otsu's threshold as the published method computes it: left edge of the best of 256 bins.
+
+    Sums are float32 and class means are of the bins' left edges, because the published sets depend on both: in
+    float64 one client's split moves by a record. The left edge can be the lowest score itself (where the best cut
+    lies within the first bin); then no record is below it.
+
+    >>> otsu_256([0.0, 0.1, 1.0, 1.2])
+    0.0984375
+    """
+    values = _usable(scores)
+    if values is None:
+        return None
+    counts, edges = np.histogram(values, bins=NUM_BINS)
+    probability = counts.astype(np.float32) / np.float32(counts.sum())
+    below = np.cumsum(probability)
+    moment = np.cumsum(probability * edges[:-1].astype(np.float32))
+    between = np.full(NUM_BINS, -np.inf)
+    inner = (below > 0) & (below < 1)
+    weight = below[inner]
+    mean_below = moment[inner] / weight
+    mean_above = (moment[-1] - moment[inner]) / (1 - weight)
+    between[inner] = weight * (1 - weight) * (mean_below - mean_above) ** 2
+    return float(edges[np.argmax(between)])
+
+
+def otsu_exact(scores: ArrayLike) -> float | None:
+    """The middle of the cut of the sorted scores that maximises the variance between the two classes.
+
+    >>> otsu_exact([0.0, 0.0, 1.0, 1.0])
+    0.5
+    """
+    values = _usable(scores)
+    if values is None:
+        return None
+    ordered = np.sort(values)
+    num_below = np.arange(1, len(ordered))
+    sums = np.cumsum(ordered)
+    mean_below = sums[:-1] / num_below
+    mean_above = (sums[-1] - sums[:-1]) / (len(ordered) - num_below)
+    between = num_below * (len(ordered) - num_below) * (mean_below - mean_above) ** 2
+    between[ordered[1:] == ordered[:-1]] = -np.inf  # equal scores can't be parted
+    cut = int(np.argmax(between))
+    return float((ordered[cut] + ordered[cut + 1]) / 2)
+
+
+def median(scores: ArrayLike) -> float | None:
+    """The median: half of the records are shared, whatever their scores.
+
+    >>> median([3.0, 1.0, 2.0])
+    2.0
+    """
+    values = _usable(scores)
+    return None if values is None else float(np.median(values))
+
+
+RULES: Mapping[ThresholdRule, Callable[[ArrayLike], float | None]] = MappingProxyType(
+    {"otsu-256": otsu_256, "otsu-exact": otsu_exact, "median": median}
+)
+"""The rules by their names in the configuration."""
+
+
+def _usable(scores: ArrayLike) -> NDArray[np.float64] | None:
+    values = np.asarray(scores, dtype=np.float64)
+    if values.size < 2 or not np.isfinite(values).all() or values.min() == values.max():
+        return None
+    return values

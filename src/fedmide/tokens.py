@@ -1,0 +1,189 @@
+"""Token ids of a record, what is cut where it is too long, and batches that waste little on padding.
+
+Prompt and response are encoded apart and joined, so the boundary is exact and equal to what generation sees. Every
+response ends with the end-of-sequence token unless it was cut. Padding is on the right: with a causal model nothing
+before it can see it, so no attention mask is needed.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmide.config import ModelConfig, Positions, PromptConfig
+from fedmide.errors import DataError, ModelError
+from fedmide.prompts import Template, chat_messages, render, resolve
+from fedmide.records import Record, RecordId
+
+ROOM = 4
+"""A prompt is cut so that the response gets its length or this part of the cutoff, whichever is less: 1 / ROOM."""
+
+
+class Tokenizer(Protocol):
+    """What is needed of a tokenizer; transformers' own have it."""
+
+    eos_token_id: int | None
+
+    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
+        """A mapping whose `input_ids` are the text's ids."""
+
+    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+        """The conversation as text."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Example:
+    """A record as token ids, prompt first, then response.
+
+    ids: int64 (T,), 2 <= T <= cutoff. `truncated`: some of the record did not fit.
+    """
+
+    id: RecordId
+    ids: NDArray[np.int64]
+    prompt_length: int
+    truncated: bool = False
+
+    def first_predicted(self, positions: Positions) -> int:
+        """Index of the first token whose likelihood counts; the very first token is never predicted."""
+        return max(1, self.prompt_length if positions == "response" else 1)
+
+    def num_predicted(self, positions: Positions) -> int:
+        """How many tokens count."""
+        return len(self.ids) - self.first_predicted(positions)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """Records to examples, for one tokenizer, template and cutoff."""
+
+    tokenizer: Tokenizer
+    template: Template | Literal["chat"]
+    cutoff: int
+    overflow: Literal["refuse", "cut"]
+
+    def prompt_ids(self, record: Record) -> list[int]:
+        """The prompt's ids, with whatever the tokenizer puts before plain text."""
+        return self._prompt(record)
+
+    def response_ids(self, text: str) -> list[int]:
+        """The response's ids and the end of sequence."""
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        return [*ids, _end_of_sequence(self.tokenizer)]
+
+    def encode(self, record: Record, response: str | None = None) -> Example:
+        """The record's example; another `response` takes the place of its own.
+
+        Raises `DataError` where the prompt leaves no room for a response.
+        """
+        answer = self.response_ids(record.response if response is None else response)
+        prompt = self._prompt(record)
+        cut = False
+        if len(prompt) >= self.cutoff:
+            prompt, cut = self._shortened(record, len(prompt), min(len(answer), self.cutoff // ROOM)), True
+        ids = np.asarray((prompt + answer)[: self.cutoff], dtype=np.int64)
+        return Example(record.id, ids, len(prompt), cut or len(prompt) + len(answer) > self.cutoff)
+
+    def _shortened(self, record: Record, num_tokens: int, room: int) -> list[int]:
+        """The prompt with as much of the context's beginning as leaves `room` tokens, then of the instruction's."""
+        if self.overflow == "refuse":
+            raise DataError(f"a prompt of {num_tokens} tokens leaves no room below the cutoff of {self.cutoff}")
+        for field in ("context", "instruction"):
+            record = _longest_beginning(record, field, self._fits(room))
+            prompt = self._prompt(record)
+            if len(prompt) <= self.cutoff - room:
+                return prompt
+        raise DataError(f"the prompt's template alone leaves no room below the cutoff of {self.cutoff}")
+
+    def _fits(self, room: int) -> Callable[[Record], bool]:
+        return lambda record: len(self._prompt(record)) <= self.cutoff - room
+
+    def _prompt(self, record: Record) -> list[int]:
+        if self.template == "chat":
+            text = self.tokenizer.apply_chat_template(chat_messages(record), tokenize=False, add_generation_prompt=True)
+            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
+        else:
+            text = render(self.template, record)
+            ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+        return ids
+
+
+def encoder(tokenizer: Tokenizer, model: ModelConfig, prompt: PromptConfig) -> Encoder:
+    """The encoder that the configuration describes."""
+    _end_of_sequence(tokenizer)
+    return Encoder(tokenizer, resolve(prompt.template), model.cutoff, prompt.overflow)
+
+
+def encode_all(encode: Encoder, records: Sequence[Record], where: str) -> tuple[Example, ...]:
+    """The records' examples, in order; all that do not fit are named at once, by position."""
+    examples, problems = [], []
+    for number, record in enumerate(records, 1):
+        try:
+            examples.append(encode.encode(record))
+        except DataError as error:
+            problems.append(f"{where}, record {number}: {error}")
+    if problems:
+        raise DataError(problems, "Raise model.cutoff, or say prompt.overflow = 'cut' to shorten prompts")
+    return tuple(examples)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Batch:
+    """Several examples side by side.
+
+    ids: int64 (B, T), padded on the right. predicts: bool (B, T), true at t where the loss of token t + 1 counts.
+    rows: which examples of the caller's sequence these are.
+    """
+
+    ids: NDArray[np.int64]
+    predicts: NDArray[np.bool_]
+    rows: tuple[int, ...]
+
+
+def batches(examples: Sequence[Example], positions: Positions, tokens_per_batch: int) -> Iterator[Batch]:
+    """Batches of at most so many padded tokens (or a single example), longest first, every example in exactly one.
+
+    Longest first, so that a batch too large for the memory fails at once.
+    """
+    order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
+    for rows in _groups(order, [len(example.ids) for example in examples], tokens_per_batch):
+        yield pad([examples[row] for row in rows], positions, tuple(rows))
+
+
+def pad(examples: Sequence[Example], positions: Positions, rows: tuple[int, ...]) -> Batch:
+    """One batch out of the examples, in their order."""
+    longest = max(len(example.ids) for example in examples)
+    ids = np.zeros((len(examples), longest), dtype=np.int64)  # any id will do: nothing sees the padding
+    predicts = np.zeros((len(examples), longest), dtype=np.bool_)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = example.ids
+        predicts[row, example.first_predicted(positions) - 1 : len(example.ids) - 1] = True
+    return Batch(ids, predicts, rows)
+
+
+def _longest_beginning(record: Record, field: str, fits: Callable[[Record], bool]) -> Record:
+    """The record with the longest beginning of a field that fits, found by bisection over characters; else without."""
+    text = getattr(record, field)
+    low, high = 0, len(text)
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(replace(record, **{field: text[:middle]})) else (low, middle - 1)
+    return replace(record, **{field: text[:low]})
+
+
+def _groups(order: Iterable[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    group: list[int] = []
+    for row in order:
+        if group and (len(group) + 1) * lengths[group[0]] > budget:
+            yield group
+            group = []
+        group.append(row)
+    if group:
+        yield group
+
+
+def _end_of_sequence(tokenizer: Tokenizer) -> int:
+    if tokenizer.eos_token_id is None:
+        raise ModelError("the tokenizer names no end-of-sequence token", "Set eos_token in its tokenizer_config.json")
+    return tokenizer.eos_token_id

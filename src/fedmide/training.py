@@ -1,0 +1,90 @@
+"""Local training: a plain loop with torch's AdamW.
+
+One optimiser step is one batch of records. Its loss is the mean over the batch's predicted tokens, whatever the
+passes through the model that memory asks for: gradients of sums are added and divided once, so accumulation equals
+the big batch.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
+import torch
+
+from fedmide.config import TrainingConfig
+from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan
+from fedmide.model import LoraModel
+from fedmide.tokens import Example, batches
+
+TORCH_SEED_BITS = 63
+
+
+def train(
+    model: LoraModel,
+    examples: Sequence[Example],
+    plan: TrainingPlan,
+    progress: Callable[[int], None] = lambda num_tokens: None,
+) -> Iterator[Epoch]:
+    """The states after each pass, from the adapter that the model holds; the optimiser starts fresh.
+
+    Between two of them the caller may use the model for something else.
+    """
+    settings = plan.settings
+    order = np.random.default_rng(plan.stream_seed)
+    parameters = list(model.parameters().values())
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    last_step = num_steps(len(examples), settings)
+    step = 0
+    for _ in range(settings.epochs):
+        loss = ZERO
+        for rows in _record_batches(order.permutation(len(examples)), settings.batch_size):
+            if step == last_step:
+                break
+            torch.manual_seed((plan.stream_seed + step) % 2**TORCH_SEED_BITS)  # dropout
+            _set_rate(optimizer, settings, step, last_step)
+            loss += _step(model, optimizer, [examples[row] for row in rows], settings)
+            step += 1
+            progress(sum(len(examples[row].ids) for row in rows))
+        adapter = model.take()
+        yield Epoch(adapter, loss, step)
+        model.put(adapter)
+        if step == last_step:
+            return
+
+
+def num_steps(num_examples: int, settings: TrainingConfig) -> int:
+    """Optimiser steps that a local training takes.
+
+    >>> num_steps(33, TrainingConfig(batch_size=32, epochs=2))
+    4
+    """
+    by_epochs = settings.epochs * -(-num_examples // settings.batch_size)
+    return min(by_epochs, settings.max_steps) if settings.max_steps else by_epochs
+
+
+def _record_batches(order: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(order), batch_size):
+        yield order[start : start + batch_size]
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, settings: TrainingConfig, step: int, last_step: int) -> None:
+    """Linear decay from the full rate at the first step towards 0 after the last."""
+    share = 1.0 if settings.schedule == "constant" else (last_step - step) / last_step
+    for group in optimizer.param_groups:
+        group["lr"] = settings.learning_rate * share
+
+
+def _step(
+    model: LoraModel, optimizer: torch.optim.Optimizer, examples: Sequence[Example], settings: TrainingConfig
+) -> Nll:
+    """One optimiser step on these examples; the loss before it."""
+    model.network.train()
+    optimizer.zero_grad()
+    num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
+    loss_sum = 0.0
+    for batch in batches(examples, settings.positions, settings.tokens_per_batch):
+        losses = model.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+        (losses.sum() / num_tokens).backward()
+        loss_sum += float(losses.detach().double().sum())
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], settings.max_grad_norm)
+    optimizer.step()
+    return Nll(loss_sum, num_tokens)
