@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -149,6 +150,14 @@ def test_made_once(tmp_path: Path) -> None:
     before = (folder / "model.safetensors").stat()
     assert locate("tiny-random", tmp_path) == folder
     assert (folder / "model.safetensors").stat() == before
+
+
+def test_new_recipe_leaves_the_old_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, recipe = locate("tiny-random", tmp_path), checkpoints._RECIPES["tiny-random"]
+    monkeypatch.setitem(checkpoints._RECIPES, "tiny-random", replace(recipe, version=recipe.version + 1))
+    new = locate("tiny-random", tmp_path)
+    assert (old.name, new.name) == ("tiny-random-v1", "tiny-random-v2")
+    assert fingerprint(new) == fingerprint(old)
 
 
 def test_many_at_once_all_end_well(tmp_path: Path) -> None:

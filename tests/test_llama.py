@@ -1,5 +1,7 @@
-"""Converted and made models are what transformers' own reading gives, and tokenizers lose nothing."""
+"""Converted and made models are what transformers' own reading gives but for digits, and tokenizers lose nothing."""
 
+import re
+import unicodedata
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -44,6 +46,23 @@ def read_by_transformers(gguf_file: Path) -> tuple[Any, Any]:
         return model, AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
 
 
+def has_digit(text: str) -> bool:
+    """Whether a character is a number in Unicode's sense, as the tokenizers package understands it."""
+    return any(unicodedata.category(character).startswith("N") for character in text)
+
+
+def ids_with_digits_apart(tokenizer: Any, text: str) -> list[int]:
+    """A tokenizer's ids if each digit is a text of its own, whatever it would make of them itself."""
+    pieces = re.split("(.)", text, flags=re.DOTALL)
+    joined: list[str] = []
+    for piece in pieces:
+        if joined and not has_digit(piece) and not has_digit(joined[-1]):
+            joined[-1] += piece
+        else:
+            joined.append(piece)
+    return [number for piece in joined for number in tokenizer(piece)["input_ids"]]
+
+
 def assert_same_model(ours: Any, theirs: Any, ids: torch.Tensor) -> None:
     ours_state, their_state = ours.state_dict(), theirs.state_dict()
     assert list(ours_state) == list(their_state)
@@ -80,7 +99,7 @@ def test_tiny_tokens_are_bytes(tiny_folder: Path) -> None:
 
     @given(st.text())
     def any_text_comes_back(text: str) -> None:
-        ids = tokenizer(text, add_special_tokens=True)["input_ids"]
+        ids = tokenizer(text, add_special_tokens=True, split_special_tokens=True)["input_ids"]
         assert len(ids) == len(text.encode())
         assert tokenizer.decode(ids) == text
 
@@ -123,10 +142,10 @@ GGUF_NAMES: list[tuple[str, str, Callable[[NDArray[np.float32]], NDArray[np.floa
 ]
 
 
-def write_gguf(path: Path, weights: dict[str, NDArray[np.float32]], quantized: bool) -> None:
-    """The tiny model as a GGUF file, with a vocabulary of 3 control tokens, 256 bytes and one merge."""
+def write_gguf(path: Path, weights: dict[str, NDArray[np.float32]], quantized: bool, pre: str = "default") -> None:
+    """The tiny model as a GGUF file, with a vocabulary of 3 control tokens, 256 bytes and one merge, of two digits."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "he"]
+    tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "12"]
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_vocab_size(len(tokens))
     writer.add_context_length(128)
@@ -139,9 +158,10 @@ def write_gguf(path: Path, weights: dict[str, NDArray[np.float32]], quantized: b
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(pre)
     writer.add_token_list(tokens)
     writer.add_token_types([3] * 3 + [1] * 257)
-    writer.add_token_merges(["h e"])
+    writer.add_token_merges(["1 2"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
     writer.add_unk_token_id(0)
@@ -183,34 +203,92 @@ def test_tiny_gguf_is_read_as_transformers_reads_it(tiny_folder: Path, tmp_path:
     assert tokenizer.special_tokens_map == their_tokenizer.special_tokens_map
 
 
+def test_digits_are_apart_where_the_file_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+    weights, tokenizers = load_file(tiny_folder / "model.safetensors"), {}
+    for pre in ("default", "smollm"):
+        (folder := tmp_path / pre).mkdir()
+        write_gguf(tmp_path / f"{pre}.gguf", weights, quantized=False, pre=pre)
+        convert_gguf(tmp_path / f"{pre}.gguf", folder)
+        tokenizers[pre] = AutoTokenizer.from_pretrained(folder)
+    assert tokenizers["default"].tokenize("a 12 b3") == ["a", "Ġ", "12", "Ġ", "b", "3"]
+    assert tokenizers["smollm"].tokenize("a 12 b3") == ["a", "Ġ", "1", "2", "Ġ", "b", "3"]
+    for text in TEXTS:
+        assert tokenizers["smollm"](text)["input_ids"] == ids_with_digits_apart(tokenizers["default"], text)
+        assert tokenizers["smollm"].decode(tokenizers["smollm"](text)["input_ids"]) == text
+
+
 # --- the real model --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.model
-def test_smollm2_is_what_transformers_reads(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def smollm2() -> tuple[Any, Any]:
+    """The converted model and its tokenizer."""
     folder = locate("smollm2-135m")
-    gguf_file = checkpoints._installed_gguf() or checkpoints._gguf_from_wheel(
-        checkpoints._wheel(tmp_path, print), tmp_path
-    )
-    theirs, their_tokenizer = read_by_transformers(gguf_file)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    ids = torch.tensor([tokenizer(" ".join(TEXTS))["input_ids"]])
-    assert_same_model(AutoModelForCausalLM.from_pretrained(folder), theirs, ids)
+    return AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
 
-    def same_ids(text: str) -> None:
-        assert tokenizer(text)["input_ids"] == their_tokenizer(text)["input_ids"]
 
-    for text in TEXTS:
-        same_ids(text)
-    settings(max_examples=500)(given(st.text())(same_ids))()
+@pytest.fixture(scope="module")
+def their_smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
+    """The same as transformers reads it."""
+    scratch = tmp_path_factory.mktemp("gguf")
+    installed = checkpoints._installed_gguf()
+    return read_by_transformers(installed or checkpoints._gguf_from_wheel(checkpoints._wheel(scratch, print), scratch))
+
+
+@pytest.mark.model
+def test_smollm2_is_what_transformers_reads(smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]) -> None:
+    (model, tokenizer), (their_model, their_tokenizer) = smollm2, their_smollm2
+    assert_same_model(model, their_model, torch.tensor([tokenizer(" ".join(TEXTS))["input_ids"]]))
     assert tokenizer.special_tokens_map == their_tokenizer.special_tokens_map
     assert tokenizer.chat_template == their_tokenizer.chat_template
 
 
 @pytest.mark.model
-def test_smollm2_knows_its_tokens() -> None:
-    folder = locate("smollm2-135m")
-    tokenizer, config = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).config
+def test_smollm2_ids_are_transformers_but_for_digits(smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]) -> None:
+    tokenizer, their_tokenizer = smollm2[1], their_smollm2[1]
+
+    def same_ids(text: str) -> None:
+        ids = tokenizer(text)["input_ids"]
+        assert ids == ids_with_digits_apart(their_tokenizer, text)
+        if not has_digit(text):
+            assert ids == their_tokenizer(text)["input_ids"]
+
+    for text in TEXTS:
+        same_ids(text)
+    assigned = st.characters(exclude_categories=["Cs", "Cn"])  # what isn't may be a number to a newer Unicode
+    settings(max_examples=300)(given(st.text(assigned))(same_ids))()
+    settings(max_examples=200)(given(st.text("0123 .,\n½٣ab"))(same_ids))()
+
+
+@pytest.mark.model
+def test_smollm2_splits_numbers_by_hand(smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]) -> None:
+    tokenizer = smollm2[1]
+    assert tokenizer.tokenize("BP 120/80 mmHg") == ["BP", "Ġ", "1", "2", "0", "/", "8", "0", "Ġmm", "Hg"]
+    assert tokenizer.tokenize("Signs:\n\n1. Pain") == ["Signs", ":", "ĊĊ", "1", ".", "ĠPain"]
+    assert their_smollm2[1].tokenize("Signs:\n\n1. Pain") == ["Signs", ":", "Ċ", "Ċ", "1", ".", "ĠPain"]
+    assert tokenizer.tokenize("a:\n  5\n\n\n6") == ["a", ":", "ĊĠĠ", "5", "ĊĊĊ", "6"]
+    assert tokenizer.tokenize("2024 or 1999") == ["2", "0", "2", "4", "Ġor", "Ġ", "1", "9", "9", "9"]
+
+
+@pytest.mark.model
+def test_smollm2_finds_lists_likelier_with_digits_apart(
+    smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]
+) -> None:
+    """The model was trained on such ids: with transformers' the same text surprises it more."""
+    text = "The treatment has these steps:\n\n1. Rest\n2. Fluids\n3. Aspirin 300 mg\n4. Review after 12 hours\n"
+
+    def nll_sum(tokenizer: Any) -> float:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            return float(smollm2[0](ids, labels=ids).loss) * (ids.shape[1] - 1)
+
+    assert nll_sum(smollm2[1]) < nll_sum(their_smollm2[1])
+
+
+@pytest.mark.model
+def test_smollm2_knows_its_tokens(smollm2: tuple[Any, Any]) -> None:
+    (model, tokenizer), folder = smollm2, locate("smollm2-135m")
+    config = model.config
     assert (
         tokenizer("The liver")["input_ids"]
         == Tokenizer.from_file(str(folder / "tokenizer.json")).encode("The liver", add_special_tokens=False).ids

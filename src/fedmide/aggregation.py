@@ -14,8 +14,8 @@ from fedmide.localmodel import Adapter
 def weighted_mean(adapters: Iterable[tuple[Adapter, int]]) -> Adapter | None:
     """The mean of the adapters weighted by their numbers of records; None where there is no weight at all.
 
-    Sums are float64: a float32 value times a record count is exact there, so equal adapters give themselves and the
-    order of the replies does not show in the float32 result. Adapters must have been checked.
+    Sums are float64: a float32 value times a record count is exact there, so equal adapters give themselves, and the
+    order of the replies shows in the float32 result only where large values cancel. Adapters must have been checked.
     """
     sums: dict[str, NDArray[np.float64]] = {}
     total = 0

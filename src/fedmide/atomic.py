@@ -1,11 +1,12 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders that are there whole or not at all, whatever stops the process or the machine."""
 
 import errno
 import json
 import math
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +17,103 @@ DISK_RESERVE_BYTES = 50_000_000
 
 def check_room(folder: Path, needed_bytes: int) -> None:
     """Raises `RunFolderError` where the disk has no room for so much."""
-    existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
-    free = shutil.disk_usage(existing).free
+    with clear_errors(folder):
+        existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
+        free = shutil.disk_usage(existing).free
     if free < needed_bytes + DISK_RESERVE_BYTES:
         raise RunFolderError(
-            f"{folder}: no room on disk: {needed_bytes / 1e6:.0f} MB needed, {free / 1e6:.0f} MB free",
+            f"{folder}: no room on disk: {(needed_bytes + DISK_RESERVE_BYTES) / 1e6:.0f} MB needed, "
+            f"{free / 1e6:.0f} MB free",
             "Free some, or give --out on another disk",
         )
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.partial")
-    _write_synced(aside, data)
-    aside.replace(path)
-
-
-def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files whole or not at all; one that stood there is replaced."""
-    aside = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    for name, data in files.items():
-        _write_synced(aside / name, data)
-    if path.exists():
-        shutil.rmtree(path)
-    aside.replace(path)
-
-
-def _write_synced(path: Path, data: bytes) -> None:
+@contextmanager
+def clear_errors(path: Path) -> Iterator[None]:
+    """Makes one `RunFolderError` of what the system refuses."""
     try:
-        with path.open("wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFolderError(
                 f"{path}: no room on disk",
-                "Free some and go on with fedmide run --resume RUN: nothing is lost",
+                "Free some and give the command again; a run that has begun goes on with fedmide run --resume RUN",
             ) from None
-        raise
+        raise RunFolderError(f"{path}: can't be written: {error.strerror}") from None
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all; one that stood there is replaced."""
+    aside = path.with_name(f".{path.name}.partial")
+    with clear_errors(path), _removed_on_error(aside):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_synced(aside, data)
+        aside.replace(path)
+        _sync_folder(path.parent)
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Writes a folder of files whole or not at all; one that stood there is replaced."""
+    aside, former = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
+    with clear_errors(path), _removed_on_error(aside):
+        _remove(aside)
+        aside.mkdir(parents=True)
+        for name, data in files.items():
+            _write_synced(aside / name, data)
+        _sync_folder(aside)
+        if path.exists():  # moved away first: removed in place it would for a moment be there in part
+            _remove(former)
+            path.replace(former)
+        aside.replace(path)
+        _sync_folder(path.parent)
+    _remove(former)
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
-    """The values as JSON that a person can read."""
-    return (json.dumps(_without_nan(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
+    """The values as JSON that a person can read.
+
+    >>> to_json({"mean": math.nan, "names": ("a", "é")}).decode().split()
+    ['{', '"mean":', 'null,', '"names":', '[', '"a",', '"é"', ']', '}']
+    """
+    return (json.dumps(without_nan(values), indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode()
 
 
-def _without_nan(value: Any) -> Any:
+def without_nan(value: Any) -> Any:
     """The same values with null where a number is not finite: JSON has no word for those."""
     if isinstance(value, Mapping):
-        return {key: _without_nan(each) for key, each in value.items()}
+        return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_without_nan(each) for each in value]
+        return [without_nan(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@contextmanager
+def _removed_on_error(aside: Path) -> Iterator[None]:
+    """Leaves nothing half-written behind; on a full disk that would take the room it lacks."""
+    try:
+        yield
+    except OSError:
+        _remove(aside)
+        raise
+
+
+def _remove(path: Path) -> None:
+    """Removes a file or a folder, if it is there and can be."""
+    shutil.rmtree(path, ignore_errors=True)
+    with suppress(OSError):
+        path.unlink()
+
+
+def _write_synced(path: Path, data: bytes) -> None:
+    with path.open("wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _sync_folder(path: Path) -> None:
+    """Makes the names in a folder last: a renamed file may otherwise be lost when power fails."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    with suppress(OSError):  # not every network file system can
+        os.fsync(descriptor)
+    os.close(descriptor)

@@ -261,6 +261,6 @@ def _sha256(path: Path) -> str:
 
 
 _RECIPES = {
-    "smollm2-135m": _Recipe(version=1, bytes_needed=750_000_000, write=_write_smollm2),
+    "smollm2-135m": _Recipe(version=2, bytes_needed=750_000_000, write=_write_smollm2),
     "tiny-random": _Recipe(version=1, bytes_needed=10_000_000, write=_write_tiny_random),
 }

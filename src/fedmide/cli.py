@@ -6,13 +6,16 @@ mistake is one paragraph and exit code 2.
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import click
 import typer
 
 from fedmide import __version__
+from fedmide.atomic import without_nan
 from fedmide.errors import UsageError, UserError
 
 if TYPE_CHECKING:
@@ -36,6 +39,9 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 
 Rule = Literal["otsu-256", "otsu-exact", "median"]  # as in config.ThresholdRule, which takes too long to import here
 
+StageVerb = Literal["train", "personalize", "generate", "evaluate"]
+WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
+
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -43,28 +49,40 @@ EXIT_INTERRUPTED = 130
 def main() -> None:
     """The entry point: what a user can mend is one paragraph on stderr, without a traceback."""
     try:
-        app()
+        code = app(prog_name="fedmide", standalone_mode=False)
     except UserError as error:
-        sys.stderr.write(f"fedmide: {error}\n")
-        if "--json" in sys.argv:
-            _print_json({"error": str(error), "problems": list(error.problems)})
-        sys.exit(EXIT_USER_ERROR)
-    except KeyboardInterrupt:
-        sys.stderr.write("\nfedmide: stopped; what is whole is kept: go on with fedmide run --resume RUN\n")
-        sys.exit(EXIT_INTERRUPTED)
+        code = _refuse(str(error), error.problems)
+    except click.ClickException as error:
+        code = _refuse(*_usage(error)) if error.format_message() else error.exit_code  # else help has been shown
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code = _refuse(f"{error.filename}: {error.strerror}")
+    except (KeyboardInterrupt, click.Abort):
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
+        sys.stderr.write("\nfedmide: stopped; a run that has begun goes on with fedmide run --resume RUN\n")
+    sys.exit(code)
 
 
-@app.callback()
-def _root(version: Annotated[bool, typer.Option("--version", is_eager=True, help="Show the version.")] = False) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         sys.stdout.write(f"fedmide {__version__}\n")
         raise typer.Exit
 
 
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
+@app.callback()
+def _root(version: Version = False) -> None:
+    """Takes the options that go before a command."""
+
+
 @app.command()
 def demo(overrides: Overrides = [], out: Out = None, as_json: AsJson = False) -> None:  # noqa: B006
-    """The whole method on eight medical sites with a small real model: a few minutes on two cores."""
-    _whole(_open(_preset("demo"), overrides, out, None), as_json)
+    """The whole method in minutes: medical sites, a small real model."""
+    _work(_begun(_preset("demo"), overrides, out), WHOLE, as_json)
 
 
 @app.command()
@@ -75,8 +93,12 @@ def run(
     resume: Resume = None,
     as_json: AsJson = False,
 ) -> None:
-    """The whole method: warm-up, split, rounds with enrollment, personalisation, generation, metrics."""
-    _whole(_open(config, overrides, out, resume), as_json)
+    """The whole method, from records to metrics.
+
+    Warm-up, split, rounds with enrollment, personalisation, generation and metrics: what train, personalize, generate
+    and evaluate do one by one.
+    """
+    _work(_opened(config, overrides, out, resume), WHOLE, as_json)
 
 
 @app.command()
@@ -88,44 +110,28 @@ def train(
     as_json: AsJson = False,
 ) -> None:
     """Warm-up, split and federated rounds only."""
-    from fedmide import stages
-    from fedmide.console import bars
-
-    opened = _open(config, overrides, out, resume)
-    stages.train(opened, bars)
-    _report(opened, as_json)
+    _work(_opened(config, overrides, out, resume), ["train"], as_json)
 
 
 @app.command()
 def personalize(path: RunFolderPath, as_json: AsJson = False) -> None:
-    """Tune the aggregated adapter of a trained run on each client's own records."""
-    from fedmide import stages
-    from fedmide.console import bars
-
-    opened = _open(path, [], None, None)
-    stages.personalize(opened, bars)
-    _report(opened, as_json)
+    """Tune the aggregated adapter on each client's own records."""
+    _work(_earlier(path), ["personalize"], as_json)
 
 
 @app.command()
 def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
     """Write each client's responses to its test prompts."""
-    from fedmide import stages
-    from fedmide.console import bars
-
-    opened = _open(path, [], None, None)
-    stages.generate(opened, bars)
-    _report(opened, as_json)
+    _work(_earlier(path), ["generate"], as_json)
 
 
 @app.command()
 def evaluate(path: RunFolderPath, as_json: AsJson = False) -> None:
-    """Measure each client's test records under base model, aggregated and personalised adapter."""
-    from fedmide import stages
-    from fedmide.console import bars
+    """Measure each client's test records.
 
-    opened = _open(path, [], None, None)
-    _report(opened, as_json, stages.evaluate(opened, bars))
+    Under the base model, the aggregated adapter and, once there is one, the client's personalised adapter.
+    """
+    _work(_earlier(path), ["evaluate"], as_json)
 
 
 @app.command()
@@ -153,7 +159,7 @@ def data_check(
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Read records and report counts, duplicates and leaks; every problem is named with its place."""
+    """Report counts, duplicates and leaks of records."""
     from dataclasses import asdict
 
     from rich.console import Console
@@ -186,41 +192,66 @@ def data_build(
     from fedmide.sources import medical
 
     sites = medical.build(seed, clients, training, validation, test)
-    files = medical.write(sites, out)
+    medical.write(sites, out)
     if as_json:
-        _print_json({"folder": str(out), "clients": [site.name for site in sites], "files": len(files)})
+        _print_json({"folder": str(out), "clients": [site.name for site in sites]})
     else:
         sys.stdout.write(f"{len(sites)} sites in {out}: {', '.join(site.name for site in sites)}\n")
 
 
-def _whole(opened: "Run", as_json: bool) -> None:
-    from fedmide import stages
-    from fedmide.console import bars
+def _work(opening: AbstractContextManager["Run"], names: Sequence[StageVerb], as_json: bool) -> None:
+    """Does stages of a run, then tells of them."""
+    with opening as opened:
+        from fedmide import stages
+        from fedmide.console import bars
 
-    stages.train(opened, bars)
-    stages.personalize(opened, bars)
-    stages.generate(opened, bars)
-    _report(opened, as_json, stages.evaluate(opened, bars))
+        if names == ["generate"] and not opened.config.generation.enabled:
+            raise UsageError(
+                f"{opened.folder.path}: generation.enabled is false in this run", "Start a new run with it"
+            )
+        results = [getattr(stages, name)(opened, bars) for name in names]  # each verb is called like its stage
+        _report(opened, as_json, results[-1])
 
 
-def _open(path: Path | None, overrides: list[str], out: Path | None, resume: Path | None) -> "Run":
+def _opened(
+    path: Path | None, overrides: list[str], out: Path | None, resume: Path | None
+) -> AbstractContextManager["Run"]:
     """The run that the command line means: a new one out of a configuration, or an earlier one."""
-    from fedmide import stages
-    from fedmide.config import load
-
     if path is not None and path.is_dir():
         if resume is not None:
             raise UsageError(f"{path} and --resume {resume} are both run folders", "Give one of them")
         path, resume = None, path
-    if path is None and resume is None:
-        raise UsageError("nothing to run", "Give a configuration such as examples/tiny.toml, or --resume RUN")
-    if path is None and overrides:
-        raise UsageError("--set can't change a run that has begun", "Start a new run with CONFIG and --set")
-    config = load(path, overrides) if path is not None else None
+    if resume is not None and out is not None:
+        raise UsageError(f"--out {out} can't be given for the run in {resume}", "Leave it away")
     if resume is not None:
-        return stages.resume(resume, config)
-    assert config is not None and path is not None  # one of the two was given
-    return stages.start(config, out or _free_folder(path.stem))
+        return _earlier(resume, path, overrides)
+    if path is None:
+        raise UsageError("nothing to run", "Give a configuration such as examples/tiny.toml, or --resume RUN")
+    return _begun(path, overrides, out)
+
+
+def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractContextManager["Run"]:
+    """A new run."""
+    from fedmide.config import load
+
+    loaded = load(config, overrides)  # before anything that takes long to import
+    from fedmide import stages
+    from fedmide.console import tell
+
+    return stages.start(loaded, out or _free_folder(config.stem), tell)
+
+
+def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> AbstractContextManager["Run"]:
+    """An earlier run; a configuration beside it must be its own."""
+    from fedmide.config import load
+
+    if config is None and overrides:
+        raise UsageError("--set can't change a run that has begun", "Start a new run with CONFIG and --set")
+    loaded = None if config is None else load(config, overrides)
+    from fedmide import stages
+    from fedmide.console import tell
+
+    return stages.resume(path, loaded, tell)
 
 
 def _free_folder(name: str) -> Path:
@@ -246,9 +277,24 @@ def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = No
         _print_json({**facts, **(metrics or {})})
         return
     if metrics is not None:
-        Console().print(results_table(metrics))
+        Console().print(results_table(metrics) if metrics["over_clients"] else "no test records, so no figures")
     sys.stdout.write(f"{manifest['status']}: {opened.folder.path}\n")
 
 
+def _refuse(message: str, problems: Sequence[str] = ()) -> int:
+    """The exit code of a mistake, after it has been told."""
+    sys.stderr.write(f"fedmide: {message}\n")
+    if "--json" in sys.argv:
+        _print_json({"error": message, "problems": list(problems) or [message]})
+    return EXIT_USER_ERROR
+
+
+def _usage(error: click.ClickException) -> tuple[str, list[str]]:
+    """A mistake in the command line as one paragraph, and its problem."""
+    problem = error.format_message().rstrip(".")
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "fedmide"
+    return f"{problem}. See {command} --help", [problem]
+
+
 def _print_json(values: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+    sys.stdout.write(json.dumps(without_nan(values), indent=2, allow_nan=False) + "\n")

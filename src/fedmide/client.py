@@ -18,6 +18,7 @@ from fedmide.enrollment import enroll, split
 from fedmide.errors import MessageError
 from fedmide.ledger import Ledger, Standing, before, measurements, scores, standing, verdicts
 from fedmide.localmodel import (
+    ZERO,
     Adapter,
     Epoch,
     LocalModel,
@@ -84,7 +85,10 @@ def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) ->
     trained = _train(task, state, model, shared) if task.train else None
     measured: Ledger = ()
     if trained is not None:
-        measured = measurements(task.round, _nll(trained.adapter, now.personal, state, model), now.sets)
+        # a site that missed the warm-up's last round is split at its next task, as if this round had been that one
+        never_split = not now.is_split and state.config.warmup.rounds > 0
+        kept = tuple(state.training) if never_split else now.personal
+        measured = measurements(task.round, _nll(trained.adapter, kept, state, model), now.sets)
     after = replace(state, ledger=state.ledger + judged + measured)
     enrolled = len(now.shared) - len(earlier.shared) if earlier.is_split else 0
     metrics = {**_set_metrics(after, judged, measured), "enrolled": Metric(enrolled)}
@@ -105,16 +109,22 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     plan = personalization_plan(state.config, state.name)
     examples = [state.training[record] for record in records]
     best: tuple[float, int, Epoch, Nll] | None = None
+    num_tokens = 0
     for number, epoch in enumerate(model.train(task.adapter, examples, plan), 1):
         validated = total(model.nll(epoch.adapter, state.validation, state.config.training.positions))
         loss = validated.mean if math.isfinite(validated.mean) else math.inf
         if best is None or loss < best[0] or not state.validation:
             best = (loss, number, epoch, validated)
-        last = epoch
+        num_tokens += epoch.loss.num_tokens
+        num_steps = epoch.steps
     assert best is not None  # a training has at least one epoch
     _, number, epoch, validated = best
-    metrics: dict[MetricName, Metric] = {"epoch": Metric(number), "steps": Metric(last.steps)}
-    if validated.num_tokens and math.isfinite(validated.sum):
+    metrics: dict[MetricName, Metric] = {
+        "epoch": Metric(number),
+        "steps": Metric(num_steps),
+        "trained_tokens": Metric(num_tokens),
+    }
+    if len(state.validation) > 1 and math.isfinite(validated.mean):
         metrics["validation_loss"] = Metric(validated.sum, validated.num_tokens)
     return _reply(task, None, 0, metrics), replace(state, adapter=epoch.adapter)
 
@@ -132,13 +142,15 @@ def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standin
 
 
 def _train(task: ClientTask, state: ClientState, model: LocalModel, records: Sequence[RecordId]) -> Epoch | None:
-    """The own adapter after training on the records; None where there are none."""
+    """The own adapter after training on the records, its loss over all passes; None where there are none."""
     if not records:
         return None
     start = model.fresh(state.config.seed) if task.restart else task.adapter
     plan = TrainingPlan(state.config.training, state.config.seed, task.round, state.name)
-    *_, last = model.train(start, [state.training[record] for record in records], plan)
-    return last
+    loss = ZERO
+    for last in model.train(start, [state.training[record] for record in records], plan):
+        loss += last.loss
+    return replace(last, loss=loss)
 
 
 def _nll(adapter: Adapter, records: Iterable[RecordId], state: ClientState, model: LocalModel) -> dict[RecordId, Nll]:
@@ -153,7 +165,7 @@ def _reply(
     """The reply; without training it carries no adapter and weighs nothing."""
     if trained is None:
         return ClientReply(task.federation, task.client, task.round, None, 0, metrics)
-    trained_metrics = {**metrics, **_training_metrics(trained)}
+    trained_metrics = {**metrics, **_training_metrics(trained, num_records)}
     return ClientReply(task.federation, task.client, task.round, trained.adapter, num_records, trained_metrics)
 
 
@@ -162,17 +174,18 @@ def _set_metrics(after: ClientState, judged: Ledger, measured: Ledger) -> dict[M
     return {
         "shared": Metric(len(now.shared)),
         "personal": Metric(len(now.personal)),
-        "not_finite": Metric(sum(entry.reason == "not-finite" for entry in judged)),
+        "not_finite": Metric(sum(entry.score is None for entry in judged)),
         "warnings": Metric(sum(entry.reason == "no-threshold" for entry in judged)),
         "scored_tokens": Metric(sum(entry.num_tokens for entry in judged + measured)),
     }
 
 
-def _training_metrics(trained: Epoch) -> dict[MetricName, Metric]:
+def _training_metrics(trained: Epoch, num_records: int) -> dict[MetricName, Metric]:
+    """The figures of a training; a loss over a single record would be that record's own, so it stays."""
     metrics: dict[MetricName, Metric] = {
         "steps": Metric(trained.steps),
         "trained_tokens": Metric(trained.loss.num_tokens),
     }
-    if math.isfinite(trained.loss.sum):
+    if num_records > 1 and math.isfinite(trained.loss.sum):
         metrics["loss"] = Metric(trained.loss.sum, trained.loss.num_tokens)
     return metrics

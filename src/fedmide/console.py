@@ -1,17 +1,33 @@
 """What a person at a terminal sees: progress on stderr with rate and remaining time, the table of results on stdout."""
 
+import sys
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from datetime import timedelta
+from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.progress import Progress as Bars
 from rich.table import Table
 from rich.text import Text
 
-from fedmide.sources.check import PartReport, Report
-from fedmide.stages import Advance
+if TYPE_CHECKING:  # what is said about records needs no model's libraries
+    from fedmide.sources.check import PartReport, Report
+    from fedmide.stages import Advance
+
+LINE_SECONDS = 10.0
+"""How often a log hears of the progress."""
 
 STAGE_TITLES = {"base": "base", "aggregated": "aggregated", "personalized": "personalised"}
 
@@ -25,16 +41,26 @@ class Rate(ProgressColumn):
         return Text(f"{speed * 60:.1f}/min" if speed else "", style="progress.data.speed")
 
 
+def tell(message: str) -> None:
+    """Says something on stderr."""
+    sys.stderr.write(f"fedmide: {message}\n")
+    sys.stderr.flush()
+
+
 @contextmanager
-def bars(stage: str, total: int, unit: str) -> Iterator[Advance]:
-    """A progress bar on stderr; on something that is no terminal, a line when the stage begins and ends."""
+def bars(stage: str, total: int, unit: str) -> Iterator["Advance"]:
+    """A progress bar on stderr; on something that is no terminal, such as a log, a line now and then."""
     console = Console(stderr=True)
+    if not console.is_terminal:
+        yield _lines(stage, total, unit)
+        return
     columns = (
         TextColumn("{task.description:<16}"),
         BarColumn(bar_width=24),
         MofNCompleteColumn(),
         TextColumn(unit),
         Rate(),
+        TimeElapsedColumn(),  # moves while a first unit takes long
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[note]}"),
     )
@@ -43,10 +69,29 @@ def bars(stage: str, total: int, unit: str) -> Iterator[Advance]:
         yield lambda units, note: progress.update(task, advance=units, note=note)
 
 
+def _lines(stage: str, total: int, unit: str) -> "Advance":
+    """Tells when a stage begins and when all is done, and in between once in `LINE_SECONDS`."""
+    begun = told = time.monotonic()
+    done = 0
+    tell(f"{stage}: {total} {unit}" if total else f"{stage}: nothing left to do")
+
+    def advance(units: int, note: str) -> None:
+        nonlocal told, done
+        done += units
+        at = time.monotonic()
+        if done < total and at - told < LINE_SECONDS:
+            return
+        told = at
+        left = timedelta(seconds=round((at - begun) * (total - done) / done))
+        tell(f"{stage}: {done}/{total} {unit}, {60 * done / max(at - begun, 1e-9):.1f}/min, {left} left, {note}")
+
+    return advance
+
+
 def results_table(metrics: Mapping[str, Any]) -> Table:
     """Each client's response NLL and choice accuracy under every adapter, and the means over clients."""
     stages = [stage for stage in STAGE_TITLES if stage in metrics["over_clients"]]
-    table = Table(title="Test records: response NLL (nats per token) and accuracy of the choice by likelihood")
+    table = _table("Test records: response NLL in nats per token, choice accuracy")
     table.add_column("client", no_wrap=True)
     for measure in ("NLL", "choice"):
         for stage in stages:
@@ -63,23 +108,23 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
-def check_table(report: Report) -> Table:
+def check_table(report: "Report") -> Table:
     """Sizes, duplicates and lengths of each client's parts."""
-    table = Table(title="Records")
+    table = _table("Records; lengths in characters, mean/longest")
     table.add_column("client", no_wrap=True)
-    for column in ("part", "records", "duplicates", "categories", "concepts", "prompt chars", "response chars"):
+    for column in ("part", "records", "repeats", "categories", "concepts", "prompt", "response"):
         table.add_column(column, justify="right")
     for client in report.clients:
         for part in ("training", "validation", "test"):
             facts: PartReport = getattr(client, part)
             counts = (facts.records, facts.duplicates, facts.categories, facts.concepts)
             lengths = (facts.prompt_characters, facts.response_characters)
-            means = (f"{length.mean:.0f} (max {length.longest})" for length in lengths)
+            means = (f"{length.mean:.0f}/{length.longest}" for length in lengths)
             table.add_row(client.name, part, *(str(count) for count in counts), *means)
     return table
 
 
-def leak_lines(report: Report) -> list[str]:
+def leak_lines(report: "Report") -> list[str]:
     """A sentence for each kind of held-out record that also occurs in training; one sentence where there is none."""
     if not report.leaks:
         return ["no held-out record occurs in training"]
@@ -88,6 +133,11 @@ def leak_lines(report: Report) -> list[str]:
         f"{leak.kind} with training records of client {leak.training_client}"
         for leak in report.leaks
     ]
+
+
+def _table(title: str) -> Table:
+    """An empty table that eight columns of words fit into on 80 characters."""
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _number(figures: Mapping[str, Any] | None, key: str) -> str:

@@ -2,12 +2,14 @@
 
 import hashlib
 import platform
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -16,13 +18,18 @@ from fedmide.checkpoints import fingerprint as model_fingerprint
 from fedmide.checkpoints import locate
 from fedmide.config import Config
 from fedmide.config import fingerprint as config_fingerprint
-from fedmide.errors import DataError
+from fedmide.errors import UserError
 from fedmide.localmodel import Adapter
-from fedmide.prompts import prompt_hash
+from fedmide.prompts import prompt_hash, resolve
 from fedmide.records import ClientData, Record
 from fedmide.resident import Resident, open_model
 from fedmide.sources import load as load_data
 from fedmide.tokens import Encoder, Example, encode_all, encoder
+
+T = TypeVar("T")
+
+Tell = Callable[[str], None]
+"""Says something to whoever waits."""
 
 VERSIONED = ("torch", "transformers", "peft", "safetensors", "numpy")
 
@@ -61,15 +68,43 @@ class Inputs:
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
 
 
-def read(config: Config) -> Inputs:
-    """All that the configuration points at; each kind of problem is raised with every instance of it."""
-    clients = load_data(config.data, config.seed)
-    folder = locate(config.model.name)
+def read(config: Config, tell: Tell = lambda message: None) -> Inputs:
+    """All that the configuration points at; `tell` hears what is being waited for.
+
+    What is wrong with the records, the prompt and a model's folder is raised together, then what is wrong with the
+    model, then which records do not fit it.
+    """
+    tell("reading the records")
+    errors: list[UserError] = []
+    clients = _attempt(errors, lambda: load_data(config.data, config.seed))
+    _attempt(errors, lambda: resolve(config.prompt.template))
+    folder = None
+    if not errors or Path(config.model.name).expanduser().is_dir():  # anything else may be a long download
+        folder = _attempt(errors, lambda: locate(config.model.name, progress=tell))
+    if errors:
+        raise _together(errors)
+    assert clients is not None and folder is not None  # no error
+    tell(f"loading {config.model.name}")
     resident = open_model(config, folder)
     encode = encoder(resident.model.tokenizer, config.model, config.prompt)
     examples = _encode_clients(encode, clients)
-    manifest = _manifest(config, clients, examples, folder, resident)
-    return Inputs({client.name: client for client in clients}, examples, encode, resident, manifest)
+    inputs = Inputs({client.name: client for client in clients}, examples, encode, resident, {})
+    return replace(inputs, manifest=_manifest(config, inputs, model_fingerprint(folder)))
+
+
+def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
+    """How what a run would go on with differs from what it began with, by their manifests; a problem each."""
+    if earlier.get("config") != present["config"]:
+        yield "config.toml is not what the run began with"
+    if earlier.get("prompt") != present["prompt"]:
+        yield "the prompt's template is not what the run began with"
+    for name, value in present["model"].items():
+        if earlier["model"][name] != value:
+            yield f"the model's {name} was {earlier['model'][name]} when the run began and is {value} now"
+    for client in {**earlier["data"], **present["data"]}:
+        records = [each["data"].get(client, {}).get("fingerprint") for each in (earlier, present)]
+        if records[0] != records[1]:
+            yield f"the records of client {client!r} are not those that the run began with"
 
 
 def now() -> str:
@@ -78,52 +113,65 @@ def now() -> str:
 
 
 def _encode_clients(encode: Encoder, clients: Sequence[ClientData]) -> dict[str, SiteExamples]:
+    errors: list[UserError] = []
     examples: dict[str, SiteExamples] = {}
-    problems: list[str] = []
-    remedy = ""
     for client in clients:
-        try:
-            parts = [encode_all(encode, records, f"client {client.name!r}, {part}") for part, records in _parts(client)]
-            examples[client.name] = SiteExamples(*parts)
-        except DataError as error:
-            problems.extend(error.problems)
-            remedy = error.remedy
-    if problems:
-        raise DataError(problems, remedy)
+        parts = [
+            _attempt(errors, partial(encode_all, encode, records, f"client {client.name!r}, {part}")) or ()
+            for part, records in _parts(client)
+        ]
+        examples[client.name] = SiteExamples(*parts)
+    if errors:
+        raise _together(errors)
     return examples
+
+
+def _attempt(errors: list[UserError], step: Callable[[], T]) -> T | None:
+    """What a step gives, or None and its error in the list, so that later steps can add theirs."""
+    try:
+        return step()
+    except UserError as error:
+        errors.append(error)
+        return None
+
+
+def _together(errors: Sequence[UserError]) -> UserError:
+    """One error with the problems and remedies of all."""
+    kinds = {type(error) for error in errors}
+    kind = kinds.pop() if len(kinds) == 1 else UserError
+    remedies = dict.fromkeys(error.remedy for error in errors if error.remedy)
+    return kind([problem for error in errors for problem in error.problems], ". ".join(remedies))
 
 
 def _parts(client: ClientData) -> tuple[tuple[str, Sequence[Record]], ...]:
     return (("training", client.training), ("validation", client.validation), ("test", client.test))
 
 
-def _manifest(
-    config: Config,
-    clients: Sequence[ClientData],
-    examples: Mapping[str, SiteExamples],
-    folder: Path,
-    resident: Resident,
-) -> dict[str, Any]:
-    dtype = str(next(resident.model.network.parameters()).dtype).removeprefix("torch.")
+def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]:
+    model = inputs.resident.model
+    dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
     return {
         "fedmide": __version__,
+        "commit": _commit(),
         "versions": {name: metadata.version(name) for name in VERSIONED},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
-        "device": str(resident.model.device),
+        "device": str(model.device),
         "seed": config.seed,
         "config": config_fingerprint(config),
-        "model": {"name": config.model.name, "fingerprint": model_fingerprint(folder), "dtype": dtype},
+        "model": {"name": config.model.name, "fingerprint": model_hash, "dtype": dtype},
+        "prompt": inputs.prompt_hash,
         "data": {
             client.name: {
                 "fingerprint": _data_fingerprint(client),
                 **{part: len(records) for part, records in _parts(client)},
-                "truncated": examples[client.name].num_truncated,
+                "truncated": inputs.examples[client.name].num_truncated,
             }
-            for client in clients
+            for client in inputs.clients.values()
         },
         "started": now(),
+        "seconds": {},
         "status": "started",
     }
 
@@ -131,3 +179,25 @@ def _manifest(
 def _data_fingerprint(client: ClientData) -> str:
     ids = "\n".join(f"{part} {record.id}" for part, records in _parts(client) for record in records)
     return hashlib.sha256(ids.encode()).hexdigest()[:16]
+
+
+def _commit() -> str | None:
+    """The commit that this code stands at, "-dirty" where it was changed since; None outside a checkout."""
+    checkout = Path(__file__).resolve().parents[2]
+    if not (checkout / ".git").exists():
+        return None
+    command = [
+        "git",
+        "--no-optional-locks",
+        "-C",
+        str(checkout),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return None

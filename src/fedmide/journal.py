@@ -4,10 +4,11 @@
         manifest.json        versions, fingerprints, times, status
         events.jsonl         a line per client and round
         server/round-NNN/    adapter.safetensors and state.json: a round is there whole or not
-        clients/ID/          ledger.jsonl, personalization.json, adapter/, evaluation.json: what stays on the site
+        clients/ID/          what stays on the site: ledger.jsonl, personalization.json, adapter/, evaluation-*.json
         adapter/             the last aggregated adapter, as a PEFT folder
         predictions/ID.jsonl
         metrics.json
+        .lock                empty; locked while a process works on the run
 
 Everything is written aside and renamed. A round counts once its folder stands in `server/`; what the sites wrote for a
 later round is left out when the run goes on, and made anew with the same bytes.
@@ -19,15 +20,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from fedmide import adapters, ledger
-from fedmide.atomic import to_json, write_file, write_folder
+from fedmide.atomic import clear_errors, to_json, write_file, write_folder
 from fedmide.client import ClientState
-from fedmide.config import Config, fingerprint, load, to_toml
+from fedmide.config import Config, load, to_toml
 from fedmide.errors import RunFolderError
 from fedmide.ledger import Ledger
 from fedmide.server import RoundSummary, ServerState
+
+_BEGUN = {".lock", "manifest.json", ".manifest.json.partial", ".config.toml.partial"}
+"""What a folder may hold before it is a run folder: config.toml comes last."""
 
 
 @dataclass(frozen=True)
@@ -39,13 +43,18 @@ class RunFolder:
 
     # --- the server's side
 
+    @property
+    def adapter(self) -> Path:
+        """The PEFT folder of the last aggregated adapter."""
+        return self.path / "adapter"
+
     def commit_round(self, state: ServerState, summary: RoundSummary) -> None:
         """Makes a round last: state after it, and its figures."""
         files = {
             "adapter.safetensors": adapters.encode(state.adapter),
             "state.json": to_json({"next_round": state.round, "summary": asdict(summary)}),
         }
-        write_folder(self.path / "server" / self._round_name(summary.round), files)
+        write_folder(self.path / "server" / self.round_name(summary.round), files)
         self._append_events(summary)
 
     def last_round(self, begin: ServerState) -> ServerState:
@@ -55,7 +64,7 @@ class RunFolder:
             return begin
         last = folders[-1]
         adapter = adapters.read(last / "adapter.safetensors", adapters.shapes(begin.adapter))
-        next_round = json.loads((last / "state.json").read_text(encoding="utf-8"))["next_round"]
+        next_round = _read_json(last / "state.json")["next_round"]
         return ServerState(begin.federation, begin.clients, next_round, adapter)
 
     def rebuild_events(self) -> None:
@@ -64,14 +73,13 @@ class RunFolder:
         if len(told) == len(self._round_numbers()):
             sites = sorted(self.path.glob("clients/*/personalization.json"))
             told += [path for path in sites if (path.parent / "adapter").is_dir()]
-        summaries = [json.loads(path.read_text("utf-8"))["summary"] for path in told]
+        summaries = [_read_json(path)["summary"] for path in told]
         lines = [line for summary in summaries for line in _event_lines(summary)]
         write_file(self.path / "events.jsonl", "".join(lines).encode())
 
     def events(self) -> list[dict[str, Any]]:
         """The events so far."""
-        path = self.path / "events.jsonl"
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        return _read_lines(self.path / "events.jsonl")
 
     # --- the sites' side
 
@@ -86,7 +94,7 @@ class RunFolder:
     def read_ledger(self, client: str) -> Ledger:
         """The client's ledger so far."""
         path = self.site(client) / "ledger.jsonl"
-        return ledger.from_lines(path.read_text("utf-8"), str(path)) if path.exists() else ()
+        return ledger.from_lines(_read_text(path), str(path)) if path.exists() else ()
 
     def personal_adapter(self, client: str) -> Path:
         """The PEFT folder of the client's personalised adapter."""
@@ -105,38 +113,36 @@ class RunFolder:
 
     def read_predictions(self, client: str) -> list[dict[str, str]]:
         """The client's generated responses beside their references; empty where none were generated."""
-        path = self.predictions(client)
-        return [json.loads(line) for line in path.read_text("utf-8").splitlines()] if path.exists() else []
+        return _read_lines(self.predictions(client))
+
+    def save_evaluation(self, client: str, stage: str, values: Mapping[str, Any]) -> None:
+        """Keeps what the client's test records measured under an adapter."""
+        write_file(self._evaluation(client, stage), to_json(values))
+
+    def read_evaluation(self, client: str, stage: str) -> dict[str, Any] | None:
+        """What the client's test records measured under an adapter; None where they did not yet."""
+        path = self._evaluation(client, stage)
+        return _read_json(path) if path.exists() else None
 
     # --- the run
 
     def read_manifest(self) -> dict[str, Any]:
         """What manifest.json holds."""
-        manifest: dict[str, Any] = json.loads((self.path / "manifest.json").read_text("utf-8"))
-        return manifest
+        return _read_json(self.path / "manifest.json")
 
     def update_manifest(self, **changes: Any) -> None:
         """Sets entries of the manifest."""
         write_file(self.path / "manifest.json", to_json({**self.read_manifest(), **changes}))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Keeps every other process out of the run folder."""
-        with (self.path / ".lock").open("w") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise RunFolderError(f"{self.path}: another process works on this run") from None
-            yield
-
-    def _round_name(self, round_number: int) -> str:
+    def round_name(self, round_number: int) -> str:
+        """What a round is called, as a folder and to people."""
         if round_number < 0:
             return f"warmup-{round_number + self.config.warmup.rounds:03d}"
         return f"round-{round_number:03d}"
 
     def _round_folders(self) -> list[Path]:
         """The whole rounds, in order, without a gap."""
-        names = [self._round_name(number) for number in self._round_numbers()]
+        names = [self.round_name(number) for number in self._round_numbers()]
         folders = [self.path / "server" / name for name in names]
         present = [folder.is_dir() for folder in folders]
         last = present.index(False) if False in present else len(present)
@@ -146,31 +152,65 @@ class RunFolder:
         return range(-self.config.warmup.rounds, self.config.federation.rounds)
 
     def _append_events(self, summary: RoundSummary) -> None:
-        with (self.path / "events.jsonl").open("a", encoding="utf-8") as handle:
-            handle.writelines(_event_lines(asdict(summary)))
+        """Adds the lines of a round; the file is written anew, so that no line of it is ever half there."""
+        path = self.path / "events.jsonl"
+        earlier = path.read_bytes() if path.exists() else b""
+        write_file(path, earlier + "".join(_event_lines(asdict(summary))).encode())
+
+    def _evaluation(self, client: str, stage: str) -> Path:
+        return self.site(client) / f"evaluation-{stage}.json"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps every other process out of a run folder, which is made where there is none; refused while another is in."""
+    with clear_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        handle = (path / ".lock").open("w")
+    with handle:
+        with clear_errors(path):
+            _lock(handle, path)
+        yield
+
+
+def check_new(path: Path, config: Config) -> None:
+    """Raises `RunFolderError` where the path is not free for a new run."""
+    if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= _BEGUN):
+        return
+    if (path / "config.toml").is_file():
+        reopen(path, config)  # says what differs, where something does
+        raise RunFolderError(f"{path} exists already", f"To go on with it: fedmide run --resume {path}")
+    raise RunFolderError(f"{path} exists already and holds something else", "Give another --out")
 
 
 def create(path: Path, config: Config, manifest: Mapping[str, Any]) -> RunFolder:
-    """A new run folder, whole from the start; one that exists already is refused."""
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise RunFolderError(f"{path} exists already", _remedy_for_existing(path, config))
-    files = {"config.toml": to_toml(config).encode(), "manifest.json": to_json(manifest)}
-    write_folder(path, files)
+    """A new run folder; a path that is not free is refused."""
+    check_new(path, config)
+    write_file(path / "manifest.json", to_json(manifest))
+    write_file(path / "config.toml", to_toml(config).encode())
     return RunFolder(path, config)
 
 
 def reopen(path: Path, config: Config | None = None) -> RunFolder:
     """The run folder at a path; one that belongs to another configuration is refused."""
     if not (path / "config.toml").is_file():
-        raise RunFolderError(f"{path} is no run folder: it has no config.toml", "Start one with fedmide run CONFIG")
+        reason = "it has no config.toml" if path.is_dir() else "it is no folder"
+        raise RunFolderError(f"{path} is no run folder: {reason}", "Start a run with fedmide run CONFIG")
     own = load(path / "config.toml")
-    if config is not None and fingerprint(config) != fingerprint(own):
-        changed = ", ".join(sorted(_differences(config.model_dump(), own.model_dump())))
+    differences = () if config is None else _differences(own.model_dump(), config.model_dump())
+    problems = [f"{name} is {theirs!r} in {path} and {ours!r} here" for name, theirs, ours in differences]
+    if problems:
         raise RunFolderError(
-            f"{path} belongs to another configuration: {changed} differ",
-            "Give another --out, or leave CONFIG away",
+            problems, f"{path} belongs to another configuration: give another --out, or go on with it without CONFIG"
         )
     return RunFolder(path, own)
+
+
+def _lock(handle: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunFolderError(f"{path}: another process works on this run", "Wait for it, or end it") from None
 
 
 def _event_lines(summary: Mapping[str, Any]) -> Sequence[str]:
@@ -179,16 +219,40 @@ def _event_lines(summary: Mapping[str, Any]) -> Sequence[str]:
     ]
 
 
-def _remedy_for_existing(path: Path, config: Config) -> str:
-    if (path / "config.toml").is_file():
-        reopen(path, config)  # says what differs, where something does
-        return f"To go on with it: fedmide run --resume {path}"
-    return "Give another --out"
-
-
-def _differences(first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+def _differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Each knob that two configurations set differently, with both values."""
     for name, value in first.items():
         if isinstance(value, Mapping):
             yield from _differences(value, second[name], f"{prefix}{name}.")
         elif value != second[name]:
-            yield f"{prefix}{name}"
+            yield f"{prefix}{name}", value, second[name]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a file of the run folder."""
+    return _parsed(_read_text(path), path)
+
+
+def _read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none where there is no file."""
+    return [_parsed(line, path) for line in _read_text(path).splitlines()] if path.exists() else []
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RunFolderError(f"{path}: can't be read: {error}", _DAMAGED) from None
+
+
+def _parsed(text: str, path: Path) -> dict[str, Any]:
+    try:
+        values: dict[str, Any] = json.loads(text)
+    except ValueError as error:
+        raise RunFolderError(f"{path}: broken JSON: {error}", _DAMAGED) from None
+    return values
+
+
+_DAMAGED = "The run folder was changed from outside: bring the file back, or start a new run"

@@ -8,8 +8,9 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import ClassVar
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedmide.enrollment import Reason, SetName, Verdict, members, score
 from fedmide.errors import RunFolderError
@@ -24,6 +25,8 @@ class Entry:
     NLLs are nats per token over `num_tokens` predicted tokens. `local_round` is the round in which `nll_local` was
     measured: `round - local_round` is its age. A number that was not finite is None, null in JSON.
     """
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
 
     round: int
     record_id: RecordId

@@ -1,7 +1,8 @@
 """Llama models as files that transformers loads: converted out of GGUF, or tiny and random for tests.
 
 Written without torch and transformers. A converted model is what transformers' own GGUF reading gives, bit for
-bit (a test compares weights, token ids and logits); that reading takes 20 s at each start, and can't be saved.
+bit (a test compares weights, token ids and logits), but for white space before digits, which that reading gets
+wrong; it also takes 20 s at each start, and can't be saved.
 """
 
 import json
@@ -21,6 +22,7 @@ Tensors = Mapping[str, NDArray[np.float32]]
 Metadata = Mapping[str, Any]
 
 CONTROL_TOKEN = 3  # in GGUF's tokenizer.ggml.token_type
+DIGITS_APART = frozenset({"smollm"})  # values of GGUF's tokenizer.ggml.pre whose tokenizers split each digit off
 
 _GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
@@ -140,7 +142,12 @@ def _gguf_config(metadata: Metadata, tied: bool) -> dict[str, Any]:
 
 
 def _gguf_tokenizer(metadata: Metadata) -> Tokenizer:
-    """The tokenizer as transformers reads it, which heeds neither `tokenizer.ggml.pre` nor adds a BOS."""
+    """The tokenizer that the model was trained with; it adds no BOS.
+
+    `tokenizer.ggml.pre` names what happens to a text before BPE; transformers' GGUF reading ignores it. SmolLM2 splits
+    each digit off. Its vocabulary has single digits only, but white space before one is then merged as it was in
+    training: the two line ends in "\\n\\n1." are one token, not two.
+    """
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata["tokenizer.ggml.merges"])]
     specials = [
@@ -148,7 +155,7 @@ def _gguf_tokenizer(metadata: Metadata) -> Tokenizer:
         for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)
         if kind == CONTROL_TOKEN
     ]
-    return _byte_level(tokens, merges, specials)
+    return _byte_level(tokens, merges, specials, metadata.get("tokenizer.ggml.pre") in DIGITS_APART)
 
 
 def _gguf_tokenizer_config(metadata: Metadata) -> dict[str, Any]:
@@ -161,11 +168,15 @@ def _gguf_tokenizer_config(metadata: Metadata) -> dict[str, Any]:
     }
 
 
-def _byte_level(tokens: Sequence[str], merges: list[tuple[str, str]], specials: list[AddedToken]) -> Tokenizer:
+def _byte_level(
+    tokens: Sequence[str], merges: list[tuple[str, str]], specials: list[AddedToken], digits_apart: bool = False
+) -> Tokenizer:
     """A byte-level BPE tokenizer that puts nothing before or after a text."""
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    digits = pre_tokenizers.Digits(individual_digits=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, words]) if digits_apart else words
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(specials)
     return tokenizer

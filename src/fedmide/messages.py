@@ -7,7 +7,7 @@ safetensors; nothing is unpickled.
 
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,6 +18,8 @@ from fedmide.localmodel import Adapter
 
 MAGIC = b"FMD1"
 MAX_HEADER_BYTES = 65_536
+MAX_RECORDS = 2**29 - 1
+"""A float32 times so many is exact in float64; see `aggregation`."""
 _LENGTH = struct.Struct("<I")
 
 MetricName = Literal[
@@ -98,14 +100,15 @@ class _MetricHeader(BaseModel):
 
 class _ReplyHeader(_Header):
     kind: Literal["reply"]
-    num_records: Annotated[int, Field(ge=0)]
+    num_records: Annotated[int, Field(ge=0, le=MAX_RECORDS)]
     has_adapter: bool
     metrics: dict[MetricName, _MetricHeader]
 
 
 def encode_task(task: ClientTask) -> bytes:
-    """The task's frame."""
-    header = _TaskHeader(
+    """The task's frame; raises `MessageError` where it names something too long to be read again."""
+    header = _checked(
+        _TaskHeader,
         kind="task",
         federation=task.federation,
         client=task.client,
@@ -132,18 +135,16 @@ def decode_task(data: bytes) -> ClientTask:
 
 def encode_reply(reply: ClientReply) -> bytes:
     """The reply's frame; raises `MessageError` where a metric is not finite."""
-    try:
-        header = _ReplyHeader(
-            kind="reply",
-            federation=reply.federation,
-            client=reply.client,
-            round=reply.round,
-            num_records=reply.num_records,
-            has_adapter=reply.adapter is not None,
-            metrics={name: _MetricHeader(sum=metric.sum, count=metric.count) for name, metric in reply.metrics.items()},
-        )
-    except ValidationError as error:
-        raise MessageError(f"a reply can't be sent: {_first(error)}") from None
+    header = _checked(
+        _ReplyHeader,
+        kind="reply",
+        federation=reply.federation,
+        client=reply.client,
+        round=reply.round,
+        num_records=reply.num_records,
+        has_adapter=reply.adapter is not None,
+        metrics={name: asdict(metric) for name, metric in reply.metrics.items()},
+    )
     return _frame(header, adapters.encode(reply.adapter) if reply.adapter is not None else b"")
 
 
@@ -151,6 +152,8 @@ def decode_reply(data: bytes) -> ClientReply:
     """The reply in a frame; raises `MessageError`. What it says is not checked here, see `server.refusal`."""
     text, payload = _unframe(data)
     header = _validated(_ReplyHeader, text)
+    if payload and not header.has_adapter:
+        raise MessageError("a message goes on after its end")
     return ClientReply(
         header.federation,
         header.client,
@@ -177,6 +180,13 @@ def _unframe(data: bytes) -> tuple[bytes, bytes]:
 
 
 H = TypeVar("H", bound=_Header)
+
+
+def _checked(header: type[H], **fields: object) -> H:
+    try:
+        return header.model_validate(fields)
+    except ValidationError as error:
+        raise MessageError(f"a message can't be sent: {_first(error)}") from None
 
 
 def _validated(kind: type[H], text: bytes) -> H:

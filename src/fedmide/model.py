@@ -25,6 +25,8 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import peft
 import transformers
 from peft import PeftModel
+from safetensors import SafetensorError
+from transformers.pytorch_utils import Conv1D
 
 from fedmide import adapters
 from fedmide.config import LoraConfig, ModelConfig
@@ -74,7 +76,7 @@ class LoraModel:
             raise ModelError([f"adapter: {problem}" for problem in shape_problems])
         with torch.no_grad():
             for name, parameter in self.parameters().items():
-                parameter.copy_(torch.from_numpy(adapter[name]))
+                parameter.copy_(torch.tensor(adapter[name]))
 
     def take(self) -> Adapter:
         """A copy of what the LoRA layers hold now."""
@@ -160,14 +162,19 @@ def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTraine
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            base = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, attn_implementation="sdpa"
+            loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{folder}: the model can't be loaded: {first_line}") from None
+    base, loading = loaded
+    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random ones
+        raise ModelError(f"{folder}: {len(missing)} weights missing, first {missing[0]!r}")
     base.requires_grad_(False)
+    # what a checkpoint would add to greedy decoding, such as a penalty of repetition, is left out
+    base.generation_config = transformers.GenerationConfig()
     return base, tokenizer
 
 
@@ -175,9 +182,10 @@ def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig
     """PEFT's configuration; the layers it will match are found first, so that a miss is one clear message."""
     blocks = _blocks(base, lora.blocks)
     targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
-    present = sorted({full.rsplit(".", 1)[-1] for full in _linear_names(base, blocks)})
+    names = list(_linear_names(base, blocks))
+    present = sorted({name.rsplit(".", 1)[-1] for name in names})
     wanted = present if targets == ["all-linear"] else targets
-    unmatched = [target for target in wanted if target.rsplit(".", 1)[-1] not in present]
+    unmatched = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
     if unmatched or not wanted:
         raise ModelError(
             [f"lora.targets: {target!r} matches no linear layer in the chosen blocks" for target in unmatched]
@@ -211,7 +219,7 @@ def _linear_names(base: transformers.PreTrainedModel, blocks: Iterable[int] | No
     numbers = None if blocks is None else {str(block) for block in blocks}
     for name, module in base.named_modules():
         inside = [part for part in name.split(".") if part.isdigit()]
-        if isinstance(module, nn.Linear) and inside and (numbers is None or inside[0] in numbers):
+        if isinstance(module, nn.Linear | Conv1D) and inside and (numbers is None or inside[0] in numbers):
             yield name
 
 

@@ -38,8 +38,8 @@ class Resident:
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
         """The states after each pass of a training that starts from the adapter."""
-        self.model.put(adapter)
-        return training.train(self.model, examples, plan, self._count("trained"))
+        self.model.put(adapter)  # only when the first state is asked for: until then another may be put in
+        yield from training.train(self.model, examples, plan, self._count("trained"))
 
     def generate(self, adapter: Adapter, examples: Sequence[Example], max_new_tokens: int) -> tuple[str, ...]:
         """The responses to the examples' prompts under the adapter."""

@@ -24,8 +24,3 @@ def entropy(seed: int, purpose: str, round_number: int = 0, client: str = "") ->
 def stream(seed: int, purpose: str, round_number: int = 0, client: str = "") -> np.random.Generator:
     """A fresh generator for one purpose, round and client."""
     return np.random.default_rng(entropy(seed, purpose, round_number, client))
-
-
-def torch_seed(seed: int, purpose: str, round_number: int = 0, client: str = "") -> int:
-    """The same stream's seed for torch, which takes at most 63 bits here."""
-    return entropy(seed, purpose, round_number, client) >> 65

@@ -12,7 +12,7 @@ from fedmide import adapters
 from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
 from fedmide.localmodel import Adapter
-from fedmide.messages import ClientReply, ClientTask, Metric, MetricName
+from fedmide.messages import MAX_RECORDS, ClientReply, ClientTask, Metric, MetricName
 from fedmide.seeds import stream
 
 Stage = Literal["warmup", "train", "personalize"]
@@ -106,6 +106,8 @@ def refusal(reply: ClientReply, state: ServerState) -> str:
         return f"it answers round {reply.round} of {reply.federation!r}"
     if reply.client not in state.clients:
         return f"there is no client {reply.client!r}"
+    if not 0 <= reply.num_records <= MAX_RECORDS:
+        return f"{reply.num_records} is no number of records"
     if (reply.adapter is None) != (reply.num_records == 0):
         return f"{reply.num_records} records do not go with {'no' if reply.adapter is None else 'an'} adapter"
     if reply.adapter is None:
@@ -145,7 +147,7 @@ def _row(delivery: Delivery, refused: str) -> ClientRow:
 
 
 def _participants(state: ServerState, config: Config) -> frozenset[str]:
-    """The clients that train in this round, drawn anew in each."""
+    """The clients that train in this round, drawn anew in each: those with the lowest draws of their own streams."""
     number = max(1, round(config.federation.participation * len(state.clients)))
-    drawn = stream(config.seed, "participation", state.round).choice(len(state.clients), number, replace=False)
-    return frozenset(state.clients[index] for index in drawn)
+    draws = {name: stream(config.seed, "participation", state.round, name).random() for name in state.clients}
+    return frozenset(sorted(draws, key=draws.__getitem__)[:number])

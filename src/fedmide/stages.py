@@ -20,8 +20,8 @@ from fedmide.errors import RunFolderError
 from fedmide.evaluation import summary
 from fedmide.evaluation.measure import Measured, measure
 from fedmide.generation import default_max_new_tokens
-from fedmide.inputs import Inputs, now, read
-from fedmide.journal import RunFolder, create, reopen
+from fedmide.inputs import Inputs, Tell, changed, now, read
+from fedmide.journal import RunFolder, check_new, create, locked, reopen
 from fedmide.ledger import before
 from fedmide.localmodel import Adapter
 from fedmide.messages import ClientTask
@@ -30,6 +30,9 @@ from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
 from fedmide.server import Delivery, ServerState
+
+STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
+"""How far a run is, as its manifest says."""
 
 Advance = Callable[[int, str], None]
 """Tells how many units of work were done, and a word on the latest."""
@@ -60,24 +63,35 @@ class Run:
         return self.folder.config
 
 
-def start(config: Config, path: Path) -> Run:
-    """A new run in a new folder. All input is read and checked before anything is written."""
-    inputs = read(config)
+@contextmanager
+def start(config: Config, path: Path, tell: Tell = lambda message: None) -> Iterator[Run]:
+    """A new run in a new folder, which no other process gets at meanwhile.
+
+    All input is read and checked before anything is written.
+    """
+    check_new(path, config)
+    inputs = read(config, tell)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
     check_room(path, num_adapters * len(adapters.encode(inputs.fresh_adapter())))
-    return Run(create(path, config, inputs.manifest), inputs)
+    with locked(path):
+        tell(f"the run is in {path}")
+        yield Run(create(path, config, inputs.manifest), inputs)
 
 
-def resume(path: Path, config: Config | None = None) -> Run:
-    """An earlier run, to go on with; refused where its data or its model are no longer the same."""
+@contextmanager
+def resume(path: Path, config: Config | None = None, tell: Tell = lambda message: None) -> Iterator[Run]:
+    """An earlier run, to go on with, which no other process gets at meanwhile.
+
+    Refused where its configuration, its data or its model are no longer the same.
+    """
     folder = reopen(path, config)
-    inputs = read(folder.config)
-    earlier = folder.read_manifest()
-    changed = [name for name in ("data", "model") if earlier[name] != inputs.manifest[name]]
-    if changed:
-        problems = [f"{path}: the {name} is not what the run began with" for name in changed]
-        raise RunFolderError(problems, "Bring it back, or start a new run")
-    return Run(folder, inputs)
+    with locked(path):
+        tell(f"going on with {path}")
+        earlier = folder.read_manifest()
+        inputs = read(folder.config, tell)
+        if problems := list(changed(earlier, inputs.manifest)):
+            raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
+        yield Run(folder, inputs)
 
 
 def train(run: Run, progress: Progress = silent) -> None:
@@ -88,21 +102,23 @@ def train(run: Run, progress: Progress = silent) -> None:
     runtime = InProcess(sites, run.inputs.resident, run.folder.save_ledger)
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
-    with _timed(run, "trained"), progress("rounds", num_tasks, "client rounds") as advance:
-        state = run_rounds(state, run.config, _shown(runtime, advance), run.folder.commit_round)
-        write_folder(run.folder.path / "adapter", peft_files(state.adapter, run.inputs.resident.model.lora))
+    with _timed(run, "trained", num_tasks), progress("rounds", num_tasks, "client rounds") as advance:
+        state = run_rounds(state, run.config, _shown(run, runtime, advance), run.folder.commit_round)
+        if not run.folder.adapter.is_dir():
+            write_folder(run.folder.adapter, peft_files(state.adapter, run.inputs.resident.model.lora))
 
 
 def personalize(run: Run, progress: Progress = silent) -> None:
     """Stage 2: each client tunes the aggregated adapter on its own records. Leaves `clients/ID/adapter/`."""
     state = _trained(run)
+    run.folder.rebuild_events()
     plan = server.plan(state, run.config)
     tasks = [task for task in plan if not run.folder.personal_adapter(task.client).is_dir()]
     sites = {task.client: _site(run, task.client, state.round) for task in tasks}
     runtime = InProcess(sites, run.inputs.resident, lambda site: None)
     lora = run.inputs.resident.model.lora
-    with _timed(run, "personalized"), progress("personalisation", len(tasks), "clients") as advance:
-        for delivery in _shown(runtime, advance)(tasks):
+    with _timed(run, "personalized", len(tasks)), progress("personalisation", len(tasks), "clients") as advance:
+        for delivery in _shown(run, runtime, advance)(tasks):
             _, tuned = server.apply(state, [delivery], run.config)
             adapter = sites.pop(delivery.client).adapter
             assert adapter is not None  # personalisation always leaves one
@@ -114,8 +130,12 @@ def generate(run: Run, progress: Progress = silent) -> None:
     _trained(run)
     if not run.config.generation.enabled:
         return
+    if not _is_personalized(run):
+        raise RunFolderError(
+            f"{run.folder.path}: no client is personalised", f"First: fedmide personalize {run.folder.path}"
+        )
     names = [name for name in run.inputs.clients if not run.folder.predictions(name).exists()]
-    with _timed(run, "generated"), progress("generation", len(names), "clients") as advance:
+    with _timed(run, "generated", len(names)), progress("generation", len(names), "clients") as advance:
         for name in names:
             write_file(run.folder.predictions(name), _responses(run, name))
             advance(1, f"client {name}")
@@ -128,9 +148,10 @@ def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
     measured is kept on its site, so that an evaluation that was stopped goes on.
     """
     aggregated = _trained(run).adapter
-    work = [(name, stage) for name in run.inputs.clients for stage in _available(run, name)]
+    stages = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
+    work = [(name, stage) for name in run.inputs.clients for stage in stages]
     measured: dict[str, dict[summary.StageName, Measured]] = {name: {} for name in run.inputs.clients}
-    with _timed(run, "evaluated"), progress("evaluation", len(work), "adapters") as advance:
+    with _timed(run, "evaluated", len(work)), progress("evaluation", len(work), "adapters") as advance:
         for name, stage in work:
             measured[name][stage] = _measured(run, name, stage, aggregated)
             advance(1, f"client {name}, {stage}")
@@ -153,9 +174,22 @@ def _begin(run: Run) -> ServerState:
 def _trained(run: Run) -> ServerState:
     """The state after the last federated round; a run that is not there yet is refused."""
     state = run.folder.last_round(_begin(run))
-    if state.round < run.config.federation.rounds or not (run.folder.path / "adapter").is_dir():
-        raise RunFolderError(f"{run.folder.path}: the rounds are not finished", "First: fedmide train RUN")
+    if state.round < run.config.federation.rounds or not run.folder.adapter.is_dir():
+        raise RunFolderError(
+            f"{run.folder.path}: the rounds are not finished", f"First: fedmide train --resume {run.folder.path}"
+        )
     return state
+
+
+def _is_personalized(run: Run) -> bool:
+    """Whether the clients are personalised; some of them, and others not, is refused."""
+    missing = [name for name in run.inputs.clients if not run.folder.personal_adapter(name).is_dir()]
+    if 0 < len(missing) < len(run.inputs.clients):
+        raise RunFolderError(
+            f"{run.folder.path}: clients not yet personalised: {', '.join(missing)}",
+            f"First: fedmide personalize {run.folder.path}",
+        )
+    return not missing
 
 
 def _site(run: Run, name: str, next_round: int) -> ClientState:
@@ -172,12 +206,8 @@ def _site(run: Run, name: str, next_round: int) -> ClientState:
 
 
 def _personal_adapter(run: Run, name: str) -> Adapter:
-    path = run.folder.personal_adapter(name)
-    if not path.is_dir():
-        raise RunFolderError(
-            f"{run.folder.path}: client {name!r} is not personalised", "First: fedmide personalize RUN"
-        )
-    return adapters.read(path / "adapter_model.safetensors", run.inputs.resident.model.shapes)
+    path = run.folder.personal_adapter(name) / "adapter_model.safetensors"
+    return adapters.read(path, run.inputs.resident.model.shapes)
 
 
 def _responses(run: Run, name: str) -> bytes:
@@ -199,16 +229,11 @@ def _responses(run: Run, name: str) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def _available(run: Run, name: str) -> tuple[summary.StageName, ...]:
-    personalized = run.folder.personal_adapter(name).is_dir()
-    return ("base", "aggregated", "personalized") if personalized else ("base", "aggregated")
-
-
 def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Measured:
     """What a client's test records measure under an adapter; kept, so that it is measured once."""
-    path = run.folder.site(name) / f"evaluation-{stage}.json"
-    if path.exists():
-        return Measured.from_dict(json.loads(path.read_text("utf-8")))
+    earlier = run.folder.read_evaluation(name, stage)
+    if earlier is not None:
+        return Measured.from_dict(earlier)
     measured = measure(
         run.inputs.resident,
         _adapter(run, name, stage, aggregated),
@@ -216,7 +241,7 @@ def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter
         run.inputs.clients[name],
         run.config,
     )
-    write_file(path, to_json(asdict(measured)))
+    run.folder.save_evaluation(name, stage, asdict(measured))
     return measured
 
 
@@ -231,25 +256,38 @@ def _set_figures(run: Run, name: str) -> dict[str, Any]:
     return summary.set_figures(run.folder.read_ledger(name), records)
 
 
-def _shown(runtime: Runtime, advance: Advance) -> Runtime:
+def _shown(run: Run, runtime: Runtime, advance: Advance) -> Runtime:
     """The same runtime, with progress told after every delivery."""
 
     def deliver(tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
         for delivery in runtime(tasks):
-            advance(1, f"round {tasks[0].round}, client {delivery.client}")
+            advance(1, _note(run, tasks[0].round, delivery))
             yield delivery
 
     return deliver
 
 
+def _note(run: Run, round_number: int, delivery: Delivery) -> str:
+    """A word on what a client has just done."""
+    title = f"{run.folder.round_name(round_number)}, " if round_number < run.config.federation.rounds else ""
+    loss = delivery.reply.metrics.get("loss") if delivery.reply else None
+    return f"{title}client {delivery.client}" + (f", loss {loss.sum / loss.count:.3f}" if loss else "")
+
+
 @contextmanager
-def _timed(run: Run, status: str) -> Iterator[None]:
-    """Notes in the manifest that a stage ended, and how long it has worked, restarts included."""
+def _timed(run: Run, status: str, work: int) -> Iterator[None]:
+    """Notes in the manifest that a stage ended, and how long it has worked, restarts included.
+
+    A stage that had no work left does not set the status back to its own.
+    """
     begun = time.perf_counter()
+    ended = {}
     try:
         yield
+        earlier = run.folder.read_manifest()["status"]
+        if work or STATUSES.index(status) > STATUSES.index(earlier):
+            ended = {"status": status, "updated": now()}
     finally:
-        seconds = run.folder.read_manifest().get("seconds", {})
+        seconds = run.folder.read_manifest()["seconds"]
         spent = seconds.get(status, 0.0) + time.perf_counter() - begun
-        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)})
-    run.folder.update_manifest(status=status, updated=now())
+        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)}, **ended)

@@ -1,6 +1,7 @@
 """Thresholds that part a set of scores in two: Otsu's and the median.
 
-Each rule gives None where it can't part anything: fewer than two scores, all equal, or one that is not finite.
+Each rule gives None where it can't part anything: fewer than two scores, all equal, or one that is not finite; the
+rule of 256 bins also where the scores lie so close that a float64 can't tell its bins apart.
 
 Reference: N. Otsu, A threshold selection method from gray-level histograms, IEEE Trans. SMC 9(1), 1979.
 """
@@ -19,9 +20,10 @@ NUM_BINS = 256
 def otsu_256(scores: ArrayLike) -> float | None:
     """Otsu's threshold as the published method computes it: left edge of the best of 256 bins.
 
-    Sums are float32 and class means are of the bins' left edges, because the published sets depend on both: in
-    float64 one client's split moves by a record. The left edge can be the lowest score itself (where the best cut
-    lies within the first bin); then no record is below it.
+    Probabilities and their sums are float32 and class means are of the bins' left edges, as published: all bins of a
+    gap are equally good but for rounding, so float64 would split some sets elsewhere. The left edge can be the lowest
+    score itself (where the best cut lies within the first bin); then no record is below it. Float32 sums can end just
+    below 1, so scores that all lie within some 1e-4 of each other are not parted sensibly; `otsu_exact` has neither.
 
     >>> otsu_256([0.0, 0.1, 1.0, 1.2])
     0.0984375
@@ -29,10 +31,14 @@ def otsu_256(scores: ArrayLike) -> float | None:
     values = _usable(scores)
     if values is None:
         return None
-    counts, edges = np.histogram(values, bins=NUM_BINS)
+    edges = np.linspace(values.min(), values.max(), NUM_BINS + 1)
+    if not (edges[:-1] < edges[1:]).all():
+        return None
+    unit = np.frexp(np.abs(values).max())[1]  # a power of two: exact, and squares can't overflow
+    counts, scaled_edges = np.histogram(np.ldexp(values, -unit), bins=NUM_BINS)
     probability = counts.astype(np.float32) / np.float32(counts.sum())
     below = np.cumsum(probability)
-    moment = np.cumsum(probability * edges[:-1].astype(np.float32))
+    moment = np.cumsum(probability * scaled_edges[:-1])
     between = np.full(NUM_BINS, -np.inf)
     inner = (below > 0) & (below < 1)
     weight = below[inner]
@@ -53,13 +59,14 @@ def otsu_exact(scores: ArrayLike) -> float | None:
         return None
     ordered = np.sort(values)
     num_below = np.arange(1, len(ordered))
-    sums = np.cumsum(ordered)
+    sums = np.cumsum((ordered - ordered[0]) / (ordered[-1] - ordered[0]))
     mean_below = sums[:-1] / num_below
     mean_above = (sums[-1] - sums[:-1]) / (len(ordered) - num_below)
     between = num_below * (len(ordered) - num_below) * (mean_below - mean_above) ** 2
     between[ordered[1:] == ordered[:-1]] = -np.inf  # equal scores can't be parted
     cut = int(np.argmax(between))
-    return float((ordered[cut] + ordered[cut + 1]) / 2)
+    lowest_above = np.nextafter(ordered[cut], ordered[cut + 1])  # the middle of two neighbours is one of them
+    return float(max(lowest_above, ordered[cut] + (ordered[cut + 1] - ordered[cut]) / 2))
 
 
 def median(scores: ArrayLike) -> float | None:
@@ -69,7 +76,8 @@ def median(scores: ArrayLike) -> float | None:
     2.0
     """
     values = _usable(scores)
-    return None if values is None else float(np.median(values))
+    # not np.median, which adds two scores and so can overflow
+    return None if values is None else float(np.quantile(values, 0.5))
 
 
 RULES: Mapping[ThresholdRule, Callable[[ArrayLike], float | None]] = MappingProxyType(

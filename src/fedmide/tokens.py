@@ -3,10 +3,16 @@
 Prompt and response are encoded apart and joined, so the boundary is exact and equal to what generation sees. Every
 response ends with the end-of-sequence token unless it was cut. Padding is on the right: with a causal model nothing
 before it can see it, so no attention mask is needed.
+
+A control token's text within a record is plain text: a record can neither end its own response nor fake a turn of a
+chat. Only what a template writes around a record becomes control tokens.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import hashlib
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
@@ -25,9 +31,11 @@ class Tokenizer(Protocol):
     """What is needed of a tokenizer; transformers' own have it."""
 
     eos_token_id: int | None
+    chat_template: str | None
+    added_tokens_decoder: Mapping[int, Any]
 
-    def __call__(self, text: str, *, add_special_tokens: bool) -> Any:
-        """A mapping whose `input_ids` are the text's ids."""
+    def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> Any:
+        """A mapping whose `input_ids` are the text's ids; control tokens in it are plain text where they are split."""
 
     def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
         """The conversation as text."""
@@ -65,12 +73,15 @@ class Encoder:
 
     def prompt_ids(self, record: Record) -> list[int]:
         """The prompt's ids, with whatever the tokenizer puts before plain text."""
-        return self._prompt(record)
+        text, mark = self._marked_prompt(record)
+        ids = list(self._opening)
+        for number, piece in enumerate(text.split(mark)):
+            ids += self._ids(piece, plain=number % 2 == 1)
+        return ids
 
     def response_ids(self, text: str) -> list[int]:
         """The response's ids and the end of sequence."""
-        ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]
-        return [*ids, _end_of_sequence(self.tokenizer)]
+        return [*self._ids(text, plain=True), _end_of_sequence(self.tokenizer)]
 
     def encode(self, record: Record, response: str | None = None) -> Example:
         """The record's example; another `response` takes the place of its own.
@@ -78,10 +89,11 @@ class Encoder:
         Raises `DataError` where the prompt leaves no room for a response.
         """
         answer = self.response_ids(record.response if response is None else response)
-        prompt = self._prompt(record)
-        cut = False
-        if len(prompt) >= self.cutoff:
-            prompt, cut = self._shortened(record, len(prompt), min(len(answer), self.cutoff // ROOM)), True
+        prompt = self.prompt_ids(record)
+        room = min(len(answer), self.cutoff // ROOM) if self.overflow == "cut" else 1
+        cut = len(prompt) > self.cutoff - room
+        if cut:
+            prompt = self._shortened(record, len(prompt), room)
         ids = np.asarray((prompt + answer)[: self.cutoff], dtype=np.int64)
         return Example(record.id, ids, len(prompt), cut or len(prompt) + len(answer) > self.cutoff)
 
@@ -91,28 +103,56 @@ class Encoder:
             raise DataError(f"a prompt of {num_tokens} tokens leaves no room below the cutoff of {self.cutoff}")
         for field in ("context", "instruction"):
             record = _longest_beginning(record, field, self._fits(room))
-            prompt = self._prompt(record)
+            prompt = self.prompt_ids(record)
             if len(prompt) <= self.cutoff - room:
                 return prompt
         raise DataError(f"the prompt's template alone leaves no room below the cutoff of {self.cutoff}")
 
     def _fits(self, room: int) -> Callable[[Record], bool]:
-        return lambda record: len(self._prompt(record)) <= self.cutoff - room
+        return lambda record: len(self.prompt_ids(record)) <= self.cutoff - room
 
-    def _prompt(self, record: Record) -> list[int]:
+    def _marked_prompt(self, record: Record) -> tuple[str, str]:
+        """The prompt's text and a mark that stands before and after each control token out of the record.
+
+        The mark is a hash of the record, which therefore can't hold it.
+        """
+        mark = hashlib.sha256(f"{record.instruction}\x1f{record.context}".encode()).hexdigest()
+        if self._control is not None:
+            marked = f"{mark}\\g<0>{mark}"
+            instruction, context = (self._control.sub(marked, text) for text in (record.instruction, record.context))
+            record = replace(record, instruction=instruction, context=context)
         if self.template == "chat":
-            text = self.tokenizer.apply_chat_template(chat_messages(record), tokenize=False, add_generation_prompt=True)
-            ids: list[int] = self.tokenizer(text, add_special_tokens=False)["input_ids"]  # the template has them
-        else:
-            text = render(self.template, record)
-            ids = self.tokenizer(text, add_special_tokens=True)["input_ids"]
+            messages = chat_messages(record)
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), mark
+        return render(self.template, record), mark
+
+    def _ids(self, text: str, plain: bool) -> list[int]:
+        ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
         return ids
+
+    @cached_property
+    def _control(self) -> re.Pattern[str] | None:
+        """What finds the texts of control tokens, the longest first where one begins another."""
+        texts = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        longest_first = sorted(texts, key=lambda text: (-len(text), text))
+        return re.compile("|".join(map(re.escape, longest_first))) if texts else None
+
+    @cached_property
+    def _opening(self) -> list[int]:
+        """What the tokenizer puts before plain text; a chat template writes that itself."""
+        if self.template == "chat":
+            return []
+        whole: list[int] = self.tokenizer("a", add_special_tokens=True, split_special_tokens=False)["input_ids"]
+        return whole[: whole.index(self._ids("a", plain=False)[0])]
 
 
 def encoder(tokenizer: Tokenizer, model: ModelConfig, prompt: PromptConfig) -> Encoder:
     """The encoder that the configuration describes."""
     _end_of_sequence(tokenizer)
-    return Encoder(tokenizer, resolve(prompt.template), model.cutoff, prompt.overflow)
+    template = resolve(prompt.template)
+    if template == "chat" and not tokenizer.chat_template:
+        raise ModelError("prompt.template = 'chat': the tokenizer has no chat template", "Use another prompt.template")
+    return Encoder(tokenizer, template, model.cutoff, prompt.overflow)
 
 
 def encode_all(encode: Encoder, records: Sequence[Record], where: str) -> tuple[Example, ...]:

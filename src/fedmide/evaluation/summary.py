@@ -21,6 +21,7 @@ from fedmide.records import RecordId
 
 StageName = Literal["base", "aggregated", "personalized"]
 STAGES: tuple[StageName, ...] = ("base", "aggregated", "personalized")
+TEXT_METRICS = ("rouge1", "rouge2", "rouge_l", "exact_match", "token_f1")
 
 Figures = dict[str, Any]
 
@@ -73,7 +74,7 @@ def set_figures(ledger: Ledger, records: Sequence[RecordId]) -> Figures:
         "personal": len(now.personal),
         "shared_at_split": sum(entry.set == "shared" for entry in first),
         "enrolled": sum(entry.set == "shared" for entry in judged[len(first) :]),
-        "not_finite": sum(entry.reason == "not-finite" for entry in judged),
+        "not_finite": len({entry.record_id for entry in judged if entry.score is None}),
         "threshold": first[0].threshold if first else None,
         "spearman_score_tokens": spearman(
             [entry.score for entry in scored if entry.score is not None],
@@ -125,7 +126,7 @@ def _choice_figures(measured: Measured) -> Figures | None:
 
 
 def _over(clients: Mapping[str, Figures]) -> Figures:
-    """The figures over clients of each stage that all of them have."""
+    """The figures over the clients that have any, of each stage and of the generated responses."""
     figures: Figures = {}
     for stage in STAGES:
         rows = {name: each["stages"].get(stage) for name, each in clients.items()}
@@ -136,6 +137,9 @@ def _over(clients: Mapping[str, Figures]) -> Figures:
                 "response_nll": _figures_over(likelihoods, "value", rows, lower_is_better=True),
                 "choice_accuracy": _figures_over(choices, "accuracy", rows, lower_is_better=False),
             }
+    texts = {name: each["generation"] for name, each in clients.items() if each["generation"]}
+    if texts:
+        figures["generation"] = {metric: _text_over(texts, metric) for metric in TEXT_METRICS}
     return figures
 
 
@@ -146,6 +150,11 @@ def _figures_over(
         return None
     weights = {name: rows[name]["num_records"] for name in values}
     return asdict(over_clients({name: each[key] for name, each in values.items()}, weights, lower_is_better))
+
+
+def _text_over(texts: Mapping[str, Figures], metric: str) -> Figures | None:
+    values = {name: each[metric] for name, each in texts.items()}
+    return _figures_over(values, "value", texts, lower_is_better=False)
 
 
 def _protocol(config: Config, prompt_hash: str) -> Figures:

@@ -1,0 +1,146 @@
+"""What is measured on test records equals a slow loop over plain transformers, and survives JSON."""
+
+import json
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fedmide.atomic import to_json
+from fedmide.config import Config, EvaluationConfig, ModelConfig, PromptConfig, RuntimeConfig
+from fedmide.evaluation.choice import choice_accuracy, draw_choices
+from fedmide.evaluation.measure import Measured, measure
+from fedmide.localmodel import Adapter
+from fedmide.prompts import ALPACA, render
+from fedmide.records import ClientData, Record, client_data
+from fedmide.resident import Resident, open_model
+from fedmide.tokens import encoder
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ANSWERS = ("yes", "no", "the liver", "a stone in the bile duct", "no", "rest", "fluids and rest")
+CLIENT = client_data(
+    "a",
+    [Record("never measured", "x")],
+    test=[Record(f"Question {number}?", answer, context="on " * number) for number, answer in enumerate(ANSWERS)],
+)
+CONFIG = Config(
+    seed=4,
+    model=ModelConfig(name="tiny-random", dtype="float32", device="cpu"),
+    runtime=RuntimeConfig(threads=1),
+)
+
+
+@pytest.fixture(scope="module")
+def resident(tiny_folder: Path) -> Resident:
+    return open_model(CONFIG, tiny_folder)
+
+
+@pytest.fixture(scope="module")
+def adapter(resident: Resident) -> Adapter:
+    draw = np.random.default_rng(0)
+    return {name: draw.normal(0, 0.2, shape).astype(np.float32) for name, shape in resident.model.shapes.items()}
+
+
+def measured(resident: Resident, adapter: Adapter, client: ClientData = CLIENT, config: Config = CONFIG) -> Measured:
+    encode = encoder(resident.model.tokenizer, config.model, config.prompt)
+    return measure(resident, adapter, encode, client, config)
+
+
+def merged(folder: Path, adapter: Adapter) -> Any:
+    """A plain model with W + alpha / r * B A for its weights."""
+    network = AutoModelForCausalLM.from_pretrained(folder).eval()
+    weights = dict(network.named_parameters())
+    with torch.no_grad():
+        for name, array in adapter.items():
+            if ".lora_A." in name:
+                update = torch.tensor(adapter[name.replace("lora_A", "lora_B")]) @ torch.tensor(array)
+                weights[name.removeprefix("base_model.model.").replace(".lora_A", "")] += 16.0 / 8 * update
+    return network
+
+
+def response_nll(network: Any, tokenizer: Any, record: Record, response: str) -> tuple[float, int]:
+    """Summed NLL of the response's tokens and the end of sequence, after the record's prompt."""
+    prompt = tokenizer(render(ALPACA, record))["input_ids"]
+    answer = [*tokenizer(response)["input_ids"], tokenizer.eos_token_id]
+    with torch.no_grad():
+        logits = network(torch.tensor([prompt + answer])).logits[0].double()
+    log_probabilities = torch.log_softmax(logits, dim=-1)
+    return -sum(float(log_probabilities[len(prompt) - 1 + t, token]) for t, token in enumerate(answer)), len(answer)
+
+
+def test_choices_equal_a_slow_loop(tiny_folder: Path, resident: Resident, adapter: Adapter) -> None:
+    found = measured(resident, adapter)
+    network, tokenizer = merged(tiny_folder, adapter), resident.model.tokenizer
+    draws = draw_choices(ANSWERS, 4, CONFIG.seed, "a")
+    best = []
+    for number, (record, drawn) in enumerate(zip(CLIENT.test, draws, strict=True)):
+        options = [record.response, *(ANSWERS[other] for other in drawn)]
+        assert len(set(options)) == 4
+        slow = [response_nll(network, tokenizer, record, option) for option in options]
+        assert found.choices[number] == pytest.approx([nll for nll, _ in slow], rel=1e-5)
+        assert found.lengths[number] == tuple(map(len, options))
+        assert (found.nll_sums[number], found.num_tokens[number]) == (found.choices[number][0], slow[0][1])
+        best.append(float(min(slow)[0] == slow[0][0]))
+    assert found.record_ids == tuple(record.id for record in CLIENT.test)
+    assert found.num_truncated == 0
+    assert choice_accuracy(found.choices, found.lengths).correct.tolist() == best
+    assert 0 < sum(best) < len(best)
+
+
+def test_number_of_choices_is_configured(resident: Resident, adapter: Adapter) -> None:
+    config = CONFIG.model_copy(update={"evaluation": EvaluationConfig(choices=3)})
+    assert {len(row) for row in measured(resident, adapter, config=config).choices} == {3}
+
+
+def test_likelihoods_do_not_hang_on_the_choices(resident: Resident, adapter: Adapter) -> None:
+    config = CONFIG.model_copy(update={"seed": 5, "evaluation": EvaluationConfig(choices=2)})
+    one, two = measured(resident, adapter), measured(resident, adapter, config=config)
+    assert two.nll_sums == pytest.approx(one.nll_sums, rel=1e-6)
+    assert two.num_tokens == one.num_tokens
+
+
+def test_one_response_for_all_gives_no_choice(resident: Resident, adapter: Adapter) -> None:
+    same = replace(CLIENT, test=tuple(replace(record, response="no") for record in CLIENT.test))
+    found = measured(resident, adapter, same)
+    assert (found.choices, found.lengths) == ((), ())
+    assert len(found.nll_sums) == len(CLIENT.test)
+
+
+def test_no_test_records(resident: Resident, adapter: Adapter) -> None:
+    found = measured(resident, adapter, replace(CLIENT, test=()))
+    assert found == Measured((), (), (), (), (), 0)
+
+
+def test_what_was_cut_is_counted(resident: Resident, adapter: Adapter) -> None:
+    longest = max(len(render(ALPACA, record)) for record in CLIENT.test)
+    tight = CONFIG.model_copy(
+        update={"model": CONFIG.model.model_copy(update={"cutoff": longest + 4}), "prompt": PromptConfig()}
+    )
+    found = measured(resident, adapter, config=tight)
+    assert 0 < found.num_truncated < sum(map(len, found.choices))
+
+
+def test_json_and_back(resident: Resident, adapter: Adapter) -> None:
+    found = measured(resident, adapter)
+    assert Measured.from_dict(json.loads(to_json(asdict(found)))) == found
+
+
+def test_values_that_are_not_finite_come_back() -> None:
+    """Likelihoods as NaN, which is counted; choices as infinite, which is the worst."""
+    found = Measured(("x", "y"), (math.nan, 2.0), (3, 4), ((math.nan, 1.0), (2.0, math.inf)), ((1, 2), (3, 4)), 1)
+    again = Measured.from_dict(json.loads(to_json(asdict(found))))
+    assert math.isnan(again.nll_sums[0])
+    assert again.choices == ((math.inf, 1.0), (2.0, math.inf))
+    assert replace(again, nll_sums=(0.0, 2.0), choices=()) == replace(found, nll_sums=(0.0, 2.0), choices=())
+
+
+def test_adapter_that_is_not_a_number_is_measured(resident: Resident, adapter: Adapter) -> None:
+    found = measured(resident, {name: np.full_like(array, np.nan) for name, array in adapter.items()})
+    assert all(math.isnan(value) for value in found.nll_sums)
+    assert sum(found.num_tokens) == sum(len(answer.encode()) + 1 for answer in ANSWERS)

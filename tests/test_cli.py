@@ -1,0 +1,574 @@
+"""The command line as its user meets it: results on stdout, everything else on stderr, mistakes as one paragraph."""
+
+import errno
+import json
+import os
+import subprocess
+import sys
+import typing
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from fedmide import __version__, cli, config, stages
+
+SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fedmide-data" / "8"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> Any:
+        """The one JSON object on stdout."""
+        values = json.loads(self.out, parse_constant=pytest.fail)
+        assert isinstance(values, dict)
+        return values
+
+    @property
+    def refusal(self) -> str:
+        """The one paragraph of a refused command."""
+        assert self.code == 2, self.err
+        assert "Traceback" not in self.err
+        lines = [line for line in self.err.splitlines() if not line.startswith(PROGRESS)]
+        assert len(lines) == 1 and lines[0].startswith("fedmide: "), self.err
+        return lines[0].removeprefix("fedmide: ")
+
+
+PROGRESS = ("fedmide: reading the records", "fedmide: loading ", "fedmide: the run is in", "fedmide: going on with")
+
+
+@pytest.fixture
+def fedmide(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Outcome]:
+    """The command, run in this process."""
+
+    def run(*args: str | Path) -> Outcome:
+        monkeypatch.setattr(sys, "argv", ["fedmide", *(str(arg) for arg in args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        captured = capsys.readouterr()
+        code = ended.value.code
+        return Outcome(0 if code is None else int(code), captured.out, captured.err)
+
+    return run
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+# --- help, version, mistakes on the command line
+
+
+def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
+    for args in (["--help"], []):
+        shown = fedmide(*args)
+        assert shown.code == (0 if args else 2) and shown.err == ""
+        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "split", "data"):
+            assert f" {verb} " in shown.out
+    assert fedmide("data").code == 2 and " check " in fedmide("data").out
+
+
+def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
+    assert fedmide("--version") == Outcome(0, f"fedmide {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("args", "problem"),
+    [
+        (["run", "--nonsense"], "No such option '--nonsense'. See fedmide run --help"),
+        (["fly"], "No such command 'fly'. See fedmide --help"),
+        (["personalize"], "Missing argument 'PATH'. See fedmide personalize --help"),
+        (
+            ["split", "x.json", "--rule", "best"],
+            "is not one of 'otsu-256', 'otsu-exact', 'median'. See fedmide split --help",
+        ),
+        (["data", "build", "x", "--clients", "0"], "0 is not in the range x>=1. See fedmide data build --help"),
+        (["run"], "nothing to run. Give a configuration such as examples/tiny.toml, or --resume RUN"),
+        (["train"], "nothing to run. Give a configuration"),
+        (["run", "--set", "seed=1"], "nothing to run"),
+        (["run", "--resume", "R", "--set", "seed=1"], "--set can't change a run that has begun"),
+        (["run", "--resume", "R", "--out", "O"], "--out O can't be given for the run in R"),
+        (["run", ".", "--out", "O"], "--out O can't be given for the run in ."),
+        (["run", ".", "--resume", "R"], ". and --resume R are both run folders"),
+        (["run", "."], ". is no run folder: it has no config.toml. Start a run with fedmide run CONFIG"),
+        (["evaluate", "R"], "R is no run folder: it is no folder"),
+        (["run", "--resume", "R"], "R is no run folder: it is no folder"),
+        (["run", "none.toml"], "none.toml: no such file. Give a TOML file such as examples/tiny.toml"),
+        (["split", "none.json"], "none.json: not readable: No such file or directory"),
+        (["data", "check", "none"], "none: no such folder"),
+    ],
+)
+def test_a_mistaken_command_is_one_paragraph(
+    args: list[str], problem: str, fedmide: Callable[..., Outcome], here: Path
+) -> None:
+    plain, as_json = fedmide(*args), fedmide(*args, "--json")
+    assert problem in plain.refusal and plain.out == ""
+    assert as_json.refusal == plain.refusal == as_json.json["error"]
+    assert as_json.json["problems"]
+    assert list(here.iterdir()) == []
+
+
+def test_the_rules_of_the_command_line_are_those_of_the_configuration() -> None:
+    assert typing.get_args(cli.Rule) == typing.get_args(config.ThresholdRule)
+
+
+# --- mistakes in a configuration
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems"),
+    [
+        (["federation.round=3"], ["unknown key 'federation.round' (did you mean 'federation.rounds'?)"]),
+        (["federatoin.rounds=3"], ["unknown key 'federatoin' (did you mean 'federation'?)"]),
+        (
+            ["seed=-1", "training.batch_size=0", "federation.participation=2", 'scoring.positions="some"'],
+            ["seed = -1: ", "training.batch_size = 0", "federation.participation = 2", "scoring.positions = 'some'"],
+        ),
+        (["lora.blocks=none"], ["lora.blocks = 'none'"]),
+        (["seed"], ["--set 'seed': expected section.key=value"]),
+        (["seed.deep=1", "=1"], ["--set 'seed.deep=1': expected section.key=value", "--set '=1': expected"]),
+    ],
+)
+def test_every_mistake_in_a_configuration_is_told_at_once(
+    overrides: list[str], problems: list[str], fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    told = fedmide("run", small_input.config, *(word for each in overrides for word in ("--set", each))).refusal
+    for problem in problems:
+        assert problem in told
+    assert told.startswith(f"{len(problems)} problems: ") == (len(problems) > 1)
+    assert list(here.iterdir()) == []
+
+
+def test_a_broken_configuration_is_told_with_its_place(fedmide: Callable[..., Outcome], here: Path) -> None:
+    Path("c.toml").write_text("seed = \n")
+    assert "c.toml: not readable as TOML: Invalid value (at line 1" in fedmide("run", "c.toml").refusal
+
+
+# --- mistakes in the input
+
+
+def break_json(given: Any) -> None:
+    (given.data / "a" / "training.jsonl").write_text('{"instruction": "x", "response": "y"}\n{"instruction": \n')
+
+
+def leave_out_a_field(given: Any) -> None:
+    (given.data / "b" / "test.jsonl").write_text('{"instruction": "x"}\n{"instruction": 3, "response": ""}\n')
+
+
+def empty_a_file(given: Any) -> None:
+    (given.data / "a" / "test.jsonl").write_text("")
+
+
+def repeat_a_client(given: Any) -> None:
+    (given.data / "A.json").write_text('[{"instruction": "x", "response": "y"}]')
+
+
+def lose_the_data(given: Any) -> None:
+    given.data.rename(given.folder / "elsewhere")
+
+
+def nothing(given: Any) -> None:
+    """Leaves the input as it is."""
+
+
+@pytest.mark.parametrize(
+    ("spoil", "overrides", "problems"),
+    [
+        (break_json, [], ["a/training.jsonl:2: broken JSON"]),
+        (
+            leave_out_a_field,
+            [],
+            [
+                "b/test.jsonl:1: field 'response' is missing, expected text",
+                "b/test.jsonl:2: field 'instruction' is int, expected text",
+                "b/test.jsonl:2: field 'response' is empty, expected text",
+            ],
+        ),
+        (empty_a_file, [], ["a/test.jsonl: no records, expected at least one"]),
+        (repeat_a_client, [], ["duplicate client name, whatever its case: A, a"]),
+        (
+            lose_the_data,
+            ["prompt.template=alpac"],
+            ["no such folder", "prompt.template = 'alpac'", "(did you mean 'alpaca'?)"],
+        ),
+        (nothing, ["data.path="], ["data.path is empty"]),
+        (
+            nothing,
+            ["model.name=tiny-randm"],
+            ["model.name = 'tiny-randm': not a known model", "(did you mean 'tiny-random'?)"],
+        ),
+        (
+            nothing,
+            ["model.name={input}"],
+            ["input: no config.json", "input: no model.safetensors", "input: no tokenizer"],
+        ),
+        (nothing, ["lora.targets=nowhere"], ["lora.targets: 'nowhere' matches no linear layer", "This model has "]),
+        (nothing, ["lora.blocks=top:99"], ["lora.blocks = 'top:99': the model has "]),
+        (
+            nothing,
+            ["model.cutoff=14"],
+            [
+                "client 'a', training, record 1: a prompt of ",
+                "leaves no room below the cutoff of 14",
+                "Raise model.cutoff",
+            ],
+        ),
+    ],
+)
+def test_bad_input_is_one_paragraph_with_all_of_it_and_nothing_is_written(
+    spoil: Callable[[Any], None],
+    overrides: list[str],
+    problems: list[str],
+    fedmide: Callable[..., Outcome],
+    small_input: Any,
+    here: Path,
+) -> None:
+    spoil(small_input)
+    before = small_input.hashes()
+    settings = [each.format(input=small_input.folder) for each in overrides]
+    told = fedmide("run", small_input.config, *(word for each in settings for word in ("--set", each))).refusal
+    for problem in problems:
+        assert problem in told
+    assert list(here.iterdir()) == []
+    assert small_input.hashes() == before
+
+
+def test_no_message_holds_a_records_text(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
+    secret = "xylophone"
+    (small_input.data / "a" / "training.jsonl").write_text(
+        f'{{"instruction": "{secret}", "response": 7}}\n{{"instruction": "{secret}" "response": "{secret}"}}\n'
+    )
+    told = fedmide("run", small_input.config, "--json")
+    assert told.code == 2 and secret not in told.out + told.err
+
+
+def test_without_room_on_disk_nothing_is_begun(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fedmide.atomic.DISK_RESERVE_BYTES", 10**18)
+    assert "no room on disk: 1000000000000 MB needed" in fedmide("run", small_input.config).refusal
+    assert list(here.iterdir()) == []
+
+
+# --- runs
+
+
+@pytest.fixture(scope="module")
+def finished(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_input_at: Callable[[Path], Any], one_thread: None
+) -> Iterator[tuple[Any, Path]]:
+    """An input and the folder of its finished run; only to be read."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+        given = small_input_at(folder / "input")
+        with stages.start(config.load(given.config, QUICK), folder / "run") as run:
+            for stage in (stages.train, stages.personalize, stages.generate, stages.evaluate):
+                stage(run)
+        yield given, folder / "run"
+
+
+QUICK = ["federation.rounds=1", "personalization.epochs=1"]
+
+
+def test_a_run_tells_of_its_progress_and_ends_with_a_table_and_its_folder(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    settings = [word for each in QUICK for word in ("--set", each)]
+    first = fedmide("run", small_input.config, *settings)
+    assert first.code == 0
+    for part in ("client", "base", "aggregated", "personalised", "worst", "evaluated: runs/small-001\n"):
+        assert part in first.out
+    assert first.err.splitlines()[:4] == [
+        "fedmide: reading the records",
+        "fedmide: loading tiny-random",
+        "fedmide: the run is in runs/small-001",
+        "fedmide: rounds: 4 client rounds",
+    ]
+    for line in ("rounds: 4/4 client rounds", "personalisation: 2/2 clients", "evaluation: 6/6 adapters"):
+        assert f"fedmide: {line}, " in first.err
+    second = fedmide("train", small_input.config, *settings, "--json")
+    assert second.json["run"] == "runs/small-002" and second.json["status"] == "trained"
+    assert list(second.json["seconds"]) == ["trained"]
+    for verb, status in (("personalize", "personalized"), ("generate", "generated"), ("evaluate", "evaluated")):
+        assert fedmide(verb, "runs/small-002", "--json").json["status"] == status
+    one, two = (json.loads(Path(f"runs/small-00{number}/metrics.json").read_text()) for number in (1, 2))
+    assert one == two
+
+
+def test_a_finished_run_is_shown_again(
+    fedmide: Callable[..., Outcome], finished: tuple[Any, Path], small_input: Any
+) -> None:
+    path = finished[1]
+    metrics = json.loads((path / "metrics.json").read_text())
+    for args in (["run", "--resume", path], ["run", path], ["evaluate", path]):
+        shown = fedmide(*args, "--json").json
+        assert {key: shown[key] for key in metrics} == metrics
+        assert shown["run"] == str(path) and shown["status"] == "evaluated"
+
+
+def test_a_stage_out_of_order_is_refused(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
+    settings = [word for each in ("federation.rounds=0", "warmup.rounds=0") for word in ("--set", each)]
+    assert fedmide("train", small_input.config, *settings, "--out", "R").code == 0
+    assert fedmide("generate", "R").refusal.endswith("First: fedmide personalize R")
+    Path("R/adapter").rename("elsewhere")
+    for verb in ("personalize", "generate", "evaluate"):
+        assert fedmide(verb, "R", "--json").json["error"].endswith("First: fedmide train --resume R")
+
+
+def test_generation_that_is_not_wanted_is_told(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
+    settings = ["federation.rounds=0", "warmup.rounds=0", "generation.enabled=false"]
+    overrides = [word for each in settings for word in ("--set", each)]
+    assert fedmide("train", small_input.config, *overrides, "--out", "R").code == 0
+    assert "generation.enabled is false in this run" in fedmide("generate", "R").refusal
+
+
+def test_a_folder_that_is_taken_is_refused(fedmide: Callable[..., Outcome], finished: tuple[Any, Path]) -> None:
+    given, path = finished
+    settings = [word for each in QUICK for word in ("--set", each)]
+    same = fedmide("run", given.config, *settings, "--out", path)
+    assert same.refusal == f"{path} exists already. To go on with it: fedmide run --resume {path}"
+    other = fedmide("run", given.config, *settings, "--set", "seed=9", "--out", path)
+    assert other.refusal.startswith(f"seed is 3 in {path} and 9 here. {path} belongs to another configuration")
+    resumed = fedmide("run", given.config, "--resume", path, "--json")
+    assert [problem.split(" is ")[0] for problem in resumed.json["problems"]] == [
+        "federation.rounds",
+        "personalization.epochs",
+    ]
+    assert "exists already and holds something else" in fedmide("run", given.config, "--out", given.folder).refusal
+
+
+def test_changed_data_is_refused(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
+    settings = [word for each in ("federation.rounds=0", "warmup.rounds=0") for word in ("--set", each)]
+    assert fedmide("train", small_input.config, *settings, "--out", "R").code == 0
+    file = small_input.data / "b" / "test.jsonl"
+    file.write_text(file.read_text().replace("Find", "Seek"))
+    told = fedmide("run", "--resume", "R").refusal
+    assert told == (
+        "R: the records of client 'b' are not those that the run began with. Bring it back, or start a new run"
+    )
+
+
+def test_a_run_that_another_process_works_on_is_refused(
+    fedmide: Callable[..., Outcome], finished: tuple[Any, Path], small_input: Any
+) -> None:
+    with stages.resume(finished[1]):
+        assert "another process works on this run" in fedmide("run", "--resume", finished[1]).refusal
+
+
+def test_a_full_disk_is_told_and_the_run_goes_on(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [word for each in QUICK for word in ("--set", each)]
+    calls = iter(range(100))
+
+    def full(descriptor: int) -> None:
+        if next(calls) > 20:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        told = fedmide("run", small_input.config, *settings, "--out", "R")
+    assert told.code == 2 and "no room on disk. Free some and give the command again" in told.err
+    assert "Traceback" not in told.err
+    assert fedmide("run", "--resume", "R", "--json").json["status"] == "evaluated"
+
+
+def test_an_interrupt_is_told(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stages, "train", interrupt)
+    told = fedmide("run", small_input.config, "--out", "R")
+    assert told.code == 130
+    assert told.err.endswith("\nfedmide: stopped; a run that has begun goes on with fedmide run --resume RUN\n")
+
+
+def test_a_file_that_the_system_refuses_is_told(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*args: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", "some/file")
+
+    monkeypatch.setattr(stages, "start", refuse)
+    assert fedmide("run", small_input.config).refusal == "some/file: Permission denied"
+
+
+def test_a_fault_of_ours_keeps_its_traceback(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(stages, "start", fail)
+    with pytest.raises(ZeroDivisionError):
+        fedmide("run", small_input.config)
+
+
+# --- progress
+
+
+def test_a_log_hears_of_progress_now_and_then(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmide import console
+
+    clock = iter([0.0, 5.0, 12.0, 15.0, 60.0, 60.0])
+    monkeypatch.setattr(console, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    with console.bars("rounds", 6, "client rounds") as advance:
+        for number, units in enumerate((1, 1, 1, 3)):
+            advance(units, f"client {number}")
+    with console.bars("generation", 0, "clients"):
+        pass
+    assert capsys.readouterr().err.splitlines() == [
+        "fedmide: rounds: 6 client rounds",
+        "fedmide: rounds: 2/6 client rounds, 10.0/min, 0:00:24 left, client 1",
+        "fedmide: rounds: 6/6 client rounds, 6.0/min, 0:00:00 left, client 3",
+        "fedmide: generation: nothing left to do",
+    ]
+
+
+def test_a_terminal_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from fedmide import console
+
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "200")
+    with console.bars("rounds", 2, "client rounds") as advance:
+        advance(1, "round-001, client a")
+        advance(1, "round-001, client b")
+    shown = capsys.readouterr()
+    assert "2/2" in shown.err and "round-001, client b" in shown.err and shown.out == ""
+
+
+def test_without_test_records_there_is_no_table(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
+    for client in "ab":
+        (small_input.data / client / "test.jsonl").unlink()
+    settings = ["data.test_fraction=0", "federation.rounds=0", "warmup.rounds=0", "personalization.epochs=0"]
+    shown = fedmide("run", small_input.config, *(word for each in settings for word in ("--set", each)))
+    assert shown.out == "no test records, so no figures\nevaluated: runs/small-001\n"
+
+
+# --- split
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the published data are not here")
+def test_published_scores_are_split_as_published(fedmide: Callable[..., Outcome], here: Path) -> None:
+    scores = SHARED / "local1" / "8" / "local_training_0.json"
+    found = fedmide("split", scores, "--json", "--out", "sets").json
+    assert found["threshold"] == pytest.approx(1.081713, abs=1e-6)
+    assert {key: found[key] for key in ("shared", "personal", "not_finite", "rule")} == {
+        "shared": 160,
+        "personal": 140,
+        "not_finite": 0,
+        "rule": "otsu-256",
+    }
+    for ours, theirs in (("shared", "global1"), ("personal", "remain1")):
+        written = json.loads(Path(f"sets/{ours}.json").read_text())
+        published = json.loads((SHARED / theirs / "8" / "local_training_0.json").read_text())
+        assert sorted(map(question, written)) == sorted(map(question, published))
+    assert fedmide("split", scores).out == "160 shared, 140 personal, threshold 1.081713 (otsu-256)\n"
+
+
+def question(record: dict[str, str]) -> tuple[str, str]:
+    return record["instruction"], record["response"]
+
+
+def test_other_rules_split_otherwise(fedmide: Callable[..., Outcome], here: Path) -> None:
+    Path("scores.jsonl").write_text("".join(f'{{"score": {score}}}\n' for score in (1.0, 1.1, 1.2, 9.0)))
+    median = fedmide("split", "scores.jsonl", "--rule", "median", "--json").json
+    otsu = fedmide("split", "scores.jsonl", "--rule", "otsu-exact", "--json").json
+    assert (median["shared"], otsu["shared"]) == (2, 3)
+    Path("same.jsonl").write_text('{"score": 1.0}\n{"score": 1.0}\n')
+    assert fedmide("split", "same.jsonl").out == "2 shared, 0 personal, threshold none (otsu-256)\n"
+    assert fedmide("split", "same.jsonl", "--json").json["threshold"] is None
+
+
+# --- data
+
+
+def test_data_are_checked(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
+    found = fedmide("data", "check", small_input.data, "--json").json
+    assert [client["name"] for client in found["clients"]] == ["a", "b"]
+    assert [client["training"]["records"] for client in found["clients"]] == [9, 9]
+    assert found["leaks"] == []
+    shown = fedmide("data", "check", small_input.data)
+    assert shown.code == 0 and "no held-out record occurs in training" in shown.out
+    (small_input.data / "b" / "test.jsonl").write_bytes((small_input.data / "a" / "training.jsonl").read_bytes())
+    assert "share their text with training records of client a" in fedmide("data", "check", small_input.data).out
+    break_json(small_input)
+    leave_out_a_field(small_input)
+    told = fedmide("data", "check", small_input.data).refusal
+    assert "4 problems: " in told and "a/training.jsonl:2: broken JSON" in told and "b/test.jsonl:2: " in told
+
+
+def test_fields_of_other_names_are_read(fedmide: Callable[..., Outcome], here: Path) -> None:
+    rows = [{"q": f"why {number}", "a": "so", "who": "xy"[number % 2]} for number in range(12)]
+    Path("table.json").write_text(json.dumps(rows))
+    names = ["data.fields.instruction=q", "data.fields.response=a", "data.fields.client=who"]
+    found = fedmide("data", "check", "table.json", *(word for name in names for word in ("--set", name)), "--json")
+    assert [client["name"] for client in found.json["clients"]] == ["x", "y"]
+
+
+def test_medical_sites_are_built_and_checked(fedmide: Callable[..., Outcome], here: Path) -> None:
+    sizes = ["--clients", "2", "--training", "6", "--validation", "2", "--test", "3"]
+    built = fedmide("data", "build", "sites", *sizes, "--json").json
+    assert built["folder"] == "sites" and len(built["clients"]) == 2
+    assert sorted(path.name for path in Path("sites").iterdir() if path.is_dir()) == sorted(built["clients"])
+    checked = fedmide("data", "check", "sites", "--json").json
+    assert [client["training"]["records"] for client in checked["clients"]] == [6, 6]
+
+
+# --- in a process of its own
+
+
+def test_help_and_what_needs_no_model_load_no_heavy_library(tmp_path: Path, small_input: Any) -> None:
+    scores = tmp_path / "scores.jsonl"
+    scores.write_text('{"score": 1.0}\n{"score": 2.0}\n')
+    program = """
+import sys
+from fedmide import cli
+def heavy(*names):
+    assert not (found := set(names) & set(sys.modules)), found
+heavy("torch", "transformers", "peft", "numpy", "pydantic", "rich.table")
+for args in sys.argv[1:]:
+    arguments, sys.argv = sys.argv, ["fedmide", *args.split("|")]
+    try:
+        cli.main()
+    except SystemExit as ended:
+        assert not ended.code, ended.code
+    if args == "--help":
+        heavy("torch", "transformers", "peft", "numpy", "pydantic")
+heavy("torch", "transformers", "peft")
+"""
+    commands = ["--help", f"split|{scores}|--json", f"data|check|{small_input.data}"]
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", program, *commands], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
+def test_the_installed_command_keeps_stdout_for_one_json_object(small_input: Any, here: Path) -> None:
+    command = [str(Path(sys.executable).with_name("fedmide")), "run", str(small_input.config), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads(done.stdout)["status"] == "evaluated"
+    assert all(line.startswith("fedmide: ") for line in done.stderr.splitlines())
+    again = subprocess.run([*command, "--out", "runs/small-001"], capture_output=True, text=True, check=False)
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
+    assert json.loads(again.stdout)["problems"] == ["runs/small-001 exists already"]

@@ -1,0 +1,64 @@
+"""What the documents name exists: knobs, commands, tests, folders, and examples that parse."""
+
+import re
+from pathlib import Path
+
+import pytest
+import typer
+
+from fedmide import cli
+from fedmide.config import Config, knobs, load
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+DOCUMENTS = {path.name: path.read_text("utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
+def test_examples_parse(path: Path) -> None:
+    load(path)
+
+
+def test_the_demo_of_the_examples_is_the_commands() -> None:
+    shipped = ROOT / "src" / "fedmide" / "presets" / "demo.toml"
+    assert (ROOT / "examples" / "demo.toml").read_bytes() == shipped.read_bytes()
+
+
+def test_the_published_example_says_the_defaults() -> None:
+    published = load(ROOT / "examples" / "published.toml").model_dump()
+    published["data"].pop("path")
+    published["prompt"].pop("overflow")
+    expected = Config().model_dump()
+    expected["data"].pop("path")
+    expected["prompt"].pop("overflow")
+    assert published == expected
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_named_knobs_exist(name: str) -> None:
+    sections = "|".join(field for field in Config.model_fields if field != "seed")
+    named = set(re.findall(rf"`(?:--set )?((?:{sections})\.[a-z_]+)", DOCUMENTS[name]))
+    files = {f"{section}.py" for section in Config.model_fields}
+    assert named - files <= {knob for knob, _ in knobs()} | {"data.fields"}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_named_tests_exist(name: str) -> None:
+    written = "\n".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    functions = re.findall(r"`(test_\w+)`", DOCUMENTS[name])
+    assert [function for function in functions if f"def {function}(" not in written] == []
+    files = re.findall(r"`tests/([\w/]+\.py)`", DOCUMENTS[name])
+    assert [file for file in files if not (ROOT / "tests" / file).is_file()] == []
+
+
+def test_commands_in_the_readme_exist() -> None:
+    command = typer.main.get_command(cli.app)
+    verbs = set(command.commands) | {f"data {verb}" for verb in command.commands["data"].commands}  # type: ignore[attr-defined]
+    named = {verb.strip() for verb in re.findall(r"fedmide ((?:data )?[a-z]+)", README)}
+    assert named - verbs - {"data"} == set()
+
+
+def test_the_tree_in_the_readme_exists() -> None:
+    tree = README.split("## The tree")[1].split("```")[1]
+    folders = [line.split()[0] for line in tree.strip().splitlines()]
+    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []

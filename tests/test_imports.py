@@ -1,0 +1,83 @@
+"""What the source may not do, read from the source itself. Which module may import which, import-linter checks."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import fedmide
+
+ROOT = Path(fedmide.__file__).parent
+SOURCES = sorted(ROOT.rglob("*.py"))
+UNPICKLING = {"pickle", "_pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "copyreg"}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text("utf-8"))
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The full names of everything that a module imports, wherever in it."""
+    for node in ast.walk(tree(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def importing(*packages: str) -> set[str]:
+    return {name_of(path) for path in SOURCES if {name.split(".")[0] for name in imported(path)} & set(packages)}
+
+
+def dotted(node: ast.expr) -> str:
+    """An attribute as it is written, such as `torch.load`; empty where it isn't one of a name."""
+    if isinstance(node, ast.Name):
+        return node.id
+    return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
+
+
+def uses(path: Path) -> set[str]:
+    """The names and attributes that a module mentions."""
+    return {dotted(node) for node in ast.walk(tree(path)) if isinstance(node, ast.Name | ast.Attribute)}
+
+
+def using(*names: str) -> set[str]:
+    return {name_of(path) for path in SOURCES if uses(path) & set(names)}
+
+
+def test_the_readers_of_source_find_what_they_look_for(tmp_path: Path) -> None:
+    path = tmp_path / "bad.py"
+    path.write_text("def f():\n    from torch import load\n    import os.path\n    torch.load(sys.stdout.buffer)\n")
+    assert set(imported(path)) == {"torch.load", "os.path"}
+    assert {"torch.load", "sys.stdout"} <= uses(path)
+    assert len(SOURCES) > 30
+
+
+def test_nothing_is_unpickled() -> None:
+    assert importing(*UNPICKLING) == set()
+    assert using("torch.load", "numpy.load", "np.load", "eval", "exec") == set()
+    assert not any(name in ("torch.load", "numpy.load") for path in SOURCES for name in imported(path))
+
+
+def test_one_module_imports_transformers_and_peft() -> None:
+    assert importing("transformers", "peft") == {"model.py"}
+
+
+@pytest.mark.parametrize("package", ["ray", "accelerate", "trl", "lightning"])
+def test_what_was_decided_against_is_not_imported(package: str) -> None:
+    assert importing(package) == set()
+
+
+def test_two_modules_write_to_the_terminal() -> None:
+    assert using("print", "input") == set()
+    assert using("sys.stdout", "sys.stderr") == {"cli.py", "console.py"}
+    assert importing("rich", "typer", "click") == {"cli.py", "console.py"}
+
+
+def test_one_module_reads_the_command_line_and_ends_the_process() -> None:
+    assert using("sys.argv", "sys.exit") == {"cli.py"}

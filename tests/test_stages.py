@@ -1,0 +1,446 @@
+"""A run from its records to its metrics, and each stage on its own."""
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmide import atomic, journal, stages
+from fedmide.config import Config, load
+from fedmide.errors import RunFolderError, UserError
+
+STAGES = (stages.train, stages.personalize, stages.generate, stages.evaluate)
+CLIENTS = ("a", "b")
+ALL = {"warmup", "train", "personalize"}
+
+
+def whole_run(config: Config, path: Path) -> Path:
+    with stages.start(config, path) as run:
+        for stage in STAGES:
+            stage(run)
+    return path
+
+
+Lasting = Callable[[Path], dict[str, Any]]
+Refusal = Callable[[Path, Callable[[stages.Run], object]], str]
+
+
+@dataclass
+class Shown:
+    """A progress that remembers."""
+
+    totals: dict[str, int] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def __call__(self, stage: str, total: int, unit: str) -> AbstractContextManager[stages.Advance]:
+        self.totals[stage] = total
+        return nullcontext(lambda units, note: self.notes.append(note))
+
+
+@pytest.fixture(scope="module")
+def reference(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_input_at: Callable[[Path], Any], one_thread: None
+) -> Iterator[tuple[Any, Path]]:
+    """An input and the folder of its uninterrupted run; only to be read."""
+    folder = tmp_path_factory.mktemp("reference")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+        given = small_input_at(folder / "input")
+        before = given.hashes()
+        run = whole_run(load(given.config), folder / "run")
+        assert given.hashes() == before, "input is never written to"
+        yield given, run
+
+
+@pytest.fixture
+def copied(reference: tuple[Any, Path], tmp_path: Path) -> Path:
+    """A copy of the finished run's folder."""
+    return Path(shutil.copytree(reference[1], tmp_path / "copy"))
+
+
+# --- the folder
+
+
+def test_a_whole_run_leaves_the_files_of_the_contract_and_no_other(
+    reference: tuple[Any, Path], lasting: Lasting
+) -> None:
+    peft = ("adapter_config.json", "adapter_model.safetensors")
+    expected = {".lock", "config.toml", "manifest.json", "events.jsonl", "metrics.json"}
+    expected |= {f"adapter/{name}" for name in peft}
+    for number in ("warmup-000", "round-000", "round-001"):
+        expected |= {f"server/{number}/{name}" for name in ("adapter.safetensors", "state.json")}
+    for client in CLIENTS:
+        site = f"clients/{client}"
+        expected |= {f"predictions/{client}.jsonl", f"{site}/ledger.jsonl", f"{site}/personalization.json"}
+        expected |= {f"{site}/adapter/{name}" for name in peft}
+        expected |= {f"{site}/evaluation-{stage}.json" for stage in ("base", "aggregated", "personalized")}
+    assert {name for name, content in lasting(reference[1]).items() if content is not None} == expected
+
+
+def test_the_last_aggregated_adapter_is_that_of_the_last_round(reference: tuple[Any, Path]) -> None:
+    last = reference[1] / "server" / "round-001" / "adapter.safetensors"
+    assert (reference[1] / "adapter" / "adapter_model.safetensors").read_bytes() == last.read_bytes()
+
+
+def test_events_tell_of_each_client_in_each_round(reference: tuple[Any, Path]) -> None:
+    events = journal.reopen(reference[1]).events()
+    order = [("warmup", -1), ("train", 0), ("train", 1), ("personalize", 2)]
+    assert [(event["stage"], event["round"], event["client"]) for event in events] == [
+        (stage, number, client) for stage, number in order for client in CLIENTS
+    ]
+    for event in events:
+        assert event["bytes_up"] > 0 and event["bytes_down"] > 0 and event["seconds"] > 0
+        assert event["metrics"] and all(set(metric) == {"sum", "count"} for metric in event["metrics"].values())
+        assert event["refused"] == ""
+    for event in events[:6]:
+        assert event["metrics"]["shared"]["sum"] + event["metrics"]["personal"]["sum"] == 9
+        assert event["bytes_up"] > 5000, "an adapter went up"
+    assert all(event["bytes_up"] < 1000 for event in events[6:]), "personalised adapters stay"
+
+
+def test_the_sets_are_two(reference: tuple[Any, Path]) -> None:
+    """Else the runs of these tests would prove little."""
+    sets = [each["sets"] for each in metrics_of(reference[1])["clients"].values()]
+    assert all(each["shared"] and each["personal"] for each in sets)
+    assert all(each["shared"] + each["personal"] == 9 for each in sets)
+
+
+def test_the_manifest_tells_of_versions_inputs_and_times(reference: tuple[Any, Path]) -> None:
+    manifest = journal.reopen(reference[1]).read_manifest()
+    assert manifest["status"] == "evaluated"
+    assert list(manifest["seconds"]) == ["trained", "personalized", "generated", "evaluated"]
+    assert manifest["started"] <= manifest["updated"]
+    assert manifest["seed"] == 3 and manifest["threads"] == 1 and manifest["device"] == "cpu"
+    assert manifest["model"]["name"] == "tiny-random" and manifest["model"]["dtype"] == "float32"
+    assert {"torch", "transformers", "peft"} <= set(manifest["versions"])
+    for client in CLIENTS:
+        sizes = {part: manifest["data"][client][part] for part in ("training", "validation", "test", "truncated")}
+        assert sizes == {"training": 9, "validation": 1, "test": 3, "truncated": 0}
+
+
+def test_predictions_stand_beside_their_references(reference: tuple[Any, Path]) -> None:
+    for client in CLIENTS:
+        lines = [
+            json.loads(line) for line in (reference[1] / "predictions" / f"{client}.jsonl").read_text().splitlines()
+        ]
+        test = [json.loads(line) for line in (reference[0].data / client / "test.jsonl").read_text().splitlines()]
+        assert [line["reference"] for line in lines] == [record["response"] for record in test]
+        assert all(set(line) == {"record_id", "instruction", "reference", "prediction"} for line in lines)
+
+
+def metrics_of(path: Path) -> dict[str, Any]:
+    values: dict[str, Any] = json.loads((path / "metrics.json").read_text())
+    return values
+
+
+# --- the same again
+
+
+def test_the_runs_own_configuration_repeats_it_byte_for_byte(
+    reference: tuple[Any, Path], tmp_path: Path, lasting: Lasting
+) -> None:
+    again = whole_run(load(reference[1] / "config.toml"), tmp_path / "again")
+    assert lasting(again) == lasting(reference[1])
+
+
+def test_another_seed_gives_another_run(reference: tuple[Any, Path], tmp_path: Path, lasting: Lasting) -> None:
+    config = load(reference[0].config, ["seed=4", "federation.rounds=1"])
+    with stages.start(config, tmp_path / "other") as run:
+        stages.train(run)
+    ours, theirs = lasting(tmp_path / "other"), lasting(reference[1])
+    for name in ("server/warmup-000/adapter.safetensors", "server/round-000/adapter.safetensors"):
+        assert ours[name] != theirs[name]
+    assert all(ours[f"clients/{client}/ledger.jsonl"] != theirs[f"clients/{client}/ledger.jsonl"] for client in CLIENTS)
+
+
+def test_each_stage_on_its_own_gives_the_same_bytes(
+    reference: tuple[Any, Path], tmp_path: Path, lasting: Lasting
+) -> None:
+    path = tmp_path / "steps"
+    with stages.start(load(reference[0].config), path):
+        pass
+    status = []
+    for stage in STAGES:
+        with stages.resume(path) as run:
+            stage(run)
+        status.append(journal.reopen(path).read_manifest()["status"])
+    assert status == ["trained", "personalized", "generated", "evaluated"]
+    assert lasting(path) == lasting(reference[1])
+
+
+def test_a_finished_run_stays_as_it_is(copied: Path, lasting: Lasting) -> None:
+    before, times = lasting(copied), {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
+    shown = Shown()
+    with stages.resume(copied) as run:
+        for stage in STAGES:
+            stage(run, shown)
+            assert run.folder.read_manifest()["status"] == "evaluated"
+    assert lasting(copied) == before
+    assert {name: shown.totals[name] for name in ("rounds", "personalisation", "generation")} == {
+        "rounds": 0,
+        "personalisation": 0,
+        "generation": 0,
+    }
+    rewritten = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
+    assert rewritten == {"manifest.json", "metrics.json", "events.jsonl", ".lock"} & rewritten
+
+
+# --- out of order
+
+
+@pytest.fixture
+def refusal(lasting: Lasting) -> Refusal:
+    """What a stage is refused with; it leaves the folder as it was."""
+
+    def refused(path: Path, stage: Callable[[stages.Run], object]) -> str:
+        before = lasting(path)
+        with stages.resume(path) as run, pytest.raises(RunFolderError) as error:
+            stage(run)
+        assert lasting(path) == before
+        return str(error.value)
+
+    return refused
+
+
+def test_a_stage_before_its_time_is_refused_with_the_one_that_comes_first(copied: Path, refusal: Refusal) -> None:
+    shutil.rmtree(copied / "predictions")
+    for client in CLIENTS:
+        shutil.rmtree(copied / "clients" / client / "adapter")
+    assert f"First: fedmide personalize {copied}" in refusal(copied, stages.generate)
+    shutil.rmtree(copied / "adapter")
+    for stage in STAGES[1:]:
+        assert f"the rounds are not finished. First: fedmide train --resume {copied}" in refusal(copied, stage)
+    shutil.rmtree(copied / "server" / "round-001")
+    for stage in STAGES[1:]:
+        assert "the rounds are not finished" in refusal(copied, stage)
+
+
+def test_half_a_personalisation_is_not_evaluated(copied: Path, refusal: Refusal) -> None:
+    shutil.rmtree(copied / "clients" / "b" / "adapter")
+    shutil.rmtree(copied / "predictions")
+    for stage in (stages.generate, stages.evaluate):
+        found = refusal(copied, stage)
+        assert "clients not yet personalised: b" in found and f"First: fedmide personalize {copied}" in found
+
+
+def test_a_run_can_be_evaluated_before_it_is_personalised(reference: tuple[Any, Path], copied: Path) -> None:
+    for client in CLIENTS:
+        shutil.rmtree(copied / "clients" / client / "adapter")
+    shutil.rmtree(copied / "predictions")
+    with stages.resume(copied) as run:
+        metrics = stages.evaluate(run)
+    assert set(metrics["over_clients"]) == {"base", "aggregated"}
+    for name, client in metrics["clients"].items():
+        earlier = metrics_of(reference[1])["clients"][name]
+        assert client["generation"] is None
+        assert atomic.without_nan(client["stages"]) == {
+            stage: earlier["stages"][stage] for stage in ("base", "aggregated")
+        }
+
+
+# --- what changes between begin and resume
+
+
+def test_changed_records_are_refused_by_client(small_input: Any, tmp_path: Path) -> None:
+    config = load(small_input.config)
+    path = tmp_path / "run"
+    with stages.start(config, path):
+        pass
+    for client in "ab":
+        file = small_input.data / client / "training.jsonl"
+        file.write_text(file.read_text().replace("liver", "gland"))
+    with pytest.raises(RunFolderError) as error, stages.resume(path):
+        pass
+    assert error.value.problems == tuple(
+        f"{path}: the records of client '{client}' are not those that the run began with" for client in "ab"
+    )
+    shutil.rmtree(small_input.data / "b")
+    shutil.copytree(small_input.data / "a", small_input.data / "c")
+    with pytest.raises(RunFolderError) as error, stages.resume(path):
+        pass
+    assert len(error.value.problems) == 3
+
+
+def test_a_changed_model_prompt_or_configuration_is_refused(
+    small_input: Any, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache = tmp_path / "cache"
+    shutil.copytree(tiny_folder, cache / tiny_folder.name)
+    monkeypatch.setenv("FEDMIDE_CACHE", str(cache))
+    path = tmp_path / "run"
+    with stages.start(load(small_input.config), path):
+        pass
+    tokenizer = cache / tiny_folder.name / "tokenizer.json"
+    tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
+    (small_input.folder / "plain.toml").write_text(
+        'with_context = "{instruction}{context}"\nwithout_context = "{instruction}"'
+    )
+    toml = path / "config.toml"
+    toml.write_text(toml.read_text().replace("learning_rate = 0.01", "learning_rate = 0.02"))
+    with pytest.raises(RunFolderError) as error, stages.resume(path):
+        pass
+    found = [problem.removeprefix(f"{path}: ") for problem in error.value.problems]
+    assert found[:2] == [
+        "config.toml is not what the run began with",
+        "the prompt's template is not what the run began with",
+    ]
+    assert found[2].startswith("the model's fingerprint was ") and len(found) == 3
+
+
+# --- all problems at once, nothing written
+
+
+def test_all_that_is_wrong_with_records_prompt_and_model_folder_is_told_at_once(
+    small_input: Any, tmp_path: Path
+) -> None:
+    (small_input.data / "a" / "training.jsonl").write_text('{"instruction": "x"\n{"instruction": "x", "response": 7}\n')
+    (small_input.data / "b" / "test.jsonl").write_text("")
+    (tmp_path / "model").mkdir()
+    (small_input.folder / "plain.toml").write_text("with_context = 'no'")
+    config = load(small_input.config, [f"model.name={tmp_path / 'model'}"])
+    with pytest.raises(UserError) as error, stages.start(config, tmp_path / "run"):
+        pass
+    text = str(error.value)
+    for expected in (
+        "a/training.jsonl:1: broken JSON",
+        "a/training.jsonl:2: field 'response' is int, expected text",
+        "b/test.jsonl: no records",
+        "'with_context' lacks {instruction}",
+        "'without_context' is missing",
+        "model: no config.json",
+        "model: no model.safetensors",
+        "model: no tokenizer files",
+    ):
+        assert expected in text
+    assert not (tmp_path / "run").exists()
+
+
+def test_records_longer_than_the_cutoff_are_all_named(small_input: Any, tmp_path: Path) -> None:
+    long = json.dumps({"instruction": "Why? " * 30, "response": "so"}) + "\n"
+    for client, part in (("a", "training"), ("b", "test")):
+        file = small_input.data / client / f"{part}.jsonl"
+        file.write_text(file.read_text() + long)
+    config = load(small_input.config, ["data.validation_fraction=0"])
+    with pytest.raises(UserError) as error, stages.start(config, tmp_path / "run"):
+        pass
+    assert [problem.split(":")[0] for problem in error.value.problems] == [
+        "client 'a', training, record 11",
+        "client 'b', test, record 4",
+    ]
+    assert "Raise model.cutoff" in str(error.value) and str(error.value).count("Raise") == 1
+    assert not (tmp_path / "run").exists()
+    with stages.start(load(small_input.config, ["prompt.overflow=cut"]), tmp_path / "run") as run:
+        truncated = {name: each["truncated"] for name, each in run.folder.read_manifest()["data"].items()}
+    assert truncated == {"a": 1, "b": 1}
+
+
+def test_adapters_that_fit_nowhere_are_refused(small_input: Any, tmp_path: Path) -> None:
+    for targets, found in (('["nowhere", "never"]', 2), ('"nowhere"', 1)):
+        config = load(small_input.config, [f"lora.targets={targets}"])
+        with pytest.raises(UserError, match="matches no linear layer") as error, stages.start(config, tmp_path / "run"):
+            pass
+        assert len(error.value.problems) == found and "q_proj" in error.value.remedy
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_path_that_is_taken_is_refused_before_anything_is_read(
+    reference: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stages, "read", lambda *args: pytest.fail("read"))
+    with pytest.raises(RunFolderError, match="exists already"), stages.start(load(reference[0].config), reference[1]):
+        pass
+
+
+# --- others in the folder
+
+
+def test_a_second_process_is_refused_while_a_run_is_worked_on(
+    reference: tuple[Any, Path], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with stages.resume(copied):
+        monkeypatch.setattr(stages, "read", lambda *args: pytest.fail("read"))
+        with pytest.raises(RunFolderError, match="another process works on this run"), stages.resume(copied):
+            pass
+
+
+def test_a_new_run_is_locked_from_the_start(small_input: Any, tmp_path: Path) -> None:
+    with (
+        stages.start(load(small_input.config), tmp_path / "run") as run,
+        pytest.raises(RunFolderError, match="another process"),
+        journal.locked(run.folder.path),
+    ):
+        pass
+    with journal.locked(tmp_path / "run"):
+        pass
+
+
+# --- odd but right configurations
+
+
+@pytest.mark.parametrize(
+    ("overrides", "stages_seen"),
+    [
+        (["warmup.rounds=0", "federation.rounds=1"], {"train", "personalize"}),
+        (["federation.rounds=0", "generation.enabled=false"], {"warmup", "personalize"}),
+        (["warmup.reset=false", "federation.participation=0.4", "personalization.epochs=0"], ALL),
+        (["data.test_fraction=0", "data.validation_fraction=0", "data.max_test_records=1", "federation.rounds=1"], ALL),
+    ],
+)
+def test_a_run_ends_well_with(overrides: list[str], stages_seen: set[str], small_input: Any, tmp_path: Path) -> None:
+    path = whole_run(load(small_input.config, overrides), tmp_path / "run")
+    assert {event["stage"] for event in journal.reopen(path).events()} == stages_seen
+    is_generated = "generation.enabled=false" not in overrides
+    assert (path / "predictions").exists() == is_generated
+    expected = {"base", "aggregated", "personalized"} | ({"generation"} if is_generated else set())
+    assert set(metrics_of(path)["over_clients"]) == expected
+
+
+def test_a_client_without_test_records_is_told_of_and_left_out(small_input: Any, tmp_path: Path) -> None:
+    (small_input.data / "b" / "test.jsonl").unlink()
+    path = whole_run(load(small_input.config, ["data.test_fraction=0", "federation.rounds=0"]), tmp_path / "run")
+    metrics = metrics_of(path)
+    assert metrics["clients"]["b"]["stages"]["base"]["response_nll"] is None
+    assert metrics["clients"]["b"]["generation"] is None
+    assert metrics["over_clients"]["personalized"]["response_nll"]["num_clients"] == 1
+    assert (path / "predictions" / "b.jsonl").read_text() == ""
+
+
+# --- progress
+
+
+def test_progress_counts_what_there_is_to_do(small_input: Any, tmp_path: Path) -> None:
+    shown, said = Shown(), []
+    with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
+        for stage in STAGES:
+            stage(run, shown)
+    assert shown.totals == {"rounds": 6, "personalisation": 2, "generation": 2, "evaluation": 6}
+    assert len(shown.notes) == sum(shown.totals.values())
+    assert shown.notes[0].startswith("warmup-000, client a, loss ") and shown.notes[5].startswith("round-001, client b")
+    assert shown.notes[6] == "client a" and shown.notes[-1] == "client b, personalized"
+    assert said == ["reading the records", "loading tiny-random", f"the run is in {tmp_path / 'run'}"]
+
+
+def test_a_model_that_is_made_first_is_told_of(
+    small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmide import inputs
+
+    def locate(name: str, progress: Callable[[str], None]) -> Path:
+        progress("downloading something, once")
+        raise UserError("no more")
+
+    monkeypatch.setattr(inputs, "locate", locate)
+    said: list[str] = []
+    with pytest.raises(UserError), stages.start(load(small_input.config), tmp_path / "run", said.append):
+        pass
+    assert said[-1] == "downloading something, once"
+
+
+def test_the_silent_progress_takes_anything() -> None:
+    with stages.silent("rounds", 3, "clients") as advance:
+        advance(1, "a")
