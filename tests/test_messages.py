@@ -203,6 +203,15 @@ def test_what_is_no_message_is_a_message_error(data: bytes) -> None:
             decode(data)
 
 
+def test_a_header_is_of_bounded_length_and_whole() -> None:
+    text = json.dumps(REPLY).encode()
+    longest = text + b" " * (MAX_HEADER_BYTES - len(text))
+    decode_reply(frame(longest))
+    for data in (frame(longest + b" "), frame(text)[:-1], b"FMD1" + struct.pack("<I", len(text) + 1) + text):
+        with pytest.raises(MessageError, match="header is cut off or too long"):
+            decode_reply(data)
+
+
 FRAMES = (
     encode_task(ClientTask("f", "a", 2, ADAPTER)),
     encode_reply(ClientReply("f", "a", 2, ADAPTER, 3, {"loss": Metric(1.5, 4)})),

@@ -102,6 +102,14 @@ def test_float64_sums_would_split_elsewhere(scores: list[float], in_float32: int
     assert sum(score < other for score in scores) == in_float64
 
 
+@pytest.mark.parametrize(("scores", "num_shared"), [([0.85, 1.04, 1.06, 1.25], 2), ([0.91, 1.0, 1.03, 1.12], 0)])
+def test_means_of_left_edges_decide_where_cuts_are_equally_good(scores: list[float], num_shared: int) -> None:
+    """Symmetric sets, whose two best cuts differ by rounding only; means of right edges would choose the other."""
+    threshold = otsu_256(scores)
+    assert threshold is not None
+    assert sum(score < threshold for score in scores) == num_shared
+
+
 def test_the_winning_bin_is_given_by_its_left_edge() -> None:
     """Nine scores of 0, one each of 0.5 and 1: parting the 0s off is best, all bins up to the middle say so alike."""
     edges = np.linspace(0.0, 1.0, 257)

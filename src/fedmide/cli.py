@@ -233,21 +233,25 @@ def _opened(
 def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractContextManager["Run"]:
     """A new run."""
     from fedmide.config import load
+    from fedmide.journal import check_new
 
-    loaded = load(config, overrides)  # before anything that takes long to import
+    path, loaded = out or _free_folder(config.stem), load(config, overrides)
+    check_new(path, loaded)  # a mistake is told before anything that takes long to import
     from fedmide import stages
     from fedmide.console import tell
 
-    return stages.start(loaded, out or _free_folder(config.stem), tell)
+    return stages.start(loaded, path, tell)
 
 
 def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> AbstractContextManager["Run"]:
     """An earlier run; a configuration beside it must be its own."""
     from fedmide.config import load
+    from fedmide.journal import reopen
 
     if config is None and overrides:
         raise UsageError("--set can't change a run that has begun", "Start a new run with CONFIG and --set")
     loaded = None if config is None else load(config, overrides)
+    reopen(path, loaded)
     from fedmide import stages
     from fedmide.console import tell
 

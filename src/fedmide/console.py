@@ -19,7 +19,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bars
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # what is said about records needs no model's libraries
@@ -55,16 +55,15 @@ def bars(stage: str, total: int, unit: str) -> Iterator["Advance"]:
         yield _lines(stage, total, unit)
         return
     columns = (
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=24),
+        TextColumn("{task.description:<15}"),
+        BarColumn(bar_width=12),
         MofNCompleteColumn(),
-        TextColumn(unit),
         Rate(),
         TimeElapsedColumn(),  # moves while a first unit takes long
         TimeRemainingColumn(),
-        TextColumn("[dim]{task.fields[note]}"),
+        TextColumn("[dim]{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
-    with Bars(*columns, console=console, speed_estimate_period=600) as progress:
+    with Bars(*columns, console=console, expand=True, speed_estimate_period=600) as progress:
         task = progress.add_task(stage, total=total, note="")
         yield lambda units, note: progress.update(task, advance=units, note=note)
 
