@@ -505,7 +505,7 @@ def test_other_rules_split_otherwise(fedmide: Callable[..., Outcome], here: Path
 def test_data_are_checked(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
     found = fedmide("data", "check", small_input.data, "--json").json
     assert [client["name"] for client in found["clients"]] == ["a", "b"]
-    assert [client["training"]["records"] for client in found["clients"]] == [9, 9]
+    assert [client["training"]["records"] for client in found["clients"]] == [10, 10]
     assert found["leaks"] == []
     shown = fedmide("data", "check", small_input.data)
     assert shown.code == 0 and "no held-out record occurs in training" in shown.out

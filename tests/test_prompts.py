@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmide.errors import ConfigError
-from fedmide.prompts import ALPACA, Template, chat_messages, load_template, prompt_hash, render, resolve
+from fedmide.prompts import ALPACA, PLAIN, Template, chat_messages, load_template, prompt_hash, render, resolve
 from fedmide.records import Record
 
 FENCED = Template("fenced", "[{instruction}|{context}]", "[{instruction}]")
@@ -46,6 +46,13 @@ def test_alpaca_by_hand() -> None:
 pieces = st.lists(
     st.sampled_from(["{instruction}", "{context}", "{", "}", "{}", "{0}", "\\1", "\\g<1>", "%s", "x"])
 ).map("".join)
+
+
+def test_plain_by_hand() -> None:
+    assert render(PLAIN, Record("Name the organ.", "The liver.")) == "Question: Name the organ.\nAnswer:\n"
+    with_context = render(PLAIN, Record("Name the organ.", "The liver.", context="Jaundice"))
+    assert with_context == "Jaundice\n\nQuestion: Name the organ.\nAnswer:\n"
+    assert resolve("plain") == PLAIN
 
 
 @given(instruction=pieces | st.text(), context=(pieces | st.text()).filter(bool))

@@ -100,10 +100,13 @@ def test_fresh_adapters_follow_the_seed(resident: Resident) -> None:
 
 def test_work_is_counted_without_padding(tiny_folder: Path, random_examples: MakeExamples) -> None:
     resident, examples = open_model(CONFIG, tiny_folder), random_examples(9)
+    heard: dict[str, int] = {}
+    resident.heard = heard.__setitem__
     tokens = sum(len(example.ids) for example in examples)
     resident.nll(resident.fresh(0), examples, "response")
     list(resident.train(resident.fresh(0), examples, PLAN))
-    assert resident.tokens == {"scored": tokens, "trained": 2 * tokens}
+    assert resident.work == {"tokens scored": tokens, "tokens trained": 2 * tokens}
+    assert heard == resident.work
 
 
 def test_adapter_of_another_shape_is_refused(resident: Resident, random_examples: MakeExamples) -> None:

@@ -114,13 +114,14 @@ def torn(states: Sequence[State]) -> Iterator[State]:
 # --- a run whose model is dice
 
 
-@dataclass(frozen=True)
+@dataclass
 class DiceResident:
     """A resident model made of dice."""
 
     dice: Any
     config: Config
     model: Any
+    heard: Any = None
 
     def fresh(self, seed: int) -> Adapter:
         return self.dice.fresh(seed)  # type: ignore[no-any-return]

@@ -204,7 +204,8 @@ class Watched:
         self.check_trained(task, reply, expected := self.expected(task, records, earlier, now))
         if expected and task.round >= -1:
             waiting = task.round >= 0 and not now.is_split and self.config.warmup.rounds > 0
-            kept = records if task.round < 0 or waiting else list(now.personal)
+            compared = list(now.personal) if self.config.enrollment.enabled else []
+            kept = records if task.round < 0 or waiting else compared
             assert [entry.record_id for entry in measured] == kept
             assert {entry.local_round for entry in measured} <= {task.round}
             for entry in measured:

@@ -161,6 +161,18 @@ def test_a_second_reply_is_refused_but_not_one_after_a_refused_one(fakes: Any) -
     assert [bool(row.refused) for row in summary.clients] == [False, True, True, False]
 
 
+def test_who_was_not_asked_to_train_changes_nothing(fakes: Any) -> None:
+    config = fakes.config("federation.participation=0.5", "warmup.rounds=1")
+    for number in (0, 2):  # in round 0 all are asked, some of them for scores alone
+        tasks = {task.client: task.train for task in plan(state_of(number), config)}
+        trains = [client for client in CLIENTS if tasks.get(client)]
+        deliveries = [delivery(client, 1.0 if client in trains else 9.0, round=number) for client in CLIENTS]
+        state, summary = apply(state_of(number), deliveries, config)
+        assert adapters.encode(state.adapter) == adapters.encode(adapter_of(1.0))
+        assert [row.client for row in summary.clients if not row.refused] == trains
+        assert {row.refused for row in summary.clients if row.refused} == {"it was not asked to train in this round"}
+
+
 def test_who_did_not_answer_has_a_row_with_the_reason(fakes: Any) -> None:
     state, summary = apply(state_of(2), [Delivery("a", None, "no connection", 10), delivery("b")], fakes.config())
     assert adapters.encode(state.adapter) == adapters.encode(adapter_of(1.0))

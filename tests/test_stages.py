@@ -36,10 +36,11 @@ class Shown:
 
     totals: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    signs_of_life: list[str] = field(default_factory=list)
 
     def __call__(self, stage: str, total: int, unit: str) -> AbstractContextManager[stages.Advance]:
         self.totals[stage] = total
-        return nullcontext(lambda units, note: self.notes.append(note))
+        return nullcontext(lambda units, note: (self.notes if units else self.signs_of_life).append(note))
 
 
 @pytest.fixture(scope="module")
@@ -422,6 +423,7 @@ def test_progress_counts_what_there_is_to_do(small_input: Any, tmp_path: Path) -
     assert len(shown.notes) == sum(shown.totals.values())
     assert shown.notes[0].startswith("warmup-000, client a, loss ") and shown.notes[5].startswith("round-001, client b")
     assert shown.notes[6] == "client a" and shown.notes[-1] == "client b, personalized"
+    assert shown.signs_of_life[0].endswith(" tokens trained") and len(shown.signs_of_life) > len(shown.notes)
     assert said == ["reading the records", "loading tiny-random", f"the run is in {tmp_path / 'run'}"]
 
 

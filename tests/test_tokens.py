@@ -18,7 +18,7 @@ from fedmide.config import ModelConfig, PromptConfig
 from fedmide.errors import DataError, ModelError
 from fedmide.prompts import ALPACA, Template, render
 from fedmide.records import Record, RecordId
-from fedmide.tokens import ROOM, Encoder, Example, batches, encode_all, encoder, pad
+from fedmide.tokens import MAX_PADDING, ROOM, Encoder, Example, batches, encode_all, encoder, pad
 
 EOS, USER, ASSISTANT = 257, 258, 259
 CONTROL = ("<|pad|>", "<|eos|>", "<|user|>", "<|assistant|>")
@@ -272,5 +272,8 @@ def test_batches_are_as_full_as_the_budget_allows(random_examples: Callable[...,
     examples = random_examples(50)
     made = list(batches(examples, "all", 128))
     for batch, following in itertools.pairwise(made):
-        assert (len(batch.rows) + 1) * batch.ids.shape[1] > 128
+        padding = sum(batch.ids.shape[1] - len(examples[row].ids) for row in batch.rows)
+        more = batch.ids.shape[1] - following.ids.shape[1]
+        assert (len(batch.rows) + 1) * batch.ids.shape[1] > 128 or padding + more > MAX_PADDING
+        assert padding <= MAX_PADDING
         assert following.ids.shape[1] <= batch.ids.shape[1]

@@ -159,7 +159,10 @@ def data_check(
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Report counts, duplicates and leaks of records."""
+    """Report counts, duplicates and leaks of records.
+
+    The parts are as given: nothing is split off, unless --set data.test_fraction=... asks for it.
+    """
     from dataclasses import asdict
 
     from rich.console import Console
@@ -168,8 +171,8 @@ def data_check(
     from fedmide.console import check_table, leak_lines
     from fedmide.sources import check, detect, load
 
-    values = apply_overrides({"data": {"path": str(path), "source": detect(path)}}, overrides)
-    config = parse(values)
+    as_given = {"path": str(path), "source": detect(path), "validation_fraction": 0.0, "test_fraction": 0.0}
+    config = parse(apply_overrides({"data": as_given}, overrides))
     report = check.check(load(config.data, config.seed))
     if as_json:
         _print_json(asdict(report))

@@ -87,7 +87,8 @@ def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) ->
     if trained is not None:
         # a site that missed the warm-up's last round is split at its next task, as if this round had been that one
         never_split = not now.is_split and state.config.warmup.rounds > 0
-        kept = tuple(state.training) if never_split else now.personal
+        compared = now.personal if state.config.enrollment.enabled else ()
+        kept = tuple(state.training) if never_split else compared
         measured = measurements(task.round, _nll(trained.adapter, kept, state, model), now.sets)
     after = replace(state, ledger=state.ledger + judged + measured)
     enrolled = len(now.shared) - len(earlier.shared) if earlier.is_split else 0

@@ -7,6 +7,7 @@ suggests the nearest right key. The resolved configuration, written back by `to_
 import difflib
 import hashlib
 import json
+import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -90,7 +91,7 @@ class PromptConfig(Section):
     """How a record becomes a prompt and a response."""
 
     template: str = "alpaca"
-    """`alpaca`, `chat` (the tokenizer's own), or a TOML file with `with_context` and `without_context`."""
+    """`alpaca`, `plain`, `chat` (the tokenizer's own), or a TOML file with `with_context` and `without_context`."""
     overflow: Literal["refuse", "cut"] = "refuse"
     """A prompt that leaves no room for a response: stop with an error, or cut its context, then its instruction."""
 
@@ -254,7 +255,7 @@ class Config(Section):
         training, personalization = values.get("training", {}), values.get("personalization", {})
         if not isinstance(training, dict) or not isinstance(personalization, dict):
             return values
-        if "learning_rate" not in training or "learning_rate" in personalization:
+        if "learning_rate" in personalization or not _is_rate(training.get("learning_rate")):
             return values
         inherited = {**personalization, "learning_rate": training["learning_rate"]}
         return {**values, "personalization": inherited}
@@ -265,6 +266,11 @@ class Config(Section):
         if not lora.targets:
             raise ValueError("targets is empty: name at least one layer, or say 'all-linear'")
         return lora
+
+
+def _is_rate(value: object) -> bool:
+    """Whether a value will do; one that won't is told of where it stands, and there only."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:

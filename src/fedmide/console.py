@@ -78,11 +78,11 @@ def _lines(stage: str, total: int, unit: str) -> "Advance":
         nonlocal told, done
         done += units
         at = time.monotonic()
-        if done < total and at - told < LINE_SECONDS:
+        if (units == 0 or done < total) and at - told < LINE_SECONDS:
             return
         told = at
-        left = timedelta(seconds=round((at - begun) * (total - done) / done))
-        tell(f"{stage}: {done}/{total} {unit}, {60 * done / max(at - begun, 1e-9):.1f}/min, {left} left, {note}")
+        left = f"{timedelta(seconds=round((at - begun) * (total - done) / done))} left" if done else "just begun"
+        tell(f"{stage}: {done}/{total} {unit}, {60 * done / max(at - begun, 1e-9):.1f}/min, {left}, {note}")
 
     return advance
 

@@ -49,6 +49,16 @@ ALPACA = Template(
 """The wording of Stanford Alpaca, which the published method uses."""
 
 
+PLAIN = Template(
+    name="plain",
+    with_context="{context}\n\nQuestion: {instruction}\nAnswer:\n",
+    without_context="Question: {instruction}\nAnswer:\n",
+)
+"""As few words as tell a question from its answer: a third of Alpaca's tokens on short records."""
+
+NAMED = {template.name: template for template in (ALPACA, PLAIN)}
+
+
 def render(template: Template, record: Record) -> str:
     """The prompt's text, up to where the response begins.
 
@@ -74,19 +84,19 @@ def chat_messages(record: Record) -> list[dict[str, str]]:
 
 
 def resolve(name: str) -> Template | Chat:
-    """The template that a configuration names: `alpaca`, `chat` (the tokenizer's own), or a TOML file."""
+    """The template that a configuration names: `alpaca`, `plain`, `chat` (the tokenizer's own), or a TOML file."""
     if name == "chat":
         return "chat"
-    if name == ALPACA.name:
-        return ALPACA
+    if name in NAMED:
+        return NAMED[name]
     path = Path(name).expanduser()
     if path.is_file():
         return load_template(path)
-    close = difflib.get_close_matches(name, [ALPACA.name, "chat"], n=1)
+    close = difflib.get_close_matches(name, [*NAMED, "chat"], n=1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""
     raise ConfigError(
         f"prompt.template = {name!r}: neither a known template nor a file{hint}",
-        "Give alpaca, chat, or a TOML file with with_context and without_context",
+        "Give alpaca, plain, chat, or a TOML file with with_context and without_context",
     )
 
 

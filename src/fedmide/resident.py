@@ -20,11 +20,12 @@ from fedmide.tokens import Example
 
 @dataclass
 class Resident:
-    """A loaded model. `tokens` counts what went through it, padding left out, by kind of work."""
+    """A loaded model. `work` counts what went through it by kind, padding left out; `heard` is told."""
 
     model: LoraModel
     config: Config
-    tokens: Counter[str] = field(default_factory=Counter)
+    work: Counter[str] = field(default_factory=Counter)
+    heard: Callable[[str, int], None] = lambda kind, total: None
 
     def fresh(self, seed: int) -> Adapter:
         """An adapter that changes nothing yet."""
@@ -34,27 +35,35 @@ class Resident:
         """NLL of each example under the adapter."""
         self.model.put(adapter)
         budget = self.config.scoring.tokens_per_batch
-        return scoring.nll(self.model, examples, positions, budget, self._count("scored"))
+        return scoring.nll(self.model, examples, positions, budget, self._count("tokens scored"))
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
         """The states after each pass of a training that starts from the adapter."""
         self.model.put(adapter)  # only when the first state is asked for: until then another may be put in
-        yield from training.train(self.model, examples, plan, self._count("trained"))
+        yield from training.train(self.model, examples, plan, self._count("tokens trained"))
 
     def generate(self, adapter: Adapter, examples: Sequence[Example], max_new_tokens: int) -> tuple[str, ...]:
         """The responses to the examples' prompts under the adapter."""
         self.model.put(adapter)
         batch_size = self.config.generation.batch_size
-        return generation.generate(self.model, examples, max_new_tokens, batch_size)
+        return generation.generate(self.model, examples, max_new_tokens, batch_size, self._count("responses generated"))
 
     def _count(self, kind: str) -> Callable[[int], None]:
         def count(number: int) -> None:
-            self.tokens[kind] += number
+            self.work[kind] += number
+            self.heard(kind, self.work[kind])
 
         return count
 
 
 def open_model(config: Config, folder: Path) -> Resident:
     """The model in a folder, under LoRA layers as configured, on so many threads as configured."""
-    torch.set_num_threads(config.runtime.threads or len(os.sched_getaffinity(0)))
+    torch.set_num_threads(config.runtime.threads or _available_cores())
     return Resident(load(folder, config.model, config.lora), config)
+
+
+def _available_cores() -> int:
+    """How many cores this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

@@ -95,7 +95,8 @@ def plan(state: ServerState, config: Config) -> tuple[ClientTask, ...]:
 def apply(state: ServerState, deliveries: Iterable[Delivery], config: Config) -> tuple[ServerState, RoundSummary]:
     """The state after the round: replies are checked and folded as they come."""
     rows: list[ClientRow] = []
-    mean = weighted_mean(_accepted(state, deliveries, rows))
+    asked = {task.client: task.train for task in plan(state, config)}
+    mean = weighted_mean(_accepted(state, asked, deliveries, rows))
     summary = RoundSummary(state.round, stage_of(state.round, config), mean is not None, tuple(rows))
     return replace(state, round=state.round + 1, adapter=state.adapter if mean is None else mean), summary
 
@@ -116,7 +117,7 @@ def refusal(reply: ClientReply, state: ServerState) -> str:
 
 
 def _accepted(
-    state: ServerState, deliveries: Iterable[Delivery], rows: list[ClientRow]
+    state: ServerState, asked: Mapping[str, bool], deliveries: Iterable[Delivery], rows: list[ClientRow]
 ) -> Iterator[tuple[Adapter, int]]:
     """The adapters that count, with their weights; every delivery leaves a row."""
     answered: set[str] = set()
@@ -125,6 +126,12 @@ def _accepted(
         reason = delivery.problem if reply is None else refusal(reply, state)
         if not reason and (delivery.client in answered or (reply and reply.client != delivery.client)):
             reason = "it answers for another client, or twice"
+        if (
+            not reason
+            and reply
+            and (reply.client not in asked or (reply.adapter is not None and not asked[reply.client]))
+        ):
+            reason = "it was not asked to train in this round"
         rows.append(_row(delivery, reason))
         if reason or reply is None:
             continue

@@ -102,7 +102,8 @@ def train(run: Run, progress: Progress = silent) -> None:
     runtime = InProcess(sites, run.inputs.resident, run.folder.save_ledger)
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
-    with _timed(run, "trained", num_tasks), progress("rounds", num_tasks, "client rounds") as advance:
+    shown = _listening(run, progress("rounds", num_tasks, "client rounds"))
+    with _timed(run, "trained", num_tasks), shown as advance:
         state = run_rounds(state, run.config, _shown(run, runtime, advance), run.folder.commit_round)
         if not run.folder.adapter.is_dir():
             write_folder(run.folder.adapter, peft_files(state.adapter, run.inputs.resident.model.lora))
@@ -117,7 +118,8 @@ def personalize(run: Run, progress: Progress = silent) -> None:
     sites = {task.client: _site(run, task.client, state.round) for task in tasks}
     runtime = InProcess(sites, run.inputs.resident, lambda site: None)
     lora = run.inputs.resident.model.lora
-    with _timed(run, "personalized", len(tasks)), progress("personalisation", len(tasks), "clients") as advance:
+    shown = _listening(run, progress("personalisation", len(tasks), "clients"))
+    with _timed(run, "personalized", len(tasks)), shown as advance:
         for delivery in _shown(run, runtime, advance)(tasks):
             _, tuned = server.apply(state, [delivery], run.config)
             adapter = sites.pop(delivery.client).adapter
@@ -135,7 +137,8 @@ def generate(run: Run, progress: Progress = silent) -> None:
             f"{run.folder.path}: no client is personalised", f"First: fedmide personalize {run.folder.path}"
         )
     names = [name for name in run.inputs.clients if not run.folder.predictions(name).exists()]
-    with _timed(run, "generated", len(names)), progress("generation", len(names), "clients") as advance:
+    shown = _listening(run, progress("generation", len(names), "clients"))
+    with _timed(run, "generated", len(names)), shown as advance:
         for name in names:
             write_file(run.folder.predictions(name), _responses(run, name))
             advance(1, f"client {name}")
@@ -151,7 +154,8 @@ def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
     stages = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
     work = [(name, stage) for name in run.inputs.clients for stage in stages]
     measured: dict[str, dict[summary.StageName, Measured]] = {name: {} for name in run.inputs.clients}
-    with _timed(run, "evaluated", len(work)), progress("evaluation", len(work), "adapters") as advance:
+    shown = _listening(run, progress("evaluation", len(work), "adapters"))
+    with _timed(run, "evaluated", len(work)), shown as advance:
         for name, stage in work:
             measured[name][stage] = _measured(run, name, stage, aggregated)
             advance(1, f"client {name}, {stage}")
@@ -272,6 +276,18 @@ def _note(run: Run, round_number: int, delivery: Delivery) -> str:
     title = f"{run.folder.round_name(round_number)}, " if round_number < run.config.federation.rounds else ""
     loss = delivery.reply.metrics.get("loss") if delivery.reply else None
     return f"{title}client {delivery.client}" + (f", loss {loss.sum / loss.count:.3f}" if loss else "")
+
+
+@contextmanager
+def _listening(run: Run, shown: AbstractContextManager[Advance]) -> Iterator[Advance]:
+    """The same progress, which also tells of the model's work within a client."""
+    resident = run.inputs.resident
+    with shown as advance:
+        resident.heard = lambda kind, total: advance(0, f"{total:,} {kind}")
+        try:
+            yield advance
+        finally:
+            resident.heard = lambda kind, total: None
 
 
 @contextmanager

@@ -26,6 +26,9 @@ from fedmide.records import Record, RecordId
 ROOM = 4
 """A prompt is cut so that the response gets its length or this part of the cutoff, whichever is less: 1 / ROOM."""
 
+MAX_PADDING = 64
+"""Padding tokens in one batch: from about there on, two passes through a model cost less than one."""
+
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer; transformers' own have it."""
@@ -184,7 +187,8 @@ class Batch:
 def batches(examples: Sequence[Example], positions: Positions, tokens_per_batch: int) -> Iterator[Batch]:
     """Batches of at most so many padded tokens (or a single example), longest first, every example in exactly one.
 
-    Longest first, so that a batch too large for the memory fails at once.
+    Longest first, so that a batch too large for the memory fails at once. A batch ends early where its padding would
+    cost more than another pass through the model.
     """
     order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
     for rows in _groups(order, [len(example.ids) for example in examples], tokens_per_batch):
@@ -214,11 +218,14 @@ def _longest_beginning(record: Record, field: str, fits: Callable[[Record], bool
 
 def _groups(order: Iterable[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     group: list[int] = []
+    padding = 0
     for row in order:
-        if group and (len(group) + 1) * lengths[group[0]] > budget:
+        added = lengths[group[0]] - lengths[row] if group else 0
+        if group and ((len(group) + 1) * lengths[group[0]] > budget or padding + added > MAX_PADDING):
             yield group
-            group = []
+            group, padding, added = [], 0, 0
         group.append(row)
+        padding += added
     if group:
         yield group
 

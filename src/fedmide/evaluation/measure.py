@@ -70,5 +70,5 @@ def measure(
         tuple(row[0].num_tokens for row in rows),
         tuple(tuple(nll.sum for nll in row) for row in rows) if has_choice else (),
         tuple(tuple(len(response) for response in row) for row in answers) if has_choice else (),
-        sum(example.truncated for example in examples),
+        sum(encode.encode(record).truncated for record in records),
     )

@@ -12,10 +12,12 @@ from typing import Any
 
 from fedmide.atomic import write_file
 from fedmide.config import ThresholdRule
-from fedmide.enrollment import split
+from fedmide.enrollment import SetName, split
 from fedmide.errors import DataError
 from fedmide.records import RecordId
 from fedmide.sources.files import Reading, Row, gathered, json_rows, kind, sound
+
+SETS: tuple[SetName, ...] = ("shared", "personal")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,9 +46,12 @@ def split_file(path: Path, rule: ThresholdRule, out: Path | None = None) -> dict
 
     With `out` the records themselves go to `out/shared.json` and `out/personal.json`, in the file's order.
     """
+    existing = [] if out is None else [file for name in SETS if (file := out / f"{name}.json").exists()]
+    if existing:
+        raise DataError([f"{file} exists already" for file in existing], "Give another --out")
     records = read_scores(path)
     verdicts = split({RecordId(str(number)): record.score for number, record in enumerate(records)}, rule)
-    sets: dict[str, list[Mapping[str, object]]] = {"shared": [], "personal": []}
+    sets: dict[SetName, list[Mapping[str, object]]] = {name: [] for name in SETS}
     for record, verdict in zip(records, verdicts.values(), strict=True):
         sets[verdict.set].append(record.original)
     if out is not None:

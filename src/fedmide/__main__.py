@@ -1,0 +1,5 @@
+"""`python -m fedmide`: the command line."""
+
+from fedmide.cli import main
+
+main()
