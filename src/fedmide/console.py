@@ -88,22 +88,22 @@ def _lines(stage: str, total: int, unit: str) -> "Advance":
 
 
 def results_table(metrics: Mapping[str, Any]) -> Table:
-    """Each client's response NLL and choice accuracy under every adapter, and the means over clients."""
-    stages = [stage for stage in STAGE_TITLES if stage in metrics["over_clients"]]
-    table = _table("Test records: response NLL in nats per token, choice accuracy")
-    table.add_column("client", no_wrap=True)
-    for measure in ("NLL", "choice"):
-        for stage in stages:
-            table.add_column(f"{measure}\n{STAGE_TITLES[stage]}", justify="right")
-    for name, client in metrics["clients"].items():
-        likelihoods = [_number(client["stages"][stage]["response_nll"], "value") for stage in stages]
-        choices = [_number(client["stages"][stage]["choice"], "accuracy") for stage in stages]
-        table.add_row(name, *likelihoods, *choices)
-    table.add_section()
+    """Each client's shared records, its response NLL and choice accuracy under every adapter, and their means."""
     over = metrics["over_clients"]
-    for title, key in (("mean", "mean"), ("worst", "worst")):
-        likelihoods = [_number(over[stage]["response_nll"], key) for stage in stages]
-        table.add_row(title, *likelihoods, *(_number(over[stage]["choice_accuracy"], key) for stage in stages))
+    stages = [stage for stage in STAGE_TITLES if stage in over]
+    table = _table("Shared records; response NLL (nats per token), choice accuracy")
+    table.add_column("client", overflow="fold")  # on a narrow terminal names break, figures don't
+    table.add_column("shared\nfirst last", justify="right", no_wrap=True)
+    for stage in stages:
+        table.add_column(f"{STAGE_TITLES[stage]}\n  NLL choice", justify="right", no_wrap=True)
+    for name, client in metrics["clients"].items():
+        rows = (client["stages"][stage] for stage in stages)
+        measured = (_pair(row["response_nll"], "value", row["choice"], "accuracy") for row in rows)
+        table.add_row(name, _shared(client["sets"]), *measured)
+    table.add_section()
+    for key in ("mean", "worst"):
+        rows = (over[stage] for stage in stages)
+        table.add_row(key, "", *(_pair(row["response_nll"], key, row["choice_accuracy"], key) for row in rows))
     return table
 
 
@@ -137,6 +137,17 @@ def leak_lines(report: "Report") -> list[str]:
 def _table(title: str) -> Table:
     """An empty table that eight columns of words fit into on 80 characters."""
     return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+
+
+def _shared(sets: Mapping[str, Any]) -> str:
+    """How many records were shared after the split, where there was one, and at the end."""
+    first = "-" if sets["threshold"] is None else sets["shared_at_split"]
+    return f"{first:>5} {sets['shared']:>4}"
+
+
+def _pair(likelihood: Mapping[str, Any] | None, value: str, choice: Mapping[str, Any] | None, accuracy: str) -> str:
+    """An NLL and an accuracy side by side, a dash for one that is not there."""
+    return f"{_number(likelihood, value):>5} {_number(choice, accuracy):>6}"
 
 
 def _number(figures: Mapping[str, Any] | None, key: str) -> str:
