@@ -163,9 +163,10 @@ class DiceModel:
         assert examples, "nobody trains on nothing"
         data, ids = adapters.encode(adapter), tuple(example.id for example in examples)
         self.trained.append((data, ids, plan))
+        most = plan.settings.max_steps * plan.settings.batch_size or len(examples)
         for step in range(1, plan.settings.epochs + 1):
             after = self._throw("trained", data, ids, plan.stream_seed, step)
-            loss = total([self._nll(data, example, plan.settings.positions) for example in examples])
+            loss = total([self._nll(data, example, plan.settings.positions) for example in examples[:most]])
             yield Epoch(after, loss, step)
 
     def _nll(self, data: bytes, example: Example, positions: Positions) -> Nll:
@@ -293,9 +294,12 @@ def read_lasting(folder: Path) -> dict[str, Any]:
     return {name: None if path.is_dir() else without_times(path) for name, path in paths.items()}
 
 
+TIMES = ("seconds", "started", "updated", "peak_memory_mb")
+
+
 def without_times(path: Path) -> Any:
     def without(values: dict[str, Any]) -> dict[str, Any]:
-        return {key: each for key, each in values.items() if key not in ("seconds", "started", "updated")}
+        return {key: each for key, each in values.items() if key not in TIMES}
 
     if path.suffix != ".json" and path.name != "events.jsonl":
         return path.read_bytes()

@@ -472,10 +472,9 @@ def test_published_scores_are_split_as_published(fedmide: Callable[..., Outcome]
     scores = SHARED / "local1" / "8" / "local_training_0.json"
     found = fedmide("split", scores, "--json", "--out", "sets").json
     assert found["threshold"] == pytest.approx(1.081713, abs=1e-6)
-    assert {key: found[key] for key in ("shared", "personal", "not_finite", "rule")} == {
+    assert {key: value for key, value in found.items() if key != "threshold"} == {
         "shared": 160,
         "personal": 140,
-        "not_finite": 0,
         "rule": "otsu-256",
     }
     for ours, theirs in (("shared", "global1"), ("personal", "remain1")):
@@ -497,6 +496,9 @@ def test_other_rules_split_otherwise(fedmide: Callable[..., Outcome], here: Path
     Path("same.jsonl").write_text('{"score": 1.0}\n{"score": 1.0}\n')
     assert fedmide("split", "same.jsonl").out == "2 shared, 0 personal, threshold none (otsu-256)\n"
     assert fedmide("split", "same.jsonl", "--json").json["threshold"] is None
+    Path("failed.jsonl").write_text("".join(f'{{"score": {score}}}\n' for score in (1.0, 1.1, "NaN", 9.0)))
+    told = fedmide("split", "failed.jsonl", "--rule", "otsu-exact")
+    assert told.out.startswith("2 shared, 2 personal") and told.err.startswith("fedmide: 1 scores are no number")
 
 
 # --- data

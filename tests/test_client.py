@@ -375,7 +375,6 @@ def personalized(fakes: Any, losses: Sequence[float], *overrides: str, num_valid
         ([1.0, 2.0, 2.5], 1),
         ([3.0, math.nan, 2.5], 3),
         ([math.nan, math.inf, 9.0], 3),
-        ([math.nan, math.nan, math.nan], 1),
     ],
 )
 def test_the_epoch_with_the_lowest_validation_loss_is_kept_on_the_site(
@@ -388,6 +387,50 @@ def test_the_epoch_with_the_lowest_validation_loss_is_kept_on_the_site(
     assert reply.metrics["trained_tokens"] == Metric(30)
     expected = Metric(2 * 4 * losses[kept - 1], 8) if math.isfinite(losses[kept - 1]) else None
     assert reply.metrics.get("validation_loss") == expected
+
+
+@pytest.mark.parametrize("losses", [[math.nan, math.nan], [math.inf, math.nan], [math.inf, math.inf]])
+def test_where_no_epoch_validates_the_aggregated_adapter_is_kept(fakes: Any, losses: list[float]) -> None:
+    _, reply, after = personalized(fakes, losses)
+    assert (place(after.adapter), reply.metrics["epoch"]) == (50.0, Metric(0))
+    assert "validation_loss" not in reply.metrics
+
+
+@pytest.mark.parametrize(("num_validation", "kept"), [(0, 2), (2, 1)])
+def test_an_adapter_that_is_not_finite_is_never_kept(fakes: Any, num_validation: int, kept: int) -> None:
+    """Epochs at 1, 2 and nowhere: without validation the last that is somewhere, with it the best of those."""
+    state = replace(split(fakes), config=fakes.config(EXACT, "personalization.epochs=3"))
+    validation = tuple(fakes.site("v", [1] * num_validation, state.config).training.values())
+
+    class RunsOff(Path):
+        def train(self, adapter: Adapter, examples: Sequence[Any], plan: TrainingPlan) -> Iterator[Epoch]:
+            *finite, last = super().train(adapter, examples, plan)
+            yield from finite
+            yield replace(last, adapter={name: array * math.nan for name, array in last.adapter.items()})
+
+        def nll(self, adapter: Adapter, examples: Sequence[Any], positions: Any) -> tuple[Nll, ...]:
+            at = place(adapter)
+            return tuple(Nll(4 * self.losses[int(at) - 1 if math.isfinite(at) else -1], 4) for _ in examples)
+
+    reply, after = handle(task(fakes, 20, 50.0), replace(state, validation=validation), RunsOff(fakes, [2.0, 3.0, 1.0]))
+    assert (place(after.adapter), reply.metrics["epoch"]) == (kept, Metric(kept))
+
+
+@pytest.mark.parametrize(("batch_size", "max_steps", "seen"), [(1, 1, 1), (2, 1, 2), (2, 2, 3), (32, 0, 3)])
+def test_weight_and_loss_are_of_the_records_that_were_trained_on(
+    fakes: Any, batch_size: int, max_steps: int, seen: int
+) -> None:
+    knobs = (f"training.batch_size={batch_size}", f"training.max_steps={max_steps}", "training.epochs=2")
+    site = fakes.site("a", [8, 9, 13], fakes.config(EXACT, *knobs))
+
+    class Steps(type(fakes.line())):  # type: ignore[misc]
+        def train(self, adapter: Adapter, examples: Sequence[Any], plan: TrainingPlan) -> Iterator[Epoch]:
+            for epoch in super().train(adapter, examples, plan):
+                yield replace(epoch, steps=max_steps or epoch.steps)
+
+    reply, _ = handle(task(fakes, -1, 0.0), site, Steps())
+    assert reply.num_records == seen
+    assert ("loss" in reply.metrics) == (seen > 1)
 
 
 def test_without_validation_records_the_last_epoch_is_kept(fakes: Any) -> None:

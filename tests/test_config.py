@@ -1,6 +1,7 @@
 """The configuration: the method's defaults, what is refused and how, overrides, and there and back through TOML."""
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -114,12 +115,19 @@ def test_a_configuration_can_not_be_changed() -> None:
         ("threads", "runtime.threads"),
         ("seeds", "seed"),
         ("data.fields.instructions", "data.fields.instruction"),
+        ("lora.str", "lora.r"),
     ],
 )
 def test_an_unknown_key_is_refused_with_the_nearest_right_one(key: str, nearest: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse(nested(key, 1), "here.toml")
     assert caught.value.problems == (f"here.toml: unknown key '{key}' (did you mean '{nearest}'?)",)
+
+
+@pytest.mark.parametrize("key", ["federation.strategy", "training.strict", "strong", "lora.list[str]"])
+def test_an_unknown_key_is_named_whole(key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"^configuration: unknown key '{re.escape(key)}'"):
+        parse(nested(key, 1))
 
 
 def test_a_key_like_no_other_is_refused_without_a_suggestion() -> None:
@@ -246,6 +254,9 @@ def test_a_problem_in_a_file_names_the_file(tmp_path: Path) -> None:
         ("lora.targets=all-linear", {"lora": {"targets": "all-linear"}}),
         ("data.path=here/it is/a=b.json", {"data": {"path": "here/it is/a=b.json"}}),
         ('data.path="2024"', {"data": {"path": "2024"}}),
+        ("data.path=8", {"data": {"path": "8"}}),
+        ("data.fields.client=1", {"data": {"fields": {"client": "1"}}}),
+        ("model.name=2024-11-24", {"model": {"name": "2024-11-24"}}),
         ("data.path=", {"data": {"path": ""}}),
         ("data.fields.client=site", {"data": {"fields": {"client": "site"}}}),
         ('data.path="open', {"data": {"path": '"open'}}),
@@ -280,8 +291,11 @@ def test_an_override_is_checked_like_a_file(tmp_path: Path) -> None:
     path.write_text("")
     with pytest.raises(ConfigError, match=r"unknown key 'training\.epoch'"):
         load(path, ["training.epoch=3"])
+    with pytest.raises(ConfigError, match=r"lora\.r = 'many': input should be a valid integer"):
+        load(path, ["lora.r=many"])
+    path.write_text("data.path = 2024")
     with pytest.raises(ConfigError, match=r"data\.path = 2024: input should be a valid string"):
-        load(path, ["data.path=2024"])
+        load(path)
 
 
 # --- the learning rate of personalisation

@@ -7,21 +7,21 @@ from rich.console import Console
 from fedmide.console import results_table
 
 
-def client(first: int, last: int, threshold: float | None, nlls: tuple[float, ...], accuracy: float | None) -> Any:
+def client(first: int | None, last: int, nlls: tuple[float, ...], accuracy: float | None) -> Any:
     choice = None if accuracy is None else {"accuracy": accuracy}
     stages = {
         name: {"response_nll": {"value": nll}, "choice": choice}
         for name, nll in zip(("base", "aggregated", "personalized"), nlls, strict=True)
     }
-    return {"sets": {"shared_at_split": first, "shared": last, "threshold": threshold}, "stages": stages}
+    return {"sets": {"shared_at_split": first, "shared": last}, "stages": stages}
 
 
 def test_every_figure_stands_whole_in_its_row() -> None:
     over = {"response_nll": {"mean": 2.5, "worst": 12.25}, "choice_accuracy": {"mean": 0.5, "worst": 0.125}}
     metrics = {
         "clients": {
-            "a-client-whose-name-is-rather-long": client(120, 300, 1.1, (12.25, 2.0, 1.0), 0.5),
-            "b": client(0, 24, None, (3.0, 2.0, 1.0), None),
+            "a-client-whose-name-is-rather-long": client(120, 300, (12.25, 2.0, 1.0), 0.5),
+            "b": client(None, 24, (3.0, 2.0, 1.0), None),
         },
         "over_clients": {"base": over, "aggregated": over, "personalized": over},
     }

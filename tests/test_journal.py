@@ -95,7 +95,7 @@ def test_a_round_left_aside_does_not_count(folder: journal.RunFolder) -> None:
     commit(folder, -2, -1)
     (folder.path / "server" / "warmup-001").rename(folder.path / "server" / ".warmup-001.partial")
     assert folder.last_round(BEGIN).round == -1
-    folder.rebuild_events()
+    folder.rebuild_events(("a", "b"))
     assert told(folder) == [(-2, "a"), (-2, "b")]
     commit(folder, -1)
     assert folder.last_round(BEGIN).round == 0
@@ -134,10 +134,10 @@ def test_events_are_rebuilt_from_what_is_whole(folder: journal.RunFolder) -> Non
     assert len(whole.splitlines()) == 10
     for damaged in (b"", whole[: len(whole) // 2], whole + b'{"stage"'):
         (folder.path / "events.jsonl").write_bytes(damaged)
-        folder.rebuild_events()
+        folder.rebuild_events(("a", "b"))
         assert (folder.path / "events.jsonl").read_bytes() == whole
     shutil.rmtree(folder.personal_adapter("a"))
-    folder.rebuild_events()
+    folder.rebuild_events(("a", "b"))
     assert told(folder)[-1] == (2, "b") and len(told(folder)) == 9
 
 

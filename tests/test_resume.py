@@ -175,11 +175,19 @@ def dice_run(real_inputs: Inputs, fakes: Any, monkeypatch: pytest.MonkeyPatch) -
         nll = fakes.dice().nll(adapter, real_inputs.examples[client.name].test, "response")
         return Measured((), tuple(each.sum for each in nll), (), (), (), 0)
 
-    def summarize(config: Config, measured: Any, sets: Any, predictions: Any, prompt: str) -> dict[str, Any]:
+    def summarize(
+        config: Config, measured: Any, sets: Any, predictions: Any, events: Any, prompt: str
+    ) -> dict[str, Any]:
         stages_of = {name: {stage: asdict(each) for stage, each in row.items()} for name, row in measured.items()}
-        return {"measured": stages_of, "sets": sets, "predictions": predictions, "prompt": prompt}
+        return {
+            "measured": stages_of,
+            "sets": sets,
+            "predictions": predictions,
+            "prompt": prompt,
+            "rounds": len(events),
+        }
 
-    monkeypatch.setattr(stages, "read", lambda config, tell: begin())
+    monkeypatch.setattr(stages, "read", lambda config, tell, threads=0: begin())
     monkeypatch.setattr(stages, "measure", measure)  # the figures are pure, and slow beside dice
     monkeypatch.setattr(stages.summary, "summarize", summarize)
     monkeypatch.setattr(stages.summary, "set_figures", lambda ledger, records: {"entries": len(ledger)})
@@ -201,6 +209,10 @@ class LikeAModel:
     @property
     def tokenizer(self) -> Any:
         return self.real.tokenizer
+
+    @property
+    def num_positions(self) -> Any:
+        return self.real.num_positions
 
 
 # --- stopped between any two calls
@@ -331,6 +343,7 @@ def interrupted(run: stages.Run, number: int) -> stages.Run:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")  # Python 3.12's, where threads of others run
 def test_a_real_run_killed_at_random_moments_ends_with_the_same_bytes(
     small_input: Any, tmp_path: Path, lasting: Lasting
 ) -> None:

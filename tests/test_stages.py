@@ -2,9 +2,10 @@
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import pytest
 from fedmide import atomic, journal, stages
 from fedmide.config import Config, load
 from fedmide.errors import RunFolderError, UserError
+from fedmide.resident import Resident
 
 STAGES = (stages.train, stages.personalize, stages.generate, stages.evaluate)
 CLIENTS = ("a", "b")
@@ -199,8 +201,8 @@ def refusal(lasting: Lasting) -> Refusal:
     """What a stage is refused with; it leaves the folder as it was."""
 
     def refused(path: Path, stage: Callable[[stages.Run], object]) -> str:
-        before = lasting(path)
         with stages.resume(path) as run, pytest.raises(RunFolderError) as error:
+            before = lasting(path)
             stage(run)
         assert lasting(path) == before
         return str(error.value)
@@ -446,3 +448,216 @@ def test_a_model_that_is_made_first_is_told_of(
 def test_the_silent_progress_takes_anything() -> None:
     with stages.silent("rounds", 3, "clients") as advance:
         advance(1, "a")
+
+
+# --- what goes wrong on the way
+
+
+def test_a_federation_that_runs_off_goes_on_and_says_so(
+    small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Adapters that are no numbers are refused round by round, and no tuning of a client is kept."""
+    train = Resident.train
+
+    def run_off(resident: Resident, *args: Any) -> Iterator[Any]:
+        for epoch in train(resident, *args):
+            yield replace(epoch, adapter={name: array * float("nan") for name, array in epoch.adapter.items()})
+
+    monkeypatch.setattr(Resident, "train", run_off)
+    said: list[str] = []
+    with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
+        for stage in STAGES:
+            stage(run)
+        metrics = metrics_of(tmp_path / "run")
+        assert metrics["federation"]["refused_replies"] == 6 and metrics["federation"]["rounds_without_aggregate"] == 3
+        aggregated, fresh = stages._trained(run).adapter, run.inputs.fresh_adapter()
+    assert all((aggregated[name] == fresh[name]).all() for name in fresh)
+    refusals = [line for line in said if "its reply does not count" in line]
+    assert len(refusals) == 6 and refusals[0].startswith("warmup-000, client a: its reply does not count: ")
+    assert "holds a value that is not finite" in refusals[0]
+    assert sum("nobody's adapter counts" in line for line in said) == 3
+    assert [line for line in said if "its tuning" in line] == [
+        f"client {client}: no epoch of its tuning is fit to be kept, the aggregated adapter is" for client in CLIENTS
+    ]
+    for client in metrics["clients"].values():
+        assert client["stages"]["personalized"] == client["stages"]["aggregated"]
+    with stages.resume(tmp_path / "run"):
+        pass
+
+
+def test_one_client_that_runs_off_leaves_the_round_to_the_others(
+    small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmide.runtimes import inprocess
+
+    encode_reply = inprocess.encode_reply
+
+    def broken(reply: Any) -> bytes:
+        if reply.client == "b" and reply.adapter is not None:
+            reply = replace(reply, adapter={name: array[:1] for name, array in reply.adapter.items()})
+        return encode_reply(reply)
+
+    monkeypatch.setattr(inprocess, "encode_reply", broken)
+    said: list[str] = []
+    with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
+        stages.train(run)
+    assert [line.split(":")[0] for line in said if "does not count" in line] == [
+        f"{name}, client b" for name in ("warmup-000", "round-000", "round-001")
+    ]
+    assert not any("nobody" in line for line in said)
+    with stages.resume(tmp_path / "run") as run:  # its ledger is its own, whatever became of its replies
+        stages.personalize(run)
+
+
+def test_texts_with_line_separators_go_through_all_stages(small_input: Any, tmp_path: Path) -> None:
+    """U+2028 and the like are no ends of lines in JSON lines."""
+    file = small_input.data / "a" / "test.jsonl"
+    odd = json.dumps({"instruction": "One\u2028two\u0085three", "response": "a\u2029b\x0cc"}, ensure_ascii=False)
+    file.write_text(file.read_text() + odd + "\n", "utf-8")
+    path = whole_run(load(small_input.config, ["federation.rounds=1"]), tmp_path / "run")
+    lines = [json.loads(line) for line in (path / "predictions" / "a.jsonl").read_text("utf-8").split("\n") if line]
+    assert lines[-1]["instruction"] == "One\u2028two\u0085three" and lines[-1]["reference"] == "a\u2029b\x0cc"
+    assert metrics_of(path)["clients"]["a"]["generation"]["num_records"] == 4
+
+
+def test_more_tokens_than_the_model_reads_are_refused_and_generation_stays_below(
+    small_input: Any, tmp_path: Path
+) -> None:
+    with (
+        pytest.raises(UserError, match=r"model\.cutoff = 4096: tiny-random reads at most 2048 tokens"),
+        stages.start(load(small_input.config, ["model.cutoff=4096"]), tmp_path / "run"),
+    ):
+        pass
+    assert not (tmp_path / "run").exists()
+    asked: list[int] = []
+    with stages.start(load(small_input.config, ["generation.max_new_tokens=9999"]), tmp_path / "run") as run:
+        run.inputs.resident.generate = lambda adapter, examples, longest: asked.append(longest) or ("",) * len(examples)  # type: ignore[method-assign,func-returns-value]
+        stages.train(run)
+        stages.personalize(run)
+        stages.generate(run)
+    prompts = [max(example.prompt_length for example in site.test) for site in run.inputs.examples.values()]
+    assert asked == [2048 - longest for longest in prompts]
+
+
+# --- what a run goes on with
+
+
+@pytest.mark.parametrize("lost", ["file", "lines", "folder"])
+def test_a_lost_ledger_is_refused_and_never_taken_for_an_empty_one(copied: Path, lost: str) -> None:
+    ledger = copied / "clients" / "a" / "ledger.jsonl"
+    if lost == "file":
+        ledger.unlink()
+    elif lost == "lines":
+        ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:9]))
+    else:
+        shutil.rmtree(copied / "clients")
+    left = "the ledger is not the one that round 1 left"
+    with pytest.raises(RunFolderError, match=left) as error, stages.resume(copied):
+        pass
+    assert len(error.value.problems) == (2 if lost == "folder" else 1)
+
+
+def test_a_run_goes_on_with_the_threads_it_began_with(
+    small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from fedmide import resident
+
+    wanted: list[int] = []
+    monkeypatch.setattr(torch, "set_num_threads", wanted.append)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
+    monkeypatch.setattr(resident, "available_cores", lambda: 3)
+    with stages.start(load(small_input.config, ["runtime.threads=0"]), tmp_path / "run"):
+        pass
+    monkeypatch.setattr(resident, "available_cores", lambda: 64)
+    with stages.resume(tmp_path / "run"):
+        pass
+    assert wanted == [3, 3]
+
+
+def test_other_versions_are_told_and_another_device_is_refused(copied: Path) -> None:
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["versions"]["peft"] = "0.0.1"
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    said: list[str] = []
+    with stages.resume(copied, tell=said.append):
+        pass
+    assert any(line.startswith("peft was 0.0.1 when the run began") for line in said)
+    (copied / "manifest.json").write_text(json.dumps({**manifest, "device": "cuda"}))
+    was = "the device was cuda when the run began and is cpu now"
+    with pytest.raises(RunFolderError, match=was), stages.resume(copied):
+        pass
+
+
+def test_events_stay_in_the_clients_order_when_a_run_goes_on(
+    small_input: Any, tmp_path: Path, lasting: Lasting
+) -> None:
+    """Clients are in natural order, file names are not: 10 comes after 9."""
+    for name in ("9", "10"):
+        shutil.copytree(small_input.data / "a", small_input.data / name)
+    for name in ("a", "b"):
+        shutil.rmtree(small_input.data / name)
+    path = whole_run(load(small_input.config, ["federation.rounds=1"]), tmp_path / "run")
+    before = lasting(path)
+    assert [event["client"] for event in journal.reopen(path).events()] == ["9", "10"] * 3
+    (path / "events.jsonl").unlink()
+    with stages.resume(path) as run:
+        stages.evaluate(run)
+    assert lasting(path) == before
+
+
+# --- what users do with it
+
+
+def test_the_runs_adapters_load_with_peft_and_give_the_same_likelihoods(reference: tuple[Any, Path]) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from fedmide.checkpoints import locate
+
+    with stages.resume(reference[1]) as run:
+        examples = run.inputs.examples["a"].test
+        folders = {"aggregated": run.folder.adapter, **{name: run.folder.personal_adapter(name) for name in CLIENTS}}
+        for name, folder in folders.items():
+            adapter = stages.adapters.read(folder / "adapter_model.safetensors", run.inputs.resident.model.shapes)
+            ours = run.inputs.resident.nll(adapter, examples, "all")
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # PEFT's own
+                theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(locate("tiny-random")), folder)
+            for example, nll in zip(examples, ours, strict=True):
+                ids = torch.from_numpy(example.ids)[None]
+                with torch.no_grad():
+                    loss = float(theirs(input_ids=ids, labels=ids).loss)
+                assert nll.mean == pytest.approx(loss, rel=1e-5), name
+
+
+def test_test_records_decide_nothing(reference: tuple[Any, Path], tmp_path: Path) -> None:
+    """Other test records, the same adapters and ledgers, personalised ones included."""
+    data = Path(shutil.copytree(reference[0].data, tmp_path / "data"))
+    for client in CLIENTS:
+        (data / client / "test.jsonl").write_text('{"instruction": "Else?", "response": "quite"}\n')
+    config = load(reference[0].config, [f"data.path={data}"])
+    with stages.start(config, tmp_path / "run") as run:
+        stages.train(run)
+        stages.personalize(run)
+    kept = [
+        f"clients/{client}/{file}"
+        for client in CLIENTS
+        for file in ("ledger.jsonl", "adapter/adapter_model.safetensors")
+    ]
+    for name in ["adapter/adapter_model.safetensors", *kept]:
+        assert (tmp_path / "run" / name).read_bytes() == (reference[1] / name).read_bytes()
+
+
+def test_one_base_model_whatever_the_number_of_clients(
+    small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fedmide import resident
+
+    loads: list[Path] = []
+    load_model = resident.load
+    monkeypatch.setattr(resident, "load", lambda folder, *rest: loads.append(folder) or load_model(folder, *rest))  # type: ignore[func-returns-value]
+    whole_run(load(small_input.config, ["federation.rounds=1"]), tmp_path / "run")
+    assert len(loads) == 1

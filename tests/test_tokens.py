@@ -56,9 +56,18 @@ def test_prompt_then_response_then_end(tokenizer: Any) -> None:
     assert (example.id, example.prompt_length, example.truncated) == ("x", len(prompt), False)
 
 
-def test_another_response_takes_its_place(tokenizer: Any) -> None:
-    encode = plain(tokenizer)
-    assert encode.encode(RECORD, "No.").ids.tolist() == encode.encode(replace(RECORD, response="No.")).ids.tolist()
+@pytest.mark.parametrize(("cutoff", "overflow"), [(4096, "refuse"), (48, "cut"), (64, "cut")])
+def test_options_stand_after_one_prompt(tokenizer: Any, cutoff: int, overflow: Any) -> None:
+    """The prompt is cut for the longest of them, up to a quarter of the cutoff: none looks likelier for its length."""
+    encode = plain(tokenizer, cutoff, overflow)
+    record = replace(RECORD, context="a long story " * 20)
+    options = encode.encode_options(record, ["No.", "Perhaps, as I said.", "No."])
+    assert len({tuple(each.ids[: each.prompt_length]) for each in options}) == 1
+    longest = encode.encode(replace(record, response="Perhaps, as I said."))
+    assert options[1].ids.tolist() == longest.ids.tolist()
+    assert options[0].ids.tolist() == options[2].ids.tolist()
+    answer = options[0].ids[options[0].prompt_length :].tolist()
+    assert answer == encode.response_ids("No.")
 
 
 @given(instruction=texts, context=texts, response=texts)
@@ -277,3 +286,16 @@ def test_batches_are_as_full_as_the_budget_allows(random_examples: Callable[...,
         assert (len(batch.rows) + 1) * batch.ids.shape[1] > 128 or padding + more > MAX_PADDING
         assert padding <= MAX_PADDING
         assert following.ids.shape[1] <= batch.ids.shape[1]
+
+
+def test_a_chat_template_that_asks_for_the_date_is_told_the_same_every_day(tokenizer: Any) -> None:
+    own = tokenizer.chat_template
+    try:
+        tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}:\n{{ messages[0]['content'] }}"
+        text = tokenizer.decode(Encoder(tokenizer, "chat", 512, "refuse").prompt_ids(Record("Why?", "So.")))
+        assert text == "26 Jul 2024:\nWhy?"
+        tokenizer.chat_template = "{{ raise_exception('no such role') }}"
+        with pytest.raises(ModelError, match="chat template fails: no such role"):
+            encoder(tokenizer, ModelConfig(), PromptConfig(template="chat"))
+    finally:
+        tokenizer.chat_template = own

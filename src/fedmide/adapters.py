@@ -56,6 +56,11 @@ def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
     return tuple(found)
 
 
+def is_finite(adapter: Adapter) -> bool:
+    """Whether every value is a number."""
+    return all(bool(np.isfinite(array).all()) for array in adapter.values())
+
+
 def encode(adapter: Adapter) -> bytes:
     """The adapter as safetensors, names sorted: equal adapters give equal bytes."""
     return save({name: np.ascontiguousarray(adapter[name]) for name in sorted(adapter)})

@@ -46,7 +46,7 @@ def write_file(path: Path, data: bytes) -> None:
     """Writes a file whole or not at all; one that stood there is replaced."""
     aside = path.with_name(f".{path.name}.partial")
     with clear_errors(path), _removed_on_error(aside):
-        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_folder(path.parent)
         _write_synced(aside, data)
         aside.replace(path)
         _sync_folder(path.parent)
@@ -57,7 +57,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
     aside, former = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
     with clear_errors(path), _removed_on_error(aside):
         _remove(aside)
-        aside.mkdir(parents=True)
+        _make_folder(aside)
         for name, data in files.items():
             _write_synced(aside / name, data)
         _sync_folder(aside)
@@ -87,6 +87,15 @@ def without_nan(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def lines_of(text: str) -> list[str]:
+    """The lines of JSON lines. Not splitlines(): that also cuts at U+2028 and others, which JSON texts may hold.
+
+    >>> lines_of('"a\u2028b"\n"c"\n')
+    ['"a\u2028b"', '"c"']
+    """
+    return text.removesuffix("\n").split("\n") if text else []
+
+
 @contextmanager
 def _removed_on_error(aside: Path) -> Iterator[None]:
     """Leaves nothing half-written behind; on a full disk that would take the room it lacks."""
@@ -109,6 +118,14 @@ def _write_synced(path: Path, data: bytes) -> None:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
+
+
+def _make_folder(path: Path) -> None:
+    """Makes a folder and those above it that are not there, each so that it lasts."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync_folder(folder.parent)
 
 
 def _sync_folder(path: Path) -> None:

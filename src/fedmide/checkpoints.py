@@ -81,9 +81,9 @@ def cache_folder() -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of the names and contents of config, tokenizer.json and weights; reads them all."""
+    """A short hash of the names and contents of config, tokenizer and weights; reads them all."""
     digest = hashlib.sha256()
-    for path in sorted([folder / "config.json", folder / "tokenizer.json", *folder.glob("*.safetensors")]):
+    for path in sorted({path for pattern in _HUB_FILES for path in folder.glob(pattern)}):
         if path.is_file():
             digest.update(f"{path.name} {_sha256(path)}\n".encode())
     return digest.hexdigest()[:16]

@@ -145,6 +145,10 @@ def split(
     from fedmide.sources.scored import split_file
 
     result = split_file(path, rule, out)
+    if failed := result.pop("not_finite"):
+        sys.stderr.write(
+            f"fedmide: {failed} scores are no number; where there is a threshold their records are personal\n"
+        )
     if as_json:
         _print_json(result)
     else:

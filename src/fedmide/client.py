@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fedmide.adapters import is_finite
 from fedmide.config import Config
 from fedmide.enrollment import enroll, split
 from fedmide.errors import MessageError
@@ -72,7 +73,7 @@ def _warm_up(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[C
         sets = standing((), everything).sets
         measured = measurements(task.round, _nll(trained.adapter, everything, state, model), sets)
     after = replace(state, ledger=state.ledger + measured)
-    return _reply(task, trained, len(everything), _set_metrics(after, (), measured)), after
+    return _reply(task, trained, _num_seen(state, everything, trained), _set_metrics(after, (), measured)), after
 
 
 def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
@@ -93,14 +94,15 @@ def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) ->
     after = replace(state, ledger=state.ledger + judged + measured)
     enrolled = len(now.shared) - len(earlier.shared) if earlier.is_split else 0
     metrics = {**_set_metrics(after, judged, measured), "enrolled": Metric(enrolled)}
-    return _reply(task, trained, len(shared), metrics), after
+    return _reply(task, trained, _num_seen(state, shared, trained), metrics), after
 
 
 def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
     """Stage 2: tune the aggregated adapter on the client's own records; keep the epoch that validates best.
 
-    Without validation records the last epoch is kept, without records or epochs the aggregated adapter itself.
-    The personalised adapter stays in the state; the reply holds sums only.
+    Without validation records the last epoch is kept; without records or epochs, or where a tuning ran off to values
+    that are not finite, the aggregated adapter itself (epoch 0). The personalised adapter stays in the state; the
+    reply holds sums only.
     """
     now = standing(state.ledger, state.training)
     chosen = {"all": tuple(state.training), "shared": now.shared, "personal": now.personal}
@@ -109,25 +111,23 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
         return _reply(task, None, 0, {}), replace(state, adapter=task.adapter)
     plan = personalization_plan(state.config, state.name)
     examples = [state.training[record] for record in records]
-    best: tuple[float, int, Epoch, Nll] | None = None
-    num_tokens = 0
+    kept, adapter, validated = 0, task.adapter, ZERO
+    num_tokens = num_steps = 0
     for number, epoch in enumerate(model.train(task.adapter, examples, plan), 1):
-        validated = total(model.nll(epoch.adapter, state.validation, state.config.training.positions))
-        loss = validated.mean if math.isfinite(validated.mean) else math.inf
-        if best is None or loss < best[0] or not state.validation:
-            best = (loss, number, epoch, validated)
+        nll = total(model.nll(epoch.adapter, state.validation, state.config.training.positions))
+        better = not state.validation or (math.isfinite(nll.mean) and (kept == 0 or nll.mean < validated.mean))
+        if better and is_finite(epoch.adapter):
+            kept, adapter, validated = number, epoch.adapter, nll
         num_tokens += epoch.loss.num_tokens
         num_steps = epoch.steps
-    assert best is not None  # a training has at least one epoch
-    _, number, epoch, validated = best
     metrics: dict[MetricName, Metric] = {
-        "epoch": Metric(number),
+        "epoch": Metric(kept),
         "steps": Metric(num_steps),
         "trained_tokens": Metric(num_tokens),
     }
-    if len(state.validation) > 1 and math.isfinite(validated.mean):
+    if len(state.validation) > 1 and kept:
         metrics["validation_loss"] = Metric(validated.sum, validated.num_tokens)
-    return _reply(task, None, 0, metrics), replace(state, adapter=epoch.adapter)
+    return _reply(task, None, 0, metrics), replace(state, adapter=adapter)
 
 
 def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standing) -> Ledger:
@@ -152,6 +152,11 @@ def _train(task: ClientTask, state: ClientState, model: LocalModel, records: Seq
     for last in model.train(start, [state.training[record] for record in records], plan):
         loss += last.loss
     return replace(last, loss=loss)
+
+
+def _num_seen(state: ClientState, records: Sequence[RecordId], trained: Epoch | None) -> int:
+    """How many of the records trained the adapter: with `training.max_steps` not all of them may have."""
+    return 0 if trained is None else min(len(records), trained.steps * state.config.training.batch_size)
 
 
 def _nll(adapter: Adapter, records: Iterable[RecordId], state: ClientState, model: LocalModel) -> dict[RecordId, Nll]:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import math
 import tomllib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,7 +25,7 @@ ThresholdRule = Literal["otsu-256", "otsu-exact", "median"]
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
-Rate = Annotated[float, Field(gt=0.0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 
 
 class Section(BaseModel):
@@ -61,13 +61,13 @@ class DataConfig(Section):
     fields: FieldNames = FieldNames()
     """Names of the fields in the files."""
     clients: Annotated[int, Field(ge=0)] = 0
-    """How many clients to take, in order; 0: all."""
+    """How many clients to take, in order; 0: all (of "medical": 8)."""
     max_records: Count = 0
-    """At most so many training records a client, drawn with the run's seed; 0: all."""
+    """At most so many training records a client, drawn with the run's seed; 0: all (of "medical": 48)."""
     max_validation_records: Count = 0
-    """At most so many validation records a client; 0: all."""
+    """At most so many validation records a client; 0: all (of "medical": 12)."""
     max_test_records: Count = 0
-    """At most so many test records a client; 0: all."""
+    """At most so many test records a client; 0: all (of "medical": 24)."""
     validation_fraction: Fraction = 0.1
     """Part of the training records held out to choose the personalisation epoch, where no validation is given."""
     test_fraction: Fraction = 0.2
@@ -124,14 +124,15 @@ class TrainingConfig(Section):
     """AdamW's rate at the start of the local training."""
     schedule: Literal["linear", "constant"] = "linear"
     """"linear": to 0 within the round's local training."""
-    weight_decay: Annotated[float, Field(ge=0.0, allow_inf_nan=False)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Rate = 1.0
     """Gradients are clipped to this norm."""
     positions: Positions = "all"
     """Tokens that the loss counts: "all" (prompt and response) or "response"."""
     tokens_per_batch: Annotated[int, Field(ge=16)] = 2048
-    """Padded tokens in one pass through the model; several passes make one optimiser step. Changes no result."""
+    """Padded tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
+    rounding, but for the draws of dropout."""
 
 
 class FederationConfig(Section):
@@ -158,7 +159,7 @@ class ScoringConfig(Section):
     positions: Positions = "all"
     """Tokens whose likelihood counts: "all" (published) or "response"."""
     tokens_per_batch: Annotated[int, Field(ge=16)] = 4096
-    """Padded tokens in one pass through the model. Changes no result."""
+    """Padded tokens in one pass through the model. Changes no result beyond rounding."""
 
 
 class EnrollmentConfig(Section):
@@ -298,7 +299,9 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """The values with each `section.key=value` set; a value is TOML where it parses as such, else a string.
+    """The values with each `section.key=value` set; a value is TOML where it parses as such, else a text.
+
+    Where only a text will do, what looks like a number is one too: `data.path=8` names a folder.
 
     >>> apply_overrides({"seed": 1}, ["seed=2", "data.path=here/it/is"])
     {'seed': 2, 'data': {'path': 'here/it/is'}}
@@ -312,7 +315,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         if not separator or not name or target is None:
             problems.append(f"--set {override!r}: expected section.key=value")
         else:
-            target[name] = _value(text.strip())
+            target[name] = _value(text.strip(), is_text=_type_of([*sections, name]) is str)
     if problems:
         raise ConfigError(problems, "For example --set training.learning_rate=1e-3")
     return dict(result)
@@ -347,17 +350,32 @@ def _section(values: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
     return section if isinstance(section, dict) else None
 
 
-def _value(text: str) -> Any:
+def _value(text: str, is_text: bool) -> Any:
     try:
-        return tomllib.loads(f"value = {text}")["value"]
+        value = tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
         return text
+    return text if is_text and not isinstance(value, str) else value
+
+
+def _type_of(names: Sequence[str]) -> Any:
+    """The type of the knob with this dotted name; None where there is none."""
+    kind: Any = Config
+    for name in names:
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        kind = fields[name].annotation if name in fields else None
+    return kind
+
+
+_BRANCHES = ("str", "list[str]")
+"""What pydantic puts behind a knob that may be a text or a list, to say which of the two it tried."""
 
 
 def _problem(details: Any) -> str:
-    key = ".".join(str(part) for part in details["loc"] if not str(part).startswith(("str", "list[")))
     if details["type"] == "extra_forbidden":
+        key = ".".join(str(part) for part in details["loc"])
         return f"unknown key '{key}'{_suggestion(key)}"
+    key = ".".join(str(part) for part in details["loc"] if part not in _BRANCHES)
     message = details["msg"].removeprefix("Value error, ")
     return f"{key} = {details['input']!r}: {message[0].lower()}{message[1:]}"
 

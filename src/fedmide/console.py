@@ -141,7 +141,7 @@ def _table(title: str) -> Table:
 
 def _shared(sets: Mapping[str, Any]) -> str:
     """How many records were shared after the split, where there was one, and at the end."""
-    first = "-" if sets["threshold"] is None else sets["shared_at_split"]
+    first = "-" if sets["shared_at_split"] is None else sets["shared_at_split"]
     return f"{first:>5} {sets['shared']:>4}"
 
 

@@ -16,9 +16,9 @@ import torch
 from fedmide import __version__
 from fedmide.checkpoints import fingerprint as model_fingerprint
 from fedmide.checkpoints import locate
-from fedmide.config import Config
+from fedmide.config import Config, ModelConfig
 from fedmide.config import fingerprint as config_fingerprint
-from fedmide.errors import UserError
+from fedmide.errors import ModelError, UserError
 from fedmide.localmodel import Adapter
 from fedmide.prompts import prompt_hash, resolve
 from fedmide.records import ClientData, Record
@@ -68,8 +68,10 @@ class Inputs:
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
 
 
-def read(config: Config, tell: Tell = lambda message: None) -> Inputs:
+def read(config: Config, tell: Tell = lambda message: None, threads: int = 0) -> Inputs:
     """All that the configuration points at; `tell` hears what is being waited for.
+
+    `threads` of the processor are used, 0: as the configuration says.
 
     What is wrong with the records, the prompt and a model's folder is raised together, then what is wrong with the
     model, then which records do not fit it.
@@ -85,7 +87,8 @@ def read(config: Config, tell: Tell = lambda message: None) -> Inputs:
         raise _together(errors)
     assert clients is not None and folder is not None  # no error
     tell(f"loading {config.model.name}")
-    resident = open_model(config, folder)
+    resident = open_model(config, folder, threads)
+    _check_positions(config.model, resident.model.num_positions)
     encode = encoder(resident.model.tokenizer, config.model, config.prompt)
     examples = _encode_clients(encode, clients)
     inputs = Inputs({client.name: client for client in clients}, examples, encode, resident, {})
@@ -96,6 +99,8 @@ def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[
     """How what a run would go on with differs from what it began with, by their manifests; a problem each."""
     if earlier.get("config") != present["config"]:
         yield "config.toml is not what the run began with"
+    if earlier["device"] != present["device"]:
+        yield f"the device was {earlier['device']} when the run began and is {present['device']} now"
     if earlier.get("prompt") != present["prompt"]:
         yield "the prompt's template is not what the run began with"
     for name, value in present["model"].items():
@@ -110,6 +115,20 @@ def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[
 def now() -> str:
     """The time in UTC, to the second."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def other_versions(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
+    """Which libraries are not of the versions that the run began with."""
+    for name, version in earlier["versions"].items():
+        if present["versions"].get(name) != version:
+            yield f"{name} was {version} when the run began and is {present['versions'].get(name)} now"
+
+
+def _check_positions(model: ModelConfig, num_positions: int | None) -> None:
+    if num_positions is not None and model.cutoff > num_positions:
+        raise ModelError(
+            f"model.cutoff = {model.cutoff}: {model.name} reads at most {num_positions} tokens", "Lower model.cutoff"
+        )
 
 
 def _encode_clients(encode: Encoder, clients: Sequence[ClientData]) -> dict[str, SiteExamples]:
@@ -172,6 +191,7 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
         },
         "started": now(),
         "seconds": {},
+        "peak_memory_mb": 0,
         "status": "started",
     }
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedmide import adapters, ledger
-from fedmide.atomic import clear_errors, to_json, write_file, write_folder
+from fedmide.atomic import clear_errors, lines_of, to_json, write_file, write_folder
 from fedmide.client import ClientState
 from fedmide.config import Config, load, to_toml
 from fedmide.errors import RunFolderError
@@ -67,12 +67,12 @@ class RunFolder:
         next_round = _read_json(last / "state.json")["next_round"]
         return ServerState(begin.federation, begin.clients, next_round, adapter)
 
-    def rebuild_events(self) -> None:
+    def rebuild_events(self, clients: Sequence[str]) -> None:
         """Writes events.jsonl anew from what is whole, so that it tells of that and of nothing else."""
         told = [folder / "state.json" for folder in self._round_folders()]
         if len(told) == len(self._round_numbers()):
-            sites = sorted(self.path.glob("clients/*/personalization.json"))
-            told += [path for path in sites if (path.parent / "adapter").is_dir()]
+            tuned = [client for client in clients if self.personal_adapter(client).is_dir()]
+            told += [self.site(client) / "personalization.json" for client in tuned]
         summaries = [_read_json(path)["summary"] for path in told]
         lines = [line for summary in summaries for line in _event_lines(summary)]
         write_file(self.path / "events.jsonl", "".join(lines).encode())
@@ -237,7 +237,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines; none where there is no file."""
-    return [_parsed(line, path) for line in _read_text(path).splitlines()] if path.exists() else []
+    return [_parsed(line, path) for line in lines_of(_read_text(path))] if path.exists() else []
 
 
 def _read_text(path: Path) -> str:

@@ -12,6 +12,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from fedmide.atomic import lines_of
 from fedmide.enrollment import Reason, SetName, Verdict, members, score
 from fedmide.errors import RunFolderError
 from fedmide.localmodel import Nll
@@ -153,7 +154,7 @@ def to_lines(ledger: Iterable[Entry]) -> str:
 def from_lines(text: str, where: str) -> Ledger:
     """The entries that `to_lines` wrote; raises `RunFolderError` with the line that is not one."""
     entries = []
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(lines_of(text), 1):
         try:
             entries.append(_ENTRY.validate_json(line))
         except ValidationError:

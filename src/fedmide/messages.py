@@ -8,7 +8,7 @@ safetensors; nothing is unpickled.
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -34,7 +34,6 @@ MetricName = Literal[
     "epoch",  # the personalisation epoch that was kept
     "trained_tokens",  # tokens that the loss counted
     "scored_tokens",  # tokens whose likelihood was computed
-    "seconds",  # spent on the task at the site
 ]
 
 
@@ -196,7 +195,13 @@ def _validated(kind: type[H], text: bytes) -> H:
         raise MessageError(f"a message's header is wrong: {_first(error)}") from None
 
 
+_FIELDS = frozenset(
+    {*_TaskHeader.model_fields, *_ReplyHeader.model_fields, *_MetricHeader.model_fields, *get_args(MetricName)}
+)
+
+
 def _first(error: ValidationError) -> str:
-    """Where the first problem is and what it is; the value itself is never repeated."""
+    """In which field the first problem is and what it is; nothing that the sender chose is repeated."""
     details = error.errors(include_input=False, include_url=False)[0]
-    return f"{'.'.join(str(part) for part in details['loc'])}: {details['msg']}"
+    known = [str(part) for part in details["loc"] if part in _FIELDS]
+    return f"{'.'.join(known) or 'a field'}: {details['msg']}"

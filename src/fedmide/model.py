@@ -59,6 +59,8 @@ class LoraModel:
     shapes: adapters.Shapes
     chosen: Positions
     device: torch.device
+    num_positions: int | None
+    """The longest text that the model was made for, in tokens, where its configuration says so."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable tensors, by the names that an adapter gives them."""
@@ -140,7 +142,8 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig) -> LoraModel:
         for name, parameter in network.named_parameters()
         if parameter.requires_grad
     }
-    return LoraModel(network, tokenizer, config, trainable, chosen, device)
+    num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    return LoraModel(network, tokenizer, config, trainable, chosen, device, num_positions)
 
 
 def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
@@ -162,10 +165,11 @@ def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTraine
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            only_here = {"local_files_only": True, "trust_remote_code": False}
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, local_files_only=True, output_loading_info=True
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **only_here)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{folder}: the model can't be loaded: {first_line}") from None
@@ -180,18 +184,17 @@ def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTraine
 
 def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> peft.LoraConfig:
     """PEFT's configuration; the layers it will match are found first, so that a miss is one clear message."""
-    blocks = _blocks(base, lora.blocks)
+    blocks, problems = _blocks(base, lora.blocks)
     targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
     names = list(_linear_names(base, blocks))
     present = sorted({name.rsplit(".", 1)[-1] for name in names})
     wanted = present if targets == ["all-linear"] else targets
     unmatched = [target for target in wanted if not any(f".{name}".endswith(f".{target}") for name in names)]
-    if unmatched or not wanted:
-        raise ModelError(
-            [f"lora.targets: {target!r} matches no linear layer in the chosen blocks" for target in unmatched]
-            or ["lora.targets: the chosen blocks have no linear layer"],
-            f"This model has {', '.join(present) or 'none'}",
-        )
+    problems += [f"lora.targets: {target!r} matches no linear layer in the chosen blocks" for target in unmatched]
+    if not wanted:
+        problems.append("lora.targets: the chosen blocks have no linear layer")
+    if problems:
+        raise ModelError(problems, f"This model has {', '.join(present) or 'none'}")
     return peft.LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]  # PEFT types it as int and takes any number
@@ -204,14 +207,14 @@ def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig
     )
 
 
-def _blocks(base: transformers.PreTrainedModel, blocks: str) -> list[int] | None:
-    """Indices of the blocks that get an adapter; None for all."""
+def _blocks(base: transformers.PreTrainedModel, blocks: str) -> tuple[list[int] | None, list[str]]:
+    """Indices of the blocks that get an adapter, None for all; and what is wrong with the wish."""
     if blocks == "all":
-        return None
+        return None, []
     wanted, present = int(blocks.removeprefix("top:")), int(base.config.get_text_config().num_hidden_layers)
     if wanted > present:
-        raise ModelError(f"lora.blocks = {blocks!r}: the model has {present} blocks")
-    return list(range(present - wanted, present))
+        return None, [f"lora.blocks = {blocks!r}: the model has {present} blocks"]
+    return list(range(present - wanted, present)), []
 
 
 def _linear_names(base: transformers.PreTrainedModel, blocks: Iterable[int] | None) -> Iterator[str]:

@@ -56,13 +56,13 @@ class Resident:
         return count
 
 
-def open_model(config: Config, folder: Path) -> Resident:
-    """The model in a folder, under LoRA layers as configured, on so many threads as configured."""
-    torch.set_num_threads(config.runtime.threads or _available_cores())
+def open_model(config: Config, folder: Path, threads: int = 0) -> Resident:
+    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured."""
+    torch.set_num_threads(threads or config.runtime.threads or available_cores())
     return Resident(load(folder, config.model, config.lora), config)
 
 
-def _available_cores() -> int:
+def available_cores() -> int:
     """How many cores this process may use, where the system tells."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))

@@ -4,6 +4,8 @@ Each can be stopped at any moment and started again: what is whole is kept, what
 """
 
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -20,16 +22,17 @@ from fedmide.errors import RunFolderError
 from fedmide.evaluation import summary
 from fedmide.evaluation.measure import Measured, measure
 from fedmide.generation import default_max_new_tokens
-from fedmide.inputs import Inputs, Tell, changed, now, read
+from fedmide.inputs import Inputs, Tell, changed, now, other_versions, read
 from fedmide.journal import RunFolder, check_new, create, locked, reopen
-from fedmide.ledger import before
+from fedmide.ledger import before, standing
 from fedmide.localmodel import Adapter
-from fedmide.messages import ClientTask
+from fedmide.messages import ClientTask, Metric
 from fedmide.model import peft_files
+from fedmide.records import RecordId
 from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
-from fedmide.server import Delivery, ServerState
+from fedmide.server import Delivery, RoundSummary, ServerState
 
 STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
 """How far a run is, as its manifest says."""
@@ -56,6 +59,7 @@ class Run:
 
     folder: RunFolder
     inputs: Inputs
+    tell: Tell
 
     @property
     def config(self) -> Config:
@@ -75,36 +79,48 @@ def start(config: Config, path: Path, tell: Tell = lambda message: None) -> Iter
     check_room(path, num_adapters * len(adapters.encode(inputs.fresh_adapter())))
     with locked(path):
         tell(f"the run is in {path}")
-        yield Run(create(path, config, inputs.manifest), inputs)
+        folder = create(path, config, inputs.manifest)
+        folder.rebuild_events(())
+        yield Run(folder, inputs, tell)
 
 
 @contextmanager
 def resume(path: Path, config: Config | None = None, tell: Tell = lambda message: None) -> Iterator[Run]:
-    """An earlier run, to go on with, which no other process gets at meanwhile.
+    """An earlier run, to go on with, which no other process gets at meanwhile, on as many threads as it began with.
 
-    Refused where its configuration, its data or its model are no longer the same.
+    Refused where its configuration, its data, its model or its ledgers are no longer the same.
     """
     folder = reopen(path, config)
     with locked(path):
         tell(f"going on with {path}")
         earlier = folder.read_manifest()
-        inputs = read(folder.config, tell)
+        inputs = read(folder.config, tell, earlier["threads"])
         if problems := list(changed(earlier, inputs.manifest)):
             raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
-        yield Run(folder, inputs)
+        for difference in other_versions(earlier, inputs.manifest):
+            tell(f"{difference}: from here on bytes may differ")
+        folder.rebuild_events(list(inputs.clients))
+        run = Run(folder, inputs, tell)
+        _check_ledgers(run)
+        yield run
 
 
 def train(run: Run, progress: Progress = silent) -> None:
     """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
     state = run.folder.last_round(_begin(run))
-    run.folder.rebuild_events()
     sites = {name: _site(run, name, state.round) for name in run.inputs.clients}
     runtime = InProcess(sites, run.inputs.resident, run.folder.save_ledger)
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
     shown = _listening(run, progress("rounds", num_tasks, "client rounds"))
+
+    def commit(after: ServerState, summary: RoundSummary) -> None:
+        run.folder.commit_round(after, summary)
+        for trouble in _troubles(run, summary):
+            run.tell(trouble)
+
     with _timed(run, "trained", num_tasks), shown as advance:
-        state = run_rounds(state, run.config, _shown(run, runtime, advance), run.folder.commit_round)
+        state = run_rounds(state, run.config, _shown(run, runtime, advance), commit)
         if not run.folder.adapter.is_dir():
             write_folder(run.folder.adapter, peft_files(state.adapter, run.inputs.resident.model.lora))
 
@@ -112,7 +128,6 @@ def train(run: Run, progress: Progress = silent) -> None:
 def personalize(run: Run, progress: Progress = silent) -> None:
     """Stage 2: each client tunes the aggregated adapter on its own records. Leaves `clients/ID/adapter/`."""
     state = _trained(run)
-    run.folder.rebuild_events()
     plan = server.plan(state, run.config)
     tasks = [task for task in plan if not run.folder.personal_adapter(task.client).is_dir()]
     sites = {task.client: _site(run, task.client, state.round) for task in tasks}
@@ -125,6 +140,10 @@ def personalize(run: Run, progress: Progress = silent) -> None:
             adapter = sites.pop(delivery.client).adapter
             assert adapter is not None  # personalisation always leaves one
             run.folder.commit_personalization(tuned, peft_files(adapter, lora))
+            if tuned.clients[0].metrics.get("epoch") == Metric(0):
+                run.tell(
+                    f"client {delivery.client}: no epoch of its tuning is fit to be kept, the aggregated adapter is"
+                )
 
 
 def generate(run: Run, progress: Progress = silent) -> None:
@@ -164,6 +183,7 @@ def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
             measured,
             {name: _set_figures(run, name) for name in measured},
             {name: run.folder.read_predictions(name) for name in measured},
+            run.folder.events(),
             run.inputs.prompt_hash,
         )
         write_file(run.folder.path / "metrics.json", to_json(metrics))
@@ -183,6 +203,36 @@ def _trained(run: Run) -> ServerState:
             f"{run.folder.path}: the rounds are not finished", f"First: fedmide train --resume {run.folder.path}"
         )
     return state
+
+
+def _check_ledgers(run: Run) -> None:
+    """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
+    state = run.folder.last_round(_begin(run))
+    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
+    problems = []
+    for name, event in last.items():
+        if event["refused"]:
+            continue  # what the site said then is not known
+        now = standing(before(run.folder.read_ledger(name), state.round), _record_ids(run, name))
+        told = tuple(int(event["metrics"][which]["sum"]) for which in ("shared", "personal"))
+        if told != (len(now.shared), len(now.personal)):
+            problems.append(f"{run.folder.site(name)}: the ledger is not the one that round {event['round']} left")
+    if problems:
+        raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+
+
+def _troubles(run: Run, summary: RoundSummary) -> Iterator[str]:
+    """What went wrong in a round that went on."""
+    title = run.folder.round_name(summary.round)
+    for row in summary.clients:
+        if row.refused:
+            yield f"{title}, client {row.client}: its reply does not count: {row.refused}"
+    if not summary.aggregated:
+        yield f"{title}: nobody's adapter counts, the aggregated one stays as it was"
+
+
+def _record_ids(run: Run, name: str) -> list[RecordId]:
+    return [example.id for example in run.inputs.examples[name].training]
 
 
 def _is_personalized(run: Run) -> bool:
@@ -219,6 +269,9 @@ def _responses(run: Run, name: str) -> bytes:
     config, examples = run.config.generation, run.inputs.examples[name]
     count = config.max_records or len(examples.test)
     longest = config.max_new_tokens or default_max_new_tokens(examples.training)
+    if run.inputs.resident.model.num_positions is not None:
+        prompts = max((example.prompt_length for example in examples.test[:count]), default=0)
+        longest = min(longest, run.inputs.resident.model.num_positions - prompts)
     records = run.inputs.clients[name].test[:count]
     texts = run.inputs.resident.generate(_personal_adapter(run, name), examples.test[:count], longest)
     lines = [
@@ -256,8 +309,7 @@ def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter)
 
 
 def _set_figures(run: Run, name: str) -> dict[str, Any]:
-    records = [example.id for example in run.inputs.examples[name].training]
-    return summary.set_figures(run.folder.read_ledger(name), records)
+    return summary.set_figures(run.folder.read_ledger(name), _record_ids(run, name))
 
 
 def _shown(run: Run, runtime: Runtime, advance: Advance) -> Runtime:
@@ -306,4 +358,11 @@ def _timed(run: Run, status: str, work: int) -> Iterator[None]:
     finally:
         seconds = run.folder.read_manifest()["seconds"]
         spent = seconds.get(status, 0.0) + time.perf_counter() - begun
-        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)}, **ended)
+        peak = max(run.folder.read_manifest()["peak_memory_mb"], _peak_memory_mb())
+        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)}, peak_memory_mb=peak, **ended)
+
+
+def _peak_memory_mb() -> int:
+    """The most memory that this process has held so far, in 10^6 bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)

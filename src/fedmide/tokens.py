@@ -16,6 +16,7 @@ from functools import cached_property
 from typing import Any, Literal, Protocol
 
 import numpy as np
+from jinja2 import TemplateError
 from numpy.typing import NDArray
 
 from fedmide.config import ModelConfig, Positions, PromptConfig
@@ -25,6 +26,9 @@ from fedmide.records import Record, RecordId
 
 ROOM = 4
 """A prompt is cut so that the response gets its length or this part of the cutoff, whichever is less: 1 / ROOM."""
+
+SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro +%}"
+"""What a chat template that asks for the date is told: with the real one a record would have other tokens tomorrow."""
 
 MAX_PADDING = 64
 """Padding tokens in one batch: from about there on, two passes through a model cost less than one."""
@@ -40,7 +44,9 @@ class Tokenizer(Protocol):
     def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> Any:
         """A mapping whose `input_ids` are the text's ids; control tokens in it are plain text where they are split."""
 
-    def apply_chat_template(self, conversation: Any, *, tokenize: bool, add_generation_prompt: bool) -> Any:
+    def apply_chat_template(
+        self, conversation: Any, *, chat_template: str | None, tokenize: bool, add_generation_prompt: bool
+    ) -> Any:
         """The conversation as text."""
 
 
@@ -86,19 +92,23 @@ class Encoder:
         """The response's ids and the end of sequence."""
         return [*self._ids(text, plain=True), _end_of_sequence(self.tokenizer)]
 
-    def encode(self, record: Record, response: str | None = None) -> Example:
-        """The record's example; another `response` takes the place of its own.
+    def encode(self, record: Record) -> Example:
+        """The record's example; raises `DataError` where the prompt leaves no room for a response."""
+        return self.encode_options(record, [record.response])[0]
 
-        Raises `DataError` where the prompt leaves no room for a response.
-        """
-        answer = self.response_ids(record.response if response is None else response)
+    def encode_options(self, record: Record, responses: Sequence[str]) -> tuple[Example, ...]:
+        """The record with each of the responses in the place of its own, after one prompt: as the longest needs it."""
+        answers = [self.response_ids(response) for response in responses]
         prompt = self.prompt_ids(record)
-        room = min(len(answer), self.cutoff // ROOM) if self.overflow == "cut" else 1
+        room = min(max(map(len, answers)), self.cutoff // ROOM) if self.overflow == "cut" else 1
         cut = len(prompt) > self.cutoff - room
         if cut:
             prompt = self._shortened(record, len(prompt), room)
+        return tuple(self._joined(record.id, prompt, answer, cut) for answer in answers)
+
+    def _joined(self, record_id: RecordId, prompt: list[int], answer: list[int], cut: bool) -> Example:
         ids = np.asarray((prompt + answer)[: self.cutoff], dtype=np.int64)
-        return Example(record.id, ids, len(prompt), cut or len(prompt) + len(answer) > self.cutoff)
+        return Example(record_id, ids, len(prompt), cut or len(prompt) + len(answer) > self.cutoff)
 
     def _shortened(self, record: Record, num_tokens: int, room: int) -> list[int]:
         """The prompt with as much of the context's beginning as leaves `room` tokens, then of the instruction's."""
@@ -125,9 +135,21 @@ class Encoder:
             instruction, context = (self._control.sub(marked, text) for text in (record.instruction, record.context))
             record = replace(record, instruction=instruction, context=context)
         if self.template == "chat":
-            messages = chat_messages(record)
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), mark
+            return self._chat(record), mark
         return render(self.template, record), mark
+
+    def _chat(self, record: Record) -> str:
+        """The record through the tokenizer's chat template."""
+        messages, template = chat_messages(record), self.tokenizer.chat_template
+        if template and "strftime_now" in template:
+            template = SAME_DAY + template
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=True
+            )
+        except TemplateError as error:
+            raise ModelError(f"the tokenizer's chat template fails: {error}", "Use another prompt.template") from None
+        return text
 
     def _ids(self, text: str, plain: bool) -> list[int]:
         ids: list[int] = self.tokenizer(text, add_special_tokens=False, split_special_tokens=plain)["input_ids"]
@@ -155,7 +177,9 @@ def encoder(tokenizer: Tokenizer, model: ModelConfig, prompt: PromptConfig) -> E
     template = resolve(prompt.template)
     if template == "chat" and not tokenizer.chat_template:
         raise ModelError("prompt.template = 'chat': the tokenizer has no chat template", "Use another prompt.template")
-    return Encoder(tokenizer, template, model.cutoff, prompt.overflow)
+    made = Encoder(tokenizer, template, model.cutoff, prompt.overflow)
+    made.prompt_ids(Record("probe", "probe", context="probe"))  # a template that fails does so here
+    return made
 
 
 def encode_all(encode: Encoder, records: Sequence[Record], where: str) -> tuple[Example, ...]:

@@ -16,10 +16,10 @@ from fedmide.config import Config, EvaluationConfig, ModelConfig, PromptConfig, 
 from fedmide.evaluation.choice import choice_accuracy, draw_choices
 from fedmide.evaluation.measure import Measured, measure
 from fedmide.localmodel import Adapter
-from fedmide.prompts import ALPACA, render
+from fedmide.prompts import ALPACA, Template, render
 from fedmide.records import ClientData, Record, client_data
 from fedmide.resident import Resident, open_model
-from fedmide.tokens import encoder
+from fedmide.tokens import Encoder, encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -123,7 +123,46 @@ def test_what_was_cut_is_counted(resident: Resident, adapter: Adapter) -> None:
         update={"model": CONFIG.model.model_copy(update={"cutoff": longest + 4}), "prompt": PromptConfig()}
     )
     found = measured(resident, adapter, config=tight)
-    assert 0 < found.num_truncated < sum(map(len, found.choices))
+    assert 0 < found.num_truncated < len(CLIENT.test)
+    assert found.num_tokens == tuple(
+        min(len(answer.encode()) + 1, longest + 4 - len(render(ALPACA, record)))
+        for record, answer in zip(CLIENT.test, ANSWERS, strict=True)
+    )
+    assert [bool(row) for row in found.choices] == [
+        len(render(ALPACA, record)) + max(len(option.encode()) + 1 for option in row_of(number)) <= longest + 4
+        for number, record in enumerate(CLIENT.test)
+    ], "where an answer does not fit whole, a choice would not be fair"
+    assert 0 < sum(map(bool, found.choices)) < len(CLIENT.test)
+
+
+def test_a_choice_is_after_one_prompt_and_whole_or_left_out(resident: Resident, adapter: Adapter) -> None:
+    """With prompts that are cut, the reference's likelihood stays what it is after its own prompt."""
+    rooms = {"with_context": "{context}{instruction}", "without_context": "{instruction}"}
+    config = CONFIG.model_copy(
+        update={
+            "model": CONFIG.model.model_copy(update={"cutoff": 40}),
+            "prompt": PromptConfig(overflow="cut"),
+        }
+    )
+    encode = Encoder(resident.model.tokenizer, Template("bare", **rooms), 40, "cut")
+    found = measure(resident, adapter, encode, CLIENT, config)
+    for number, record in enumerate(CLIENT.test):
+        options = [encode.encode_options(record, row_of(number))[n] for n in range(4)]
+        whole = [
+            len(each.ids) - each.prompt_length == len(text) + 1
+            for each, text in zip(options, row_of(number), strict=True)
+        ]
+        assert bool(found.choices[number]) == all(whole)
+        if all(whole):
+            expected = [nll.sum for nll in resident.nll(adapter, options, "response")]
+            assert found.choices[number] == pytest.approx(expected, rel=1e-5)
+    assert 0 < sum(map(bool, found.choices)) < len(CLIENT.test)
+    alone = resident.nll(adapter, [encode.encode(record) for record in CLIENT.test], "response")
+    assert found.nll_sums == pytest.approx([nll.sum for nll in alone], rel=1e-5)
+
+
+def row_of(number: int) -> list[str]:
+    return [ANSWERS[number], *(ANSWERS[other] for other in draw_choices(ANSWERS, 4, CONFIG.seed, "a")[number])]
 
 
 def test_json_and_back(resident: Resident, adapter: Adapter) -> None:

@@ -9,7 +9,14 @@ import pytest
 from fedmide.config import Config, parse
 from fedmide.enrollment import Reason, SetName
 from fedmide.evaluation.measure import Measured
-from fedmide.evaluation.summary import StageName, set_figures, stage_figures, summarize, text_figures
+from fedmide.evaluation.summary import (
+    StageName,
+    federation_figures,
+    set_figures,
+    stage_figures,
+    summarize,
+    text_figures,
+)
 from fedmide.ledger import Entry
 from fedmide.records import RecordId
 
@@ -44,6 +51,7 @@ def test_the_nll_is_the_sum_over_records_by_the_sum_of_their_tokens() -> None:
     nll = figures["response_nll"]
     assert (nll["sum"], nll["count"], nll["value"]) == (8.0, 8, 1.0)
     assert 2 / 6 <= nll["low"] <= 1.0 <= nll["high"] <= 3.0
+    assert figures["perplexity"] == {name: math.exp(nll[name]) for name in ("value", "low", "high")}
     assert figures["choice"] is None
 
 
@@ -65,6 +73,7 @@ def test_without_a_number_there_is_no_figure() -> None:
         "num_not_finite": 0,
         "num_truncated": 0,
         "response_nll": None,
+        "perplexity": None,
         "choice": None,
     }
 
@@ -77,6 +86,14 @@ def test_the_choice_is_the_likeliest_by_its_sum_or_by_its_sum_per_character() ->
     assert choice["accuracy_norm"] == (0 + 1 + 0.5 + 1) / 4
     assert choice["standard_error"] == math.sqrt(0.625 * 0.375 / 4)
     assert (choice["num_records"], choice["num_options"], choice["chance"]) == (4, 3, pytest.approx(1 / 3))
+    assert 0 <= choice["low"] < choice["accuracy"] < choice["high"] <= 1 and choice["num_left_out"] == 0
+
+
+def test_a_record_whose_choices_do_not_fit_is_left_out_and_counted() -> None:
+    choices, lengths = ((4.0, 5.0), (), (5.0, 4.0), (math.nan, 1.0)), ((1, 1),) * 4
+    choice = stage_figures(measured((4.0, 4.0, 5.0, 1.0), (1, 1, 1, 1), choices, lengths), CONFIG)["choice"]
+    assert (choice["accuracy"], choice["num_records"], choice["num_left_out"]) == (0.5, 2, 2)
+    assert stage_figures(measured((4.0,), (1,), ((),), ((1, 1),)), CONFIG)["choice"] is None
 
 
 # --- the sets of one client
@@ -107,7 +124,6 @@ def test_the_sets_are_told_as_they_were_split_and_as_they_end() -> None:
         "shared_at_split": 1,
         "enrolled": 1,
         "not_finite": 2,
-        "threshold": 1.25,
         "spearman_score_tokens": -1.0,
     }
 
@@ -117,12 +133,40 @@ def test_without_a_split_everything_is_shared() -> None:
         assert set_figures(ledger, RECORDS) == {
             "shared": 4,
             "personal": 0,
-            "shared_at_split": 0,
+            "shared_at_split": None,
             "enrolled": 0,
             "not_finite": 0,
-            "threshold": None,
             "spearman_score_tokens": None,
         }
+
+
+# --- the federation
+
+
+def event(stage: str, number: int, client: str, num_records: int = 3, refused: str = "", **metrics: float) -> Any:
+    sums = {name: {"sum": value, "count": 1} for name, value in metrics.items()}
+    told = {"stage": stage, "round": number, "client": client, "num_records": num_records, "refused": refused}
+    return {**told, "bytes_down": 10, "bytes_up": 5, "metrics": sums}
+
+
+def test_rounds_refusals_and_costs_are_counted() -> None:
+    events = [
+        event("warmup", -1, "a", steps=2, trained_tokens=7, scored_tokens=5),
+        event("warmup", -1, "b", num_records=0, refused="of another shape"),
+        event("train", 0, "a", num_records=0, refused="of another shape"),
+        event("train", 0, "b", num_records=0, scored_tokens=4),
+        event("personalize", 1, "a", num_records=0, steps=3, trained_tokens=9),
+    ]
+    assert federation_figures(events) == {
+        "rounds": 2,
+        "rounds_without_aggregate": 1,
+        "refused_replies": 2,
+        "bytes_down": 50,
+        "bytes_up": 25,
+        "steps": 5,
+        "trained_tokens": 16,
+        "scored_tokens": 9,
+    }
 
 
 # --- generated responses
@@ -146,7 +190,7 @@ def summarized(
     clients: Mapping[str, Mapping[StageName, Measured]], predictions: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
     texts = {name: [] for name in clients} | dict(predictions or {})
-    return summarize(CONFIG, clients, {name: {"shared": 1} for name in clients}, texts, "0123")
+    return summarize(CONFIG, clients, {name: {"shared": 1} for name in clients}, texts, [], "0123")
 
 
 def test_figures_over_clients_weigh_clients_or_records() -> None:
@@ -189,7 +233,7 @@ def test_generated_responses_have_figures_over_clients() -> None:
 
 
 def test_the_protocol_says_how_figures_were_made() -> None:
-    protocol = summarize(Config(), {}, {}, {}, "0123")["protocol"]
+    protocol = summarize(Config(), {}, {}, {}, [], "0123")["protocol"]
     assert protocol["prompt"] == {"template": "alpaca", "hash": "0123"}
     assert protocol["cutoff"] == 512 and protocol["decoding"].startswith("greedy")
     assert "1000 resamples" in protocol["interval"] and "3 responses of other test records" in protocol["choice"]

@@ -4,15 +4,16 @@ These figures stay on the site; what leaves it are the sums that `summary` makes
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from fedmide.config import Config
 from fedmide.evaluation.choice import draw_choices
 from fedmide.localmodel import Adapter, LocalModel
-from fedmide.records import ClientData
-from fedmide.tokens import Encoder
+from fedmide.records import ClientData, Record
+from fedmide.tokens import Encoder, Example
 
 
 @dataclass(frozen=True)
@@ -20,7 +21,8 @@ class Measured:
     """One value for each test record, in the records' order.
 
     `nll_sums` in nats over `num_tokens` response tokens. `choices`: the NLL sums of the reference and of the other
-    responses, with their lengths in characters; empty where the client has too few different responses.
+    responses, all after one prompt, with their lengths in characters; a record's are empty where one of them does not
+    fit whole, and there are none where the client has too few different responses.
     """
 
     record_ids: tuple[str, ...]
@@ -52,23 +54,41 @@ def measure(
 ) -> Measured:
     """What the client's test records measure under the adapter; all choices go through the model together."""
     records = client.test
-    responses = [record.response for record in records]
-    draws = draw_choices(responses, config.evaluation.choices, config.seed, client.name)
-    answers = [
+    references = [encode.encode(record) for record in records]
+    answers = _answers(records, config, client.name)
+    options = [_options(encode, record, row) for record, row in zip(records, answers, strict=True)]
+    # the reference is mostly one of the options as it is, and is measured once
+    distinct = {_key(example): example for example in chain(references, *options)}
+    nlls = dict(zip(distinct, model.nll(adapter, list(distinct.values()), "response"), strict=True))
+    has_choice = any(len(row) > 1 for row in answers)
+    return Measured(
+        tuple(record.id for record in records),
+        tuple(nlls[_key(example)].sum for example in references),
+        tuple(nlls[_key(example)].num_tokens for example in references),
+        tuple(tuple(nlls[_key(example)].sum for example in row) for row in options) if has_choice else (),
+        tuple(tuple(map(len, row)) for row in answers) if has_choice else (),
+        sum(example.truncated for example in references),
+    )
+
+
+def _answers(records: Sequence[Record], config: Config, client: str) -> list[list[str]]:
+    """For each record its reference and the responses that it is to be told from."""
+    draws = draw_choices([record.response for record in records], config.evaluation.choices, config.seed, client)
+    return [
         [record.response, *(records[other].response for other in drawn)]
         for record, drawn in zip(records, draws, strict=True)
     ]
-    examples = [
-        encode.encode(record, response) for record, row in zip(records, answers, strict=True) for response in row
-    ]
-    values = iter(model.nll(adapter, examples, "response"))
-    rows = [[next(values) for _ in row] for row in answers]
-    has_choice = bool(draws) and len(draws[0]) > 0
-    return Measured(
-        tuple(record.id for record in records),
-        tuple(row[0].sum for row in rows),
-        tuple(row[0].num_tokens for row in rows),
-        tuple(tuple(nll.sum for nll in row) for row in rows) if has_choice else (),
-        tuple(tuple(len(response) for response in row) for row in answers) if has_choice else (),
-        sum(encode.encode(record).truncated for record in records),
+
+
+def _options(encode: Encoder, record: Record, answers: Sequence[str]) -> tuple[Example, ...]:
+    """The record with each answer; none where an answer was cut, which would make it look likelier than it is."""
+    examples = encode.encode_options(record, answers)
+    whole = all(
+        len(example.ids) - example.prompt_length == len(encode.response_ids(answer))
+        for example, answer in zip(examples, answers, strict=True)
     )
+    return examples if whole else ()
+
+
+def _key(example: Example) -> tuple[bytes, int]:
+    return example.ids.tobytes(), example.prompt_length

@@ -31,9 +31,10 @@ def summarize(
     measured: Mapping[str, Mapping[StageName, Measured]],
     sets: Mapping[str, Figures],
     predictions: Mapping[str, Sequence[Mapping[str, str]]],
+    events: Sequence[Mapping[str, Any]],
     prompt_hash: str,
 ) -> Figures:
-    """The figures of every client and over clients."""
+    """The figures of every client and over clients, and what they cost."""
     clients = {
         name: {
             "stages": {stage: stage_figures(each, config) for stage, each in stages.items()},
@@ -42,7 +43,30 @@ def summarize(
         }
         for name, stages in measured.items()
     }
-    return {"protocol": _protocol(config, prompt_hash), "clients": clients, "over_clients": _over(clients)}
+    return {
+        "protocol": _protocol(config, prompt_hash),
+        "clients": clients,
+        "over_clients": _over(clients),
+        "federation": federation_figures(events),
+    }
+
+
+def federation_figures(events: Sequence[Mapping[str, Any]]) -> Figures:
+    """How the rounds went, and what rounds and personalisation cost: bytes as encoded, tokens, optimiser steps."""
+    rounds = [event for event in events if event["stage"] != "personalize"]
+    numbers = {event["round"] for event in rounds}
+    aggregated = {event["round"] for event in rounds if event["num_records"] and not event["refused"]}
+    return {
+        "rounds": len(numbers),
+        "rounds_without_aggregate": len(numbers - aggregated),
+        "refused_replies": sum(bool(event["refused"]) for event in events),
+        "bytes_down": sum(event["bytes_down"] for event in events),
+        "bytes_up": sum(event["bytes_up"] for event in events),
+        **{
+            name: sum(int(event["metrics"][name]["sum"]) for event in events if name in event["metrics"])
+            for name in ("steps", "trained_tokens", "scored_tokens")
+        },
+    }
 
 
 def stage_figures(measured: Measured, config: Config) -> Figures:
@@ -55,11 +79,13 @@ def stage_figures(measured: Measured, config: Config) -> Figures:
         "num_not_finite": len(measured.nll_sums) - len(finite),
         "num_truncated": measured.num_truncated,
         "response_nll": None,
-        "choice": _choice_figures(measured),
+        "perplexity": None,
+        "choice": _choice_figures(measured, config),
     }
     if finite:
         interval = bootstrap_ratio(sums, counts, config.evaluation.bootstrap, config.seed)
         figures["response_nll"] = {"sum": math.fsum(sums), "count": sum(counts), **asdict(interval)}
+        figures["perplexity"] = {name: _exp(value) for name, value in asdict(interval).items()}
     return figures
 
 
@@ -72,10 +98,9 @@ def set_figures(ledger: Ledger, records: Sequence[RecordId]) -> Figures:
     return {
         "shared": len(now.shared),
         "personal": len(now.personal),
-        "shared_at_split": sum(entry.set == "shared" for entry in first),
+        "shared_at_split": sum(entry.set == "shared" for entry in first) if first else None,
         "enrolled": sum(entry.set == "shared" for entry in judged[len(first) :]),
         "not_finite": len({entry.record_id for entry in judged if entry.score is None}),
-        "threshold": first[0].threshold if first else None,
         "spearman_score_tokens": spearman(
             [entry.score for entry in scored if entry.score is not None],
             [entry.num_tokens for entry in scored],
@@ -102,24 +127,29 @@ def text_figures(predictions: Sequence[Mapping[str, str]], config: Config) -> Fi
     }
 
 
-def _choice_figures(measured: Measured) -> Figures | None:
+def _exp(value: float) -> float:
+    try:
+        return math.exp(value)
+    except OverflowError:
+        return math.inf
+
+
+def _choice_figures(measured: Measured, config: Config) -> Figures | None:
     """Accuracy of the choice by likelihood; a choice with an NLL that is no number counts as the worst."""
-    if not measured.choices:
+    rows = [row for row in zip(measured.choices, measured.lengths, strict=True) if row[0] and math.isfinite(row[0][0])]
+    if not rows:
         return None
-    sums = [
-        [value if math.isfinite(value) else math.inf for value in row]
-        for row in measured.choices
-        if math.isfinite(row[0])
-    ]
-    lengths = [row for row, nll in zip(measured.lengths, measured.choices, strict=True) if math.isfinite(nll[0])]
-    if not sums:
-        return None
-    scores = choice_accuracy(sums, lengths)
+    sums = [[value if math.isfinite(value) else math.inf for value in choices] for choices, _ in rows]
+    scores = choice_accuracy(sums, [lengths for _, lengths in rows])
+    interval = bootstrap_mean(scores.correct, config.evaluation.bootstrap, config.seed)
     return {
-        "accuracy": float(np.mean(scores.correct)),
+        "accuracy": interval.value,
+        "low": interval.low,
+        "high": interval.high,
         "accuracy_norm": float(np.mean(scores.correct_norm)),
         "standard_error": standard_error(scores.correct),
         "num_records": len(sums),
+        "num_left_out": len(measured.choices) - len(sums),
         "num_options": int(scores.num_options[0]),
         "chance": scores.chance(),
     }
@@ -163,7 +193,8 @@ def _protocol(config: Config, prompt_hash: str) -> Figures:
         "response_nll": "sum of the NLL of all response tokens, end of sequence included / their number; nats",
         "interval": f"95 %, bootstrap over records, {config.evaluation.bootstrap} resamples",
         "choice": f"the reference against up to {config.evaluation.choices - 1} responses of other test records of the "
-        "same client; accuracy: largest summed log-probability; accuracy_norm: divided by characters",
+        "same client, after one prompt; accuracy: largest summed log-probability; accuracy_norm: divided by "
+        "characters; left out: records with a response that the cutoff would cut, or whose likelihood is no number",
         "decoding": "greedy, special tokens removed",
         "cutoff": config.model.cutoff,
     }

@@ -148,6 +148,11 @@ def json_rows(path: Path) -> Reading[Row]:
     return found if found.values or found.problems else Reading(problems=(f"{path}: {_NO_RECORDS}",))
 
 
+def holds_half_a_pair(text: str) -> bool:
+    """Whether a text has half of a surrogate pair, which JSON can spell and no encoding of Unicode can hold."""
+    return _SURROGATE.search(text) is not None
+
+
 def kind(value: object) -> str:
     """What a value is, in words and without itself."""
     return _KINDS.get(type(value), type(value).__name__)
@@ -247,7 +252,7 @@ def _fault(text: object, required: bool) -> str:
         return "is missing, expected text" if required else ""
     if not isinstance(text, str):
         return f"is {kind(text)}, expected text"
-    if _SURROGATE.search(text):
+    if holds_half_a_pair(text):
         return "holds half of a surrogate pair, expected Unicode text"
     return "is empty, expected text" if required and not text.strip() else ""
 

@@ -1,19 +1,20 @@
 """Clients read from the layout in which the original method's data was published.
 
-A folder holds `local_training_{i}.json` and, for some or all clients, `local_test_{i}.json`; or it holds
-exactly one folder with a number as its name, the number of clients, that does. Nothing else is looked at.
+A folder holds `local_training_{i}.json` and, for some or all clients, `local_validation_{i}.json` and
+`local_test_{i}.json`; or it holds exactly one folder with a number as its name, the number of clients, that does.
+Nothing else is looked at, not even `local_training_{i}_v2.json` and the like, which the original leaves behind.
 """
 
 import re
-from collections.abc import Mapping
 from pathlib import Path
 
 from fedmide.config import FieldNames
 from fedmide.errors import DataError
-from fedmide.sources.files import ClientFiles, Part, Reading, read_clients
+from fedmide.sources.files import PARTS, ClientFiles, Part, Reading, read_clients
 from fedmide.split import Parts
 
-_FILE = re.compile(r"local_(training|test)_(.*)\.json")
+_FILE = re.compile(r"local_(training|validation|test)_(.*)\.json")
+_LEFT_BEHIND = re.compile(r".*_v[0-9]+")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _REMEDY = "data.path names the folder that holds local_training_0.json and so on, or the folder above it"
 
@@ -53,19 +54,24 @@ def _holds_records(folder: Path) -> bool:
 
 
 def _client_files(folder: Path) -> Reading[ClientFiles]:
-    training, test = _numbered(folder, "training"), _numbered(folder, "test")
-    unnumbered = [path for name, path in (training | test).items() if not _NUMBER.fullmatch(name)]
+    files = {part: _numbered(folder, part) for part in PARTS}
+    unnumbered = [path for paths in files.values() for name, path in paths.items() if not _NUMBER.fullmatch(name)]
     problems = [f"{path}: expected a whole number for the client" for path in sorted(unnumbered)]
-    problems += (f"{test[name]}: no local_training_{name}.json beside it" for name in sorted(test.keys() - training))
+    training = files["training"]
+    problems += [
+        f"{path}: no local_training_{name}.json beside it"
+        for part in ("validation", "test")
+        for name, path in sorted(files[part].items())
+        if name not in training
+    ]
     names = sorted(filter(_NUMBER.fullmatch, training), key=int)
-    return Reading(tuple(ClientFiles(name, _paths(training[name], test.get(name))) for name in names), tuple(problems))
+    clients = ({part: paths[name] for part, paths in files.items() if name in paths} for name in names)
+    return Reading(tuple(map(ClientFiles, names, clients)), tuple(problems))
 
 
-def _numbered(folder: Path, part: str) -> dict[str, Path]:
+def _numbered(folder: Path, part: Part) -> dict[str, Path]:
     """The files of one part by their client's number, as it is written."""
-    matches = ((_FILE.fullmatch(path.name), path) for path in folder.iterdir())
-    return {match[2]: path for match, path in matches if match and match[1] == part}
-
-
-def _paths(training: Path, test: Path | None) -> Mapping[Part, Path]:
-    return {"training": training} if test is None else {"training": training, "test": test}
+    matches = ((_FILE.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
+    return {
+        match[2]: path for match, path in matches if match and match[1] == part and not _LEFT_BEHIND.fullmatch(match[2])
+    }

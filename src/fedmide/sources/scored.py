@@ -5,6 +5,7 @@ The objects are kept as they are, so that a split writes out exactly what was re
 
 import json
 import math
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,10 +13,10 @@ from typing import Any
 
 from fedmide.atomic import write_file
 from fedmide.config import ThresholdRule
-from fedmide.enrollment import SetName, split
+from fedmide.enrollment import SetName, score, split
 from fedmide.errors import DataError
 from fedmide.records import RecordId
-from fedmide.sources.files import Reading, Row, gathered, json_rows, kind, sound
+from fedmide.sources.files import Reading, Row, gathered, holds_half_a_pair, json_rows, kind, sound
 
 SETS: tuple[SetName, ...] = ("shared", "personal")
 
@@ -55,8 +56,9 @@ def split_file(path: Path, rule: ThresholdRule, out: Path | None = None) -> dict
     for record, verdict in zip(records, verdicts.values(), strict=True):
         sets[verdict.set].append(record.original)
     if out is not None:
-        for name, members in sets.items():
-            write_file(out / f"{name}.json", json.dumps(members, indent=2, ensure_ascii=False).encode())
+        texts = {name: json.dumps(members, indent=2, ensure_ascii=False).encode() for name, members in sets.items()}
+        for name, text in texts.items():
+            write_file(out / f"{name}.json", text)
     return {
         "threshold": next((verdict.threshold for verdict in verdicts.values()), None),
         "shared": len(sets["shared"]),
@@ -77,25 +79,11 @@ def perplexity_ratio(local: float, aggregated: float) -> float:
     return aggregated / local if math.isfinite(local) and math.isfinite(aggregated) else math.nan
 
 
-def likelihood_ratio(nll_local: float, nll_aggregated: float) -> float:
-    """exp(nll_aggregated - nll_local), the ratio of the perplexities; NaN where either is not finite.
-
-    >>> likelihood_ratio(2.0, 2.0), likelihood_ratio(0.0, 1e6), likelihood_ratio(math.inf, 2.0)
-    (1.0, inf, nan)
-    """
-    if not (math.isfinite(nll_local) and math.isfinite(nll_aggregated)):
-        return math.nan
-    try:
-        return math.exp(nll_aggregated - nll_local)
-    except OverflowError:
-        return math.inf
-
-
 RULES: Mapping[tuple[str, ...], Callable[..., float]] = {
     ("personalization_score",): float,
     ("score",): float,
     ("local_perplexity", "aggregated_perplexity"): perplexity_ratio,
-    ("nll_local", "nll_aggregated"): likelihood_ratio,
+    ("nll_local", "nll_aggregated"): lambda local, aggregated: score(aggregated, local),
 }
 
 
@@ -108,6 +96,8 @@ def _scored(row: Row) -> Reading[ScoredRecord]:
         return Reading(problems=(f"{row.place}: no score and no pair of likelihoods",))
     faults = {name: _fault(name, value[name]) for name in names}
     problems = tuple(f"{row.place}: field '{name}' {fault}" for name, fault in faults.items() if fault)
+    if holds_half_a_pair(json.dumps(value, ensure_ascii=False)):
+        problems += (f"{row.place}: half of a surrogate pair, expected Unicode text",)
     if problems:
         return Reading(problems=problems)
     return Reading((ScoredRecord(value, RULES[names](*(float(value[name]) for name in names))),))
@@ -117,6 +107,8 @@ def _fault(name: str, value: object) -> str:
     """What is wrong with a measured number; empty where nothing is. NaN and infinity are no faults."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"is {kind(value)}, expected a number (NaN where the measurement failed)"
+    if isinstance(value, int) and abs(value) > sys.float_info.max:
+        return "is too large, expected a number that a float can hold"
     if name.endswith("_perplexity") and value <= 0:
         return "is not positive, expected a perplexity"
     return ""
