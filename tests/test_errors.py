@@ -35,7 +35,7 @@ def test_all_problems_are_one_paragraph() -> None:
 
 def test_very_many_are_counted_and_kept() -> None:
     error = ConfigError([f"problem {number}" for number in range(MAX_SHOWN + 5)])
-    assert str(error).endswith(f"problem {MAX_SHOWN - 1}; and 5 more")
+    assert str(error).endswith(f"problem {MAX_SHOWN - 1}; and 5 more, which --json lists")
     assert str(error).startswith(f"{MAX_SHOWN + 5} problems: ")
     assert len(error.problems) == MAX_SHOWN + 5
     assert "more" not in str(ConfigError([f"problem {number}" for number in range(MAX_SHOWN)]))

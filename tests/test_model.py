@@ -263,7 +263,7 @@ def test_bfloat16_base_under_a_float32_adapter(
 @pytest.mark.model
 def test_smollm2_adapter_loads_in_peft(tmp_path: Path) -> None:
     folder = locate("smollm2-135m")
-    lora = model.load(folder, ModelConfig(dtype="float32"), LoraConfig())
+    lora = model.load(folder, ModelConfig(dtype="float32", device="cpu"), LoraConfig())
     adapter = noisy(lora, scale=0.05)
     lora.put(adapter)
     written = write_folder(tmp_path / "adapter", peft_files(adapter, lora.lora))

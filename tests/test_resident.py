@@ -127,3 +127,16 @@ def test_threads_are_as_configured(tiny_folder: Path) -> None:
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("", 8)])
+def test_no_more_cores_than_a_container_is_granted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int
+) -> None:
+    from fedmide import resident
+
+    monkeypatch.setattr(resident.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(resident, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert resident.available_cores() == 8
+    (tmp_path / "cpu.max").write_text(quota)
+    assert resident.available_cores() == cores

@@ -165,8 +165,8 @@ RECORDS = (
 @pytest.mark.model
 def test_smollm2_equals_transformers_own_loss() -> None:
     folder = locate("smollm2-135m")
-    lora = model.load(folder, ModelConfig(dtype="float32"), LoraConfig())
-    rough = model.load(folder, ModelConfig(dtype="bfloat16"), LoraConfig())
+    lora = model.load(folder, ModelConfig(dtype="float32", device="cpu"), LoraConfig())
+    rough = model.load(folder, ModelConfig(dtype="bfloat16", device="cpu"), LoraConfig())
     base = AutoModelForCausalLM.from_pretrained(folder)
     assert not isinstance(base, PeftModel)
     examples = encode_all(encoder(lora.tokenizer, ModelConfig(), PromptConfig()), RECORDS, "records")

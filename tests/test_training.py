@@ -304,7 +304,7 @@ def test_adapter_stays_float32_over_a_bfloat16_base(tiny_folder: Path, random_ex
 
 @pytest.mark.model
 def test_smollm2_learns() -> None:
-    lora = model.load(locate("smollm2-135m"), ModelConfig(), LoraConfig())
+    lora = model.load(locate("smollm2-135m"), ModelConfig(device="cpu"), LoraConfig())
     records = [
         Record(f"What is the code of finding {number}?", f"It is F{number * 37 % 100:02}.") for number in range(4)
     ]

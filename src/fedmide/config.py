@@ -49,6 +49,8 @@ class FieldNames(Section):
     """What the record is about; the field may be absent. Records of one concept stay in one part."""
     client: str = "client"
     """The owner of the record, where one file holds all clients."""
+    part: str = ""
+    """The field that says training, validation or test, where one file holds all parts of a client; "": none."""
 
 
 class DataConfig(Section):

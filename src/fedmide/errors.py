@@ -34,7 +34,7 @@ class UserError(FedMIDEError):
         shown = list(self.problems[:MAX_SHOWN])
         hidden = len(self.problems) - len(shown)
         if hidden:
-            shown.append(f"and {hidden} more")
+            shown.append(f"and {hidden} more, which --json lists")
         text = shown[0] if len(shown) == 1 else f"{len(self.problems)} problems: " + "; ".join(shown)
         return f"{text}. {self.remedy}" if self.remedy else text
 

@@ -33,6 +33,9 @@ from fedmide.config import LoraConfig, ModelConfig
 from fedmide.errors import ModelError
 from fedmide.localmodel import Adapter
 
+CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
+"""What torch calls a processor's instructions for products in bfloat16, on x86 and ARM."""
+
 
 class Positions(nn.Module):
     """A hook that lets only chosen rows of the hidden states (B, T, D) through, as (1, N, D)."""
@@ -239,4 +242,4 @@ def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     computes = torch.cpu.get_capabilities()
-    return torch.bfloat16 if computes.get("avx512_bf16") or computes.get("amx_bf16") else torch.float32
+    return torch.bfloat16 if any(computes.get(name) for name in CPU_BFLOAT16) else torch.float32

@@ -6,6 +6,7 @@ This is the `LocalModel` that clients train with, and what evaluation and genera
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -16,6 +17,9 @@ from fedmide.config import Config, Positions
 from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel, load
 from fedmide.tokens import Example
+
+CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
+"""What a container may use of the processor: microseconds in so many microseconds, or "max"."""
 
 
 @dataclass
@@ -63,7 +67,9 @@ def open_model(config: Config, folder: Path, threads: int = 0) -> Resident:
 
 
 def available_cores() -> int:
-    """How many cores this process may use, where the system tells."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    """How many cores this process may use: those it is bound to, and no more than its control group is granted."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no Linux, no control group, or "max": no limit
+        quota, period = (int(each) for each in CPU_QUOTA.read_text().split())
+        cores = min(cores, max(1, quota // period))
+    return cores

@@ -320,6 +320,36 @@ def test_a_table_holds_all_clients(
     assert (nine.validation, nine.test) == (None, None)
 
 
+def test_a_field_may_say_the_part_of_each_record(tmp_path: Path) -> None:
+    """Parts that a client has no record of are left to be split off."""
+    fields = FieldNames(part="split")
+    parts = {"a": ["train", "test", "training"], "b": ["training", "dev", "validation"]}
+    rows = [
+        {**GOOD, "response": f"{client} {number}", "client": client, "split": part}
+        for client, given in parts.items()
+        for number, part in enumerate(given)
+    ]
+    write_lines(tmp_path / "all.jsonl", rows)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    for client in parts:
+        write_json(folder / f"{client}.json", [row for row in rows if row["client"] == client])
+    for a, b in (read_table(tmp_path / "all.jsonl", fields), read_folder(folder, fields)):
+        assert [record.response for record in a.training] == ["a 0", "a 2"]
+        assert a.test is not None and [record.response for record in a.test] == ["a 1"]
+        assert (a.validation, b.test) == (None, None)
+        assert b.validation is not None and [record.response for record in b.validation] == ["b 1", "b 2"]
+    assert [len(each.training) for each in read_table(tmp_path / "all.jsonl", FIELDS)] == [3, 3], "no field is asked"
+
+
+def test_an_unknown_part_is_named_with_its_line(tmp_path: Path) -> None:
+    rows: list[dict[str, object]] = [{**GOOD, "client": "a", "split": part} for part in ("train", "left arm", None, 1)]
+    path = write_lines(tmp_path / "all.jsonl", rows)
+    found = problems(lambda: read_table(path, FieldNames(part="split")))
+    expected = "field 'split' names no part, expected training, validation, test"
+    assert list(found) == [f"{path}:{line}: {expected}" for line in (2, 3, 4)]
+
+
 def test_a_table_names_rows_without_an_owner_and_clients_that_differ_in_case(tmp_path: Path) -> None:
     owners: list[object] = ["a", "", None, 1.5, True, "..", "a/b", "A"]
     path = write_lines(tmp_path / "all.jsonl", [{**GOOD, "client": owner} for owner in owners])

@@ -69,6 +69,17 @@ def test_what_is_not_so_laid_out_is_refused(tmp_path: Path) -> None:
     ]
 
 
+def test_validation_files_are_read_and_what_the_original_leaves_behind_is_not(tmp_path: Path) -> None:
+    write(tmp_path, "training", 0, count=2)
+    write(tmp_path, "validation", 0, count=3)
+    for name in ("0_v1", "0_v2", "0_v3", "1_v2", "1_v2_v3"):
+        write(tmp_path, "training", name)
+    (client,) = read_published(tmp_path, FIELDS)
+    assert (client.name, len(client.training), len(client.validation or ()), client.test) == ("0", 2, 3, None)
+    write(tmp_path, "validation", 1)
+    assert refused(tmp_path) == ["/local_validation_1.json: no local_training_1.json beside it"]
+
+
 def test_load_splits_off_the_test_records_of_a_client_without_a_test_file(tmp_path: Path) -> None:
     write(tmp_path, "training", 0, count=20)
     write(tmp_path, "training", 1, count=20)
@@ -112,6 +123,19 @@ def test_the_published_sets_are_partitions_of_the_published_training_records() -
 @needs_published
 @pytest.mark.parametrize("number", [0, 1, 2, 4, 5, 7])
 def test_scores_from_perplexities_are_the_published_scores(number: int) -> None:
+    """Joined by the index of the training record: the scored files are in another order."""
+    records = read_records(PUBLISHED / "8" / f"local_training_{number}.json", FIELDS)
+    measured = read_scores(PUBLISHED / "8" / f"perplexities_{number}.jsonl")
+    by_text = {canonical_text(records[int(str(each.original["index"]))]): each.score for each in measured}
+    folder = PUBLISHED / "8" / "local1" / "8"
+    published = read_records(folder / f"local_training_{number}.json", FIELDS)
+    scores = [record.score for record in read_scores(folder / f"local_training_{number}.json")]
+    found = [by_text[canonical_text(record)] for record in published]
+    different = Counter(canonical_text(record) for record in published)
+    assert len(measured) == len(published) == 300
+    for record, ours, theirs in zip(published, found, scores, strict=True):
+        if different[canonical_text(record)] == 1:  # which of two equal records is meant, no text tells
+            assert ours == pytest.approx(theirs, rel=0, abs=1e-12)
     computed = sorted(record.score for record in read_scores(PUBLISHED / "8" / f"perplexities_{number}.jsonl"))
     scored = read_scores(PUBLISHED / "8" / "local1" / "8" / f"local_training_{number}.json")
     assert computed == pytest.approx(sorted(record.score for record in scored), rel=0, abs=1e-12)

@@ -1,4 +1,4 @@
 """Figures from what was measured: texts, choices, intervals and summaries over clients.
 
-Nothing here runs a model or reads a file.
+Only `measure` runs a model, through `LocalModel`; nothing here reads a file.
 """

@@ -48,7 +48,7 @@ def _read(config: DataConfig) -> tuple[Parts, ...]:
             f'data.path is empty, expected the place of the records for data.source = "{config.source}"',
             'Set data.path, or data.source = "medical", which needs no files',
         )
-    found = _READERS[config.source](Path(config.path), config.fields)
+    found = _READERS[config.source](Path(config.path).expanduser(), config.fields)
     if config.clients > len(found):
         raise DataError(
             f"{config.path}: {len(found)} clients, expected at least data.clients = {config.clients}",

@@ -19,6 +19,13 @@ from fedmide.split import Parts
 T = TypeVar("T")
 Part = Literal["training", "validation", "test"]
 PARTS: tuple[Part, ...] = ("training", "validation", "test")
+_PART_NAMES: Mapping[str, Part] = {
+    **{part: part for part in PARTS},
+    "train": "training",
+    "valid": "validation",
+    "val": "validation",
+    "dev": "validation",
+}
 SUFFIXES = (".json", ".jsonl", ".parquet")
 LAYOUT = (
     "Expected one file a client (NAME.json, NAME.jsonl or NAME.parquet), or one folder a client that holds "
@@ -75,15 +82,14 @@ def read_table(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
         raise DataError(f"{path}: no such file", "Check data.path")
     found = _rows(path, fields)
     problems = list(found.problems)
-    owned: defaultdict[str, list[Record]] = defaultdict(list)
+    owned: defaultdict[str, list[Row]] = defaultdict(list)
     for row in found.values:
-        owner, reading = _owner(row, fields), checked_record(row, fields)
-        problems += (*owner.problems, *reading.problems)
-        for name in owner.values:
-            owned[name] += reading.values
-    problems += _repeated(path, owned)
-    names = sound(Reading(tuple(sorted(owned, key=natural_order)), tuple(problems)), FIELDS)
-    return tuple(Parts(name, tuple(owned[name])) for name in names)
+        owner = _owner(row, fields)
+        problems += owner.problems
+        owned[next(iter(owner.values), "")].append(row)  # without an owner it is still read, for its other problems
+    clients = gathered(_parted(name, owned[name], fields) for name in sorted(owned, key=natural_order))
+    problems += [*clients.problems, *_repeated(path, owned)]
+    return sound(Reading(clients.values, tuple(problems)), FIELDS)
 
 
 def read_clients(found: Reading[ClientFiles], fields: FieldNames) -> tuple[Parts, ...]:
@@ -159,10 +165,38 @@ def kind(value: object) -> str:
 
 
 def _client(files: ClientFiles, fields: FieldNames) -> Reading[Parts]:
+    if tuple(files.paths) == ("training",):
+        found = _rows(files.paths["training"], fields)
+        parted = _parted(files.name, found.values, fields)
+        return Reading(parted.values, found.problems + parted.problems)
     parts = {part: _records(path, fields) for part, path in files.paths.items()}
     given = {part: reading.values for part, reading in parts.items()}
     client = Parts(files.name, given.get("training", ()), given.get("validation"), given.get("test"))
     return Reading((client,), gathered(parts.values()).problems)
+
+
+def _parted(name: str, rows: Iterable[Row], fields: FieldNames) -> Reading[Parts]:
+    """A client out of the rows of one file; parts that no row is of are None."""
+    records: dict[Part, list[Record]] = {"training": []}
+    problems: list[str] = []
+    for row in rows:
+        part, reading = _part(row, fields), checked_record(row, fields)
+        problems += (*part.problems, *reading.problems)
+        for which in part.values:
+            records.setdefault(which, []).extend(reading.values)
+    given = {part: tuple(members) for part, members in records.items()}
+    return Reading((Parts(name, given["training"], given.get("validation"), given.get("test")),), tuple(problems))
+
+
+def _part(row: Row, fields: FieldNames) -> Reading[Part]:
+    """The part that a row belongs to: training where no field says so."""
+    if not fields.part or not isinstance(row.value, dict):
+        return Reading(("training",))
+    value = row.value.get(fields.part)
+    part = _PART_NAMES.get(value) if isinstance(value, str) else None
+    if part is None:
+        return Reading(problems=(f"{row.place}: field '{fields.part}' names no part, expected {', '.join(PARTS)}",))
+    return Reading((part,))
 
 
 def _records(path: Path, fields: FieldNames) -> Reading[Record]:
