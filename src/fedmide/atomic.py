@@ -88,7 +88,7 @@ def without_nan(value: Any) -> Any:
 
 
 def lines_of(text: str) -> list[str]:
-    """The lines of JSON lines. Not splitlines(): that also cuts at U+2028 and others, which JSON texts may hold.
+    r"""The lines of JSON lines. Not splitlines(): that also cuts at U+2028 and others, which JSON texts may hold.
 
     >>> lines_of('"a\u2028b"\n"c"\n')
     ['"a\u2028b"', '"c"']
