@@ -40,6 +40,14 @@ def _initial(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[tuple[i
 
 def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
     """Why the adapter can't stand where one of the expected shapes is; empty if it can."""
+    if found := shape_problems(adapter, expected):
+        return found
+    odd = (name for name in sorted(adapter) if not np.isfinite(adapter[name]).all())
+    return tuple(f"{name!r} holds a value that is not finite" for name in odd)
+
+
+def shape_problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
+    """The same, whatever the values."""
     missing, extra = sorted(expected.keys() - adapter.keys()), sorted(adapter.keys() - expected.keys())
     found = []
     if missing:
@@ -51,8 +59,6 @@ def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
             found.append(f"{name!r} has shape {adapter[name].shape}, expected {expected[name]}")
         elif adapter[name].dtype != np.float32:
             found.append(f"{name!r} has type {adapter[name].dtype}, expected float32")
-        elif not np.isfinite(adapter[name]).all():
-            found.append(f"{name!r} holds a value that is not finite")
     return tuple(found)
 
 

@@ -215,6 +215,8 @@ class RuntimeConfig(Section):
 
     threads: Count = 0
     """Processor threads; 0: as many as this process may use. Bytes repeat for the same number only."""
+    prefix_cache_mb: Count = 2048
+    """Memory for what the blocks below the lowest adapter make of a record, which never changes; in 10^6 bytes."""
 
 
 class Config(Section):

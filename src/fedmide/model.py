@@ -1,13 +1,15 @@
 """The frozen base model with LoRA layers: the only module that imports transformers and peft.
 
-One base model stays in memory; adapters are copied in and out in place. Logits are computed only where they are asked
-for: a hook in front of the output layer keeps the hidden states of the wanted positions, which works for any causal
-model whose logits are a function of each position alone.
+One base model stays in memory; adapters are copied in and out in place. Llama-shaped models are scored and trained by
+`decoder`, any other causal model by its own modules; both give the same numbers. There, too, logits are computed only
+where they are asked for: a hook in front of the output layer keeps the hidden states of the wanted positions, which
+works for any model whose logits are a function of each position alone.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from collections.abc import Iterable, Iterator
@@ -16,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -28,10 +31,16 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
-from fedmide import adapters
+from fedmide import adapters, decoder, fusion
 from fedmide.config import LoraConfig, ModelConfig
+from fedmide.decoder import Dropout
 from fedmide.errors import ModelError
+from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
+from fedmide.prefixes import Prefixes
+from fedmide.tokens import Batch
+
+TORCH_SEED_BITS = 63
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """What torch calls a processor's instructions for products in bfloat16, on x86 and ARM."""
@@ -60,6 +69,8 @@ class LoraModel:
     tokenizer: Any
     lora: peft.LoraConfig
     shapes: adapters.Shapes
+    flat: Flat
+    prefixes: Prefixes | None
     chosen: Positions
     device: torch.device
     num_positions: int | None
@@ -75,20 +86,62 @@ class LoraModel:
 
     def put(self, adapter: Adapter) -> None:
         """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit."""
-        found = adapters.problems(adapter, self.shapes)
-        shape_problems = [problem for problem in found if "not finite" not in problem]
-        if shape_problems:
-            raise ModelError([f"adapter: {problem}" for problem in shape_problems])
+        if problems := adapters.shape_problems(adapter, self.shapes):
+            raise ModelError([f"adapter: {problem}" for problem in problems])
+        values = np.concatenate([adapter[name].reshape(-1) for name in self.shapes])
         with torch.no_grad():
-            for name, parameter in self.parameters().items():
-                parameter.copy_(torch.tensor(adapter[name]))
+            self.flat.parameter.copy_(torch.from_numpy(values))
 
     def take(self) -> Adapter:
         """A copy of what the LoRA layers hold now."""
-        return {
-            name: parameter.detach().to("cpu", torch.float32).numpy().copy()
-            for name, parameter in self.parameters().items()
-        }
+        values = self.flat.parameter.detach().to("cpu", copy=True).numpy()
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
+        pieces = np.split(values, ends[:-1])
+        return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+
+    def prepare(self, training: bool) -> None:
+        """Makes ready for `nll` or `backpropagate` with the adapter as it is now."""
+        self.network.train(training)
+        if self.prefixes is not None:
+            with torch.no_grad():
+                self.prefixes.decoder.refresh(self.dropout.rate if training and self.dropout else 0.0)
+
+    def nll(self, batch: Batch) -> Tensor:
+        """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`."""
+        with torch.inference_mode():
+            if self.prefixes is None or batch.ids.shape[1] > decoder.MAX_LENGTH:
+                return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+            states, rows, targets = self._inputs(self.prefixes, batch)
+            above = slice(self.prefixes.decoder.first_trained, None)
+            states = decoder.hidden(self.prefixes.decoder, states, len(batch.rows), above)
+            return decoder.losses(self.prefixes.decoder, states, rows, targets)
+
+    def backpropagate(self, batch: Batch, scale: float, seed: int) -> Tensor:
+        """NLL of each predicted token, as `nll`; adds the gradient of `scale` times their sum.
+
+        Dropout follows from the seed.
+        """
+        if self.prefixes is None or batch.ids.shape[1] > decoder.MAX_LENGTH:
+            torch.manual_seed(seed % 2**TORCH_SEED_BITS)
+            losses = self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+            (losses.sum() * scale).backward()
+            return losses.detach()
+        with torch.no_grad():
+            states, rows, targets = self._inputs(self.prefixes, batch)
+            given = states, len(batch.rows), rows, targets, scale
+            return decoder.backpropagate(self.prefixes.decoder, *given, self.dropout and self.dropout.seeded(seed))
+
+    def _inputs(self, prefixes: Prefixes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """States below the adapters, the rows that predict, and what they are to predict."""
+        rows = np.flatnonzero(batch.predicts)
+        targets = batch.ids.reshape(-1)[rows + 1]
+        states = prefixes.states(batch, self.device)
+        return states, torch.from_numpy(rows).to(self.device), torch.from_numpy(targets).to(self.device)
+
+    @property
+    def dropout(self) -> Dropout | None:
+        """Dropout of the adapters' inputs; None where there is none."""
+        return Dropout(self.lora.lora_dropout, self.device) if self.lora.lora_dropout else None
 
     def token_nll(self, ids: Tensor, predicts: Tensor) -> Tensor:
         """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`.
@@ -123,10 +176,10 @@ class LoraModel:
             self.chosen.rows = None
 
 
-def load(folder: Path, model: ModelConfig, lora: LoraConfig) -> LoraModel:
+def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int = 0) -> LoraModel:
     """The model in a folder, frozen, with LoRA layers where the configuration wants them.
 
-    Weights come from safetensors only. Raises `ModelError`.
+    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. Raises `ModelError`.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -140,13 +193,14 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig) -> LoraModel:
     chosen = Positions()
     network.get_output_embeddings().register_forward_pre_hook(chosen)
     network.to(device).eval()
-    trainable = {
-        name.replace(".default.", "."): tuple(parameter.shape)
-        for name, parameter in network.named_parameters()
-        if parameter.requires_grad
-    }
+    names = {id(parameter): name.replace(".default.", ".") for name, parameter in network.named_parameters()}
+    trained = fusion.trained_parameters(network)
+    shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in trained}
+    flat = Flat(trained)
+    fused = fusion.fused(network, flat)
+    prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return LoraModel(network, tokenizer, config, trainable, chosen, device, num_positions)
+    return LoraModel(network, tokenizer, config, shapes, flat, prefixes, chosen, device, num_positions)
 
 
 def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:

@@ -25,10 +25,9 @@ def nll(
 ) -> tuple[Nll, ...]:
     """NLL of each example under the adapter that the model holds, without dropout, in the examples' order."""
     results: list[Nll] = [Nll(0.0, 0)] * len(examples)
-    model.network.eval()
+    model.prepare(training=False)
     for batch in batches(examples, positions, tokens_per_batch):
-        with torch.inference_mode():
-            losses = model.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+        losses = model.nll(batch)
         sums = _row_sums(losses.to("cpu", torch.float64).numpy(), batch.predicts)
         for row, value in zip(batch.rows, sums, strict=True):
             results[row] = value

@@ -200,11 +200,12 @@ class Batch:
     """Several examples side by side.
 
     ids: int64 (B, T), padded on the right. predicts: bool (B, T), true at t where the loss of token t + 1 counts.
-    rows: which examples of the caller's sequence these are.
+    lengths: tokens in each row, padding left out. rows: which examples of the caller's sequence these are.
     """
 
     ids: NDArray[np.int64]
     predicts: NDArray[np.bool_]
+    lengths: tuple[int, ...]
     rows: tuple[int, ...]
 
 
@@ -227,7 +228,7 @@ def pad(examples: Sequence[Example], positions: Positions, rows: tuple[int, ...]
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = example.ids
         predicts[row, example.first_predicted(positions) - 1 : len(example.ids) - 1] = True
-    return Batch(ids, predicts, rows)
+    return Batch(ids, predicts, tuple(len(example.ids) for example in examples), rows)
 
 
 def _longest_beginning(record: Record, field: str, fits: Callable[[Record], bool]) -> Record:

@@ -15,7 +15,8 @@ from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel
 from fedmide.tokens import Example, batches
 
-TORCH_SEED_BITS = 63
+PASSES = 2**20
+"""More passes through the model than an optimiser step ever has: each pass has a seed of its own."""
 
 
 def train(
@@ -30,8 +31,7 @@ def train(
     """
     settings = plan.settings
     order = np.random.default_rng(plan.stream_seed)
-    parameters = list(model.parameters().values())
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimizer = torch.optim.AdamW([model.flat.parameter], lr=settings.learning_rate, weight_decay=settings.weight_decay)
     last_step = num_steps(len(examples), settings)
     step = 0
     for _ in range(settings.epochs):
@@ -39,9 +39,9 @@ def train(
         for rows in _record_batches(order.permutation(len(examples)), settings.batch_size):
             if step == last_step:
                 break
-            torch.manual_seed((plan.stream_seed + step) % 2**TORCH_SEED_BITS)  # dropout
             _set_rate(optimizer, settings, step, last_step)
-            loss += _step(model, optimizer, [examples[row] for row in rows], settings)
+            seed = plan.stream_seed + step * PASSES
+            loss += _step(model, optimizer, [examples[row] for row in rows], settings, seed)
             step += 1
             progress(sum(len(examples[row].ids) for row in rows))
         adapter = model.take()
@@ -74,17 +74,16 @@ def _set_rate(optimizer: torch.optim.Optimizer, settings: TrainingConfig, step: 
 
 
 def _step(
-    model: LoraModel, optimizer: torch.optim.Optimizer, examples: Sequence[Example], settings: TrainingConfig
+    model: LoraModel, optimizer: torch.optim.Optimizer, examples: Sequence[Example], settings: TrainingConfig, seed: int
 ) -> Nll:
-    """One optimiser step on these examples; the loss before it."""
-    model.network.train()
-    optimizer.zero_grad()
+    """One optimiser step on these examples; the loss before it. Dropout follows from the seed."""
+    model.prepare(training=True)
+    optimizer.zero_grad(set_to_none=False)
     num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
     loss_sum = 0.0
-    for batch in batches(examples, settings.positions, settings.tokens_per_batch):
-        losses = model.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
-        (losses.sum() / num_tokens).backward()
-        loss_sum += float(losses.detach().double().sum())
-    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], settings.max_grad_norm)
+    for number, batch in enumerate(batches(examples, settings.positions, settings.tokens_per_batch)):
+        losses = model.backpropagate(batch, 1 / num_tokens, seed + number)
+        loss_sum += float(losses.double().sum())
+    torch.nn.utils.clip_grad_norm_(model.flat.parameter, settings.max_grad_norm)
     optimizer.step()
     return Nll(loss_sum, num_tokens)

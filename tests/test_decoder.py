@@ -1,0 +1,273 @@
+"""The passes written out give the numbers of transformers and PEFT, gradients included, and draw dropout alike."""
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft.tuners.lora import Linear as LoraLinear
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from fedmide import decoder, model
+from fedmide.config import LoraConfig, ModelConfig, Positions
+from fedmide.decoder import Dropout
+from fedmide.localmodel import Adapter
+from fedmide.model import LoraModel
+from fedmide.tokens import Batch, Example, batches, pad
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MakeExamples = Callable[..., tuple[Example, ...]]
+FLOAT32 = ModelConfig(dtype="float32", device="cpu")
+PLACES = [
+    LoraConfig(dropout=0.0),
+    LoraConfig(dropout=0.0, targets="all-linear"),
+    LoraConfig(dropout=0.0, targets="all-linear", r=3, alpha=5.0, blocks="top:2"),
+    LoraConfig(dropout=0.0, targets=["k_proj", "up_proj"], r=40, blocks="top:1"),
+    LoraConfig(dropout=0.0, targets=["down_proj", "o_proj"]),
+]
+
+
+def adapter_for(lora: LoraModel, spread: float = 0.2) -> Adapter:
+    draw = np.random.default_rng(0)
+    return {name: draw.normal(0, spread, shape).astype(np.float32) for name, shape in lora.shapes.items()}
+
+
+def ready(folder: Path, lora: LoraConfig, how: ModelConfig = FLOAT32, prefix_bytes: int = 0) -> LoraModel:
+    loaded = model.load(folder, how, lora, prefix_bytes)
+    loaded.put(adapter_for(loaded))
+    return loaded
+
+
+def one_batch(examples: tuple[Example, ...], positions: Positions = "response") -> Batch:
+    return pad(examples, positions, tuple(range(len(examples))))
+
+
+def gradients(lora: LoraModel) -> dict[str, np.ndarray]:
+    """The gradients, which are then forgotten."""
+    found = {name: each.grad.numpy().copy() for name, each in lora.parameters().items() if each.grad is not None}
+    lora.flat.parameter.grad.zero_()  # type: ignore[union-attr]
+    return found
+
+
+def by_modules(lora: LoraModel, batch: Batch, scale: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Losses and gradients by transformers' and PEFT's own modules."""
+    losses = lora.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+    (losses.sum() * scale).backward()
+    return losses.detach().numpy(), gradients(lora)
+
+
+def written_out(lora: LoraModel, batch: Batch, scale: float, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    lora.prepare(training=True)
+    losses = lora.backpropagate(batch, scale, seed)
+    return losses.numpy(), gradients(lora)
+
+
+def far(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
+    """The largest relative distance of a tensor."""
+    assert one.keys() == two.keys()
+    return max(float(np.linalg.norm(one[name] - two[name]) / np.linalg.norm(two[name])) for name in two)
+
+
+@pytest.mark.parametrize("place", PLACES, ids=lambda place: f"{place.targets}-{place.blocks}-{place.r}")
+@pytest.mark.parametrize("positions", ["all", "response"])
+def test_losses_and_gradients_are_those_of_the_modules(
+    tiny_folder: Path, random_examples: MakeExamples, place: LoraConfig, positions: Positions
+) -> None:
+    lora = ready(tiny_folder, place)
+    assert lora.prefixes is not None
+    for batch in batches(random_examples(9), positions, 150):
+        theirs, their_gradients = by_modules(lora, batch, 0.1)
+        ours, our_gradients = written_out(lora, batch, 0.1)
+        assert ours == pytest.approx(theirs, rel=1e-5)
+        assert far(our_gradients, their_gradients) < 2e-5
+        lora.prepare(training=False)
+        assert lora.nll(batch).numpy() == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "pairs"), [(4, 4), (4, 1), (8, 2)])
+def test_any_grouping_of_heads(
+    tiny_folder: Path, random_examples: MakeExamples, tmp_path: Path, heads: int, pairs: int
+) -> None:
+    config = AutoConfig.from_pretrained(tiny_folder)
+    config.update({"num_attention_heads": heads, "num_key_value_heads": pairs, "head_dim": 10, "num_hidden_layers": 2})
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_bytes((tiny_folder / name).read_bytes())
+    lora = ready(tmp_path, LoraConfig(dropout=0.0, targets="all-linear"))
+    batch = one_batch(random_examples(5, longest=30), "all")
+    theirs, their_gradients = by_modules(lora, batch, 1.0)
+    ours, our_gradients = written_out(lora, batch, 1.0)
+    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
+
+
+def test_gradients_add_up_over_passes(tiny_folder: Path, random_examples: MakeExamples) -> None:
+    lora = ready(tiny_folder, PLACES[1])
+    one, two = (one_batch(random_examples(4, seed=seed)) for seed in (1, 2))
+    apart = [written_out(lora, batch, 0.5)[1] for batch in (one, two)]
+    lora.prepare(training=True)
+    for batch in (one, two):
+        lora.backpropagate(batch, 0.5, 0)
+    together = gradients(lora)
+    assert far(together, {name: apart[0][name] + apart[1][name] for name in together}) < 1e-6
+
+
+def test_what_is_written_out_follows_the_adapter_that_is_put_in(
+    tiny_folder: Path, random_examples: MakeExamples
+) -> None:
+    lora = ready(tiny_folder, PLACES[1])
+    batch = one_batch(random_examples(4))
+    first = written_out(lora, batch, 1.0)[0]
+    lora.put({name: array * 0 for name, array in adapter_for(lora).items()})
+    lora.prepare(training=False)
+    plain = lora.nll(batch).numpy()
+    assert np.abs(plain - first).max() > 0.1
+    assert plain == pytest.approx(by_modules(lora, batch, 1.0)[0], rel=1e-5)
+
+
+def test_texts_too_long_go_through_the_modules(
+    tiny_folder: Path, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lora = ready(tiny_folder, PLACES[1])
+    batch = one_batch(random_examples(4, shortest=30, longest=30))
+    short = written_out(lora, batch, 1.0)
+    monkeypatch.setattr(decoder, "MAX_LENGTH", 29)
+    monkeypatch.setattr(decoder, "hidden", None)
+    long = written_out(lora, batch, 1.0)
+    assert long[0] == pytest.approx(short[0], rel=1e-5) and far(long[1], short[1]) < 2e-5
+    assert lora.nll(batch).numpy() == pytest.approx(short[0], rel=1e-5)
+
+
+def test_other_shapes_go_through_their_modules(shape_model: LoraModel) -> None:
+    kind = shape_model.network.get_base_model().config
+    plain = kind.model_type in ("llama", "mistral") and getattr(kind, "sliding_window", None) is None
+    assert (shape_model.prefixes is not None) == plain
+
+
+def test_the_model_itself_works_as_before_and_shares_its_weights(tiny_folder: Path) -> None:
+    lora = ready(tiny_folder, PLACES[1])
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    ids = torch.arange(30)[None]
+    lora.put({name: array * 0 for name, array in adapter_for(lora).items()})
+    with torch.no_grad():
+        assert torch.equal(lora.network(input_ids=ids).logits, base(input_ids=ids).logits)
+    assert lora.prefixes is not None
+    fused = lora.prefixes.decoder.blocks[0].query_key_value.weight
+    query = lora.network.get_base_model().model.layers[0].self_attn.q_proj.base_layer.weight
+    assert query.untyped_storage().data_ptr() == fused.untyped_storage().data_ptr()
+
+
+# --- dropout
+
+
+@contextmanager
+def given_masks(lora: LoraModel, masks: Iterator[torch.Tensor], boost: float) -> Iterator[None]:
+    """PEFT's modules with these masks for their dropout, in the order in which they work."""
+
+    class Given(torch.nn.Module):
+        def forward(self, given: torch.Tensor) -> torch.Tensor:
+            return given * next(masks).view(given.shape) * boost
+
+    layers = [module for module in lora.network.modules() if isinstance(module, LoraLinear)]
+    own = [layer.lora_dropout["default"] for layer in layers]
+    for layer in layers:
+        layer.lora_dropout["default"] = Given()
+    try:
+        yield
+    finally:
+        for layer, each in zip(layers, own, strict=True):
+            layer.lora_dropout["default"] = each
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
+def test_dropout_is_pefts_given_the_same_masks(
+    tiny_folder: Path, random_examples: MakeExamples, targets: str | list[str]
+) -> None:
+    lora = ready(tiny_folder, LoraConfig(dropout=0.3, targets=targets))
+    batch = one_batch(random_examples(5))
+    ours, our_gradients = written_out(lora, batch, 1.0, seed=7)
+    assert lora.dropout is not None
+    again = lora.dropout.seeded(7)
+    shapes = [shape[1] for name, shape in lora.shapes.items() if "lora_A" in name]
+    masks = iter([again.draw(batch.ids.size, columns) for columns in shapes])
+    with given_masks(lora, masks, 1 / (1 - again.rate)):
+        theirs, their_gradients = by_modules(lora, batch, 1.0)
+    assert next(masks, None) is None
+    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 1e-4
+    other, _ = written_out(lora, batch, 1.0, seed=8)
+    assert np.abs(other - ours).max() > 1e-3
+    assert written_out(lora, batch, 1.0, seed=7)[0].tobytes() == ours.tobytes()
+
+
+@pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
+def test_dropout_keeps_its_part(rate: float) -> None:
+    masks = Dropout(rate, torch.device("cpu"), 3)
+    first, second = masks.draw(500, 333), masks.draw(500, 333)
+    kept = first.double().mean().item()
+    assert abs(kept - (1 - rate)) < 5 * (rate * (1 - rate) / first.numel()) ** 0.5
+    assert abs(masks.rate - rate) < 2**-16
+    assert not torch.equal(first, second)
+    assert (first ^ second).double().mean().item() == pytest.approx(2 * rate * (1 - rate), abs=0.01)
+
+
+# --- the blocks below the adapters
+
+
+def test_below_the_adapters_nothing_depends_on_neighbours(tiny_folder: Path, random_examples: MakeExamples) -> None:
+    """Kept or not, alone or beside others: bit for bit."""
+    place = LoraConfig(dropout=0.0, targets="all-linear", blocks="top:2")
+    lora, small = (ready(tiny_folder, place, prefix_bytes=size) for size in (10**9, 5000))
+    assert lora.prefixes is not None and small.prefixes is not None
+    examples = random_examples(12)
+    together = lora.prefixes.states(one_batch(examples), lora.device)
+    batch = one_batch(examples)
+    for row, length in enumerate(batch.lengths):
+        rows = together.view(*batch.ids.shape, -1)[row]
+        alone = small.prefixes.states(one_batch((examples[batch.rows[row]],)), small.device)
+        assert torch.equal(rows[:length], alone) and not rows[length:].any()
+    assert torch.equal(lora.prefixes.states(batch, lora.device), together)
+    tokens, width = sum(batch.lengths), together.shape[1]
+    assert lora.prefixes.num_bytes == 4 * tokens * width
+    assert 0 < small.prefixes.num_bytes <= 5000
+
+
+def test_kept_states_give_the_losses_and_gradients_of_the_whole_model(
+    tiny_folder: Path, random_examples: MakeExamples
+) -> None:
+    place = LoraConfig(dropout=0.0, targets="all-linear", blocks="top:2")
+    kept, plain = ready(tiny_folder, place, prefix_bytes=10**9), ready(tiny_folder, place)
+    batch = one_batch(random_examples(6))
+    theirs, their_gradients = by_modules(plain, batch, 1.0)
+    for _ in range(2):  # computed, then kept
+        ours, our_gradients = written_out(kept, batch, 1.0)
+        assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
+
+
+# --- bfloat16
+
+
+def test_in_bfloat16_it_is_no_further_from_float32_than_the_modules(
+    tiny_folder: Path, random_examples: MakeExamples
+) -> None:
+    """The truth is float32 over the same, already rounded weights."""
+    place = LoraConfig(dropout=0.0, targets="all-linear")
+    rough = ready(tiny_folder, place, ModelConfig(dtype="bfloat16", device="cpu"))
+    exact = copy.deepcopy(rough.network).float()
+    truth = ready(tiny_folder, place)
+    truth.network.load_state_dict(exact.state_dict())
+    batch = one_batch(random_examples(16, seed=1), "all")
+    losses, true_gradients = by_modules(truth, batch, 1.0)
+    theirs, their_gradients = by_modules(rough, batch, 1.0)
+    ours, our_gradients = written_out(rough, batch, 1.0)
+    assert np.sqrt(np.mean((ours - losses) ** 2)) < 1.2 * np.sqrt(np.mean((theirs - losses) ** 2))
+    assert abs(ours.sum() - losses.sum()) < 0.005 * losses.sum()
+    apart = {name: np.linalg.norm(true_gradients[name]) for name in true_gradients}
+    ours_off, theirs_off = (
+        np.mean([np.linalg.norm(found[name] - true_gradients[name]) / apart[name] for name in apart])
+        for found in (our_gradients, their_gradients)
+    )
+    assert ours_off < 1.3 * theirs_off and ours_off < 0.2
