@@ -79,7 +79,7 @@ def test_losses_and_gradients_are_those_of_the_modules(
 ) -> None:
     lora = ready(tiny_folder, place)
     assert lora.prefixes is not None
-    for batch in batches(random_examples(9), positions, 150):
+    for batch in batches(random_examples(9), positions, 150, 10**6):
         theirs, their_gradients = by_modules(lora, batch, 0.1)
         ours, our_gradients = written_out(lora, batch, 0.1)
         assert ours == pytest.approx(theirs, rel=1e-5)
@@ -193,7 +193,14 @@ def test_dropout_is_pefts_given_the_same_masks(
     assert lora.dropout is not None
     again = lora.dropout.seeded(7)
     shapes = [shape[1] for name, shape in lora.shapes.items() if "lora_A" in name]
-    masks = iter([again.draw(batch.ids.size, columns) for columns in shapes])
+    inside = torch.arange(batch.ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
+
+    def padded(columns: int) -> torch.Tensor:
+        mask = torch.zeros(*batch.ids.shape, columns, dtype=torch.bool)
+        mask[inside] = again.draw(sum(batch.lengths), columns)
+        return mask
+
+    masks = iter([padded(columns) for columns in shapes])
     with given_masks(lora, masks, 1 / (1 - again.rate)):
         theirs, their_gradients = by_modules(lora, batch, 1.0)
     assert next(masks, None) is None
@@ -225,10 +232,9 @@ def test_below_the_adapters_nothing_depends_on_neighbours(tiny_folder: Path, ran
     examples = random_examples(12)
     together = lora.prefixes.states(one_batch(examples), lora.device)
     batch = one_batch(examples)
-    for row, length in enumerate(batch.lengths):
-        rows = together.view(*batch.ids.shape, -1)[row]
+    for row, states in enumerate(together.split(batch.lengths)):
         alone = small.prefixes.states(one_batch((examples[batch.rows[row]],)), small.device)
-        assert torch.equal(rows[:length], alone) and not rows[length:].any()
+        assert torch.equal(states, alone)
     assert torch.equal(lora.prefixes.states(batch, lora.device), together)
     tokens, width = sum(batch.lengths), together.shape[1]
     assert lora.prefixes.num_bytes == 4 * tokens * width

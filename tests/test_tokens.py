@@ -18,7 +18,7 @@ from fedmide.config import ModelConfig, PromptConfig
 from fedmide.errors import DataError, ModelError
 from fedmide.prompts import ALPACA, Template, render
 from fedmide.records import Record, RecordId
-from fedmide.tokens import MAX_PADDING, ROOM, Encoder, Example, batches, encode_all, encoder, pad
+from fedmide.tokens import ROOM, Encoder, Example, batches, encode_all, encoder, pad
 
 EOS, USER, ASSISTANT = 257, 258, 259
 CONTROL = ("<|pad|>", "<|eos|>", "<|user|>", "<|assistant|>")
@@ -258,19 +258,28 @@ def test_predicted_positions_by_hand() -> None:
     assert response.ids[1].tolist() == [20, 21, 22, 0, 0, 0]
 
 
-@given(st.lists(st.integers(2, 60), max_size=40), st.integers(1, 200), st.sampled_from(["all", "response"]))
-def test_batches_hold_every_example_once_within_the_budget(lengths: list[int], budget: int, positions: Any) -> None:
+@given(
+    st.lists(st.integers(2, 60), max_size=40),
+    st.integers(1, 200),
+    st.sampled_from([0, 10, 10**6]),
+    st.sampled_from(["all", "response"]),
+)
+def test_batches_hold_every_example_once_within_the_budget(
+    lengths: list[int], budget: int, max_padding: int, positions: Any
+) -> None:
     examples = [
         Example(RecordId(str(number)), np.full(length, number), prompt_length=length // 2)
         for number, length in enumerate(lengths)
     ]
-    made = list(batches(examples, positions, budget))
+    made = list(batches(examples, positions, budget, max_padding))
     assert sorted(row for batch in made for row in batch.rows) == list(range(len(examples)))
     widths = [batch.ids.shape[1] for batch in made]
     assert widths == sorted(widths, reverse=True)  # longest first
     for batch in made:
         assert batch.ids.size <= budget or len(batch.rows) == 1
         assert batch.ids.shape == batch.predicts.shape
+        assert batch.lengths == tuple(lengths[row] for row in batch.rows)
+        assert batch.ids.size - sum(batch.lengths) <= max_padding
         assert batch.ids.shape[1] == max(len(examples[row].ids) for row in batch.rows)
         for number, row in enumerate(batch.rows):
             assert batch.ids[number, : lengths[row]].tolist() == examples[row].ids.tolist()
@@ -279,12 +288,12 @@ def test_batches_hold_every_example_once_within_the_budget(lengths: list[int], b
 
 def test_batches_are_as_full_as_the_budget_allows(random_examples: Callable[..., tuple[Example, ...]]) -> None:
     examples = random_examples(50)
-    made = list(batches(examples, "all", 128))
+    made = list(batches(examples, "all", 128, 64))
     for batch, following in itertools.pairwise(made):
         padding = sum(batch.ids.shape[1] - len(examples[row].ids) for row in batch.rows)
         more = batch.ids.shape[1] - following.ids.shape[1]
-        assert (len(batch.rows) + 1) * batch.ids.shape[1] > 128 or padding + more > MAX_PADDING
-        assert padding <= MAX_PADDING
+        assert (len(batch.rows) + 1) * batch.ids.shape[1] > 128 or padding + more > 64
+        assert padding <= 64
         assert following.ids.shape[1] <= batch.ids.shape[1]
 
 

@@ -6,12 +6,14 @@ and up another; an adapter's second factor stands in extra columns of its layer'
 its own; attention is plain products over short texts; logits are made a few rows at a time and only where a label is.
 
 Same numbers as module by module: in float32 but for rounding, in bfloat16 nearer to float32's (rotary embedding and
-softmax are in float32). Base weights are frozen, so no gradient of theirs is ever made. Dimensions below: B texts of
-T tokens, N = B T, D hidden, F inner, H heads of which K for keys and values, d a head's size, R the ranks of a fused
-layer's adapters together.
+softmax are in float32). Base weights are frozen, so no gradient of theirs is ever made.
+
+Texts stand one after the other, without padding; only attention spreads them out. Dimensions below: N tokens in B
+texts, T in the longest, D hidden, F inner, H heads of which K for keys and values, d a head's size, R the ranks of a
+fused layer's adapters together.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -121,6 +123,8 @@ class Decoder:
     epsilon: float
     rotary: Callable[[int], tuple[Tensor, Tensor]]
     """Cosines and sines (T, d) float32 of so many positions."""
+    logits: Tensor  # (HEAD_ROWS, V), room for some rows: to ask for it anew each time takes longer than to fill it
+    exact_logits: Tensor  # (HEAD_ROWS, V) float32
 
     @property
     def first_trained(self) -> int:
@@ -144,13 +148,13 @@ def layers(block: Block) -> tuple[Layer, Layer, Layer, Layer]:
 
 
 def embed(decoder: Decoder, ids: Tensor) -> Tensor:
-    """Hidden states (N, D) before the first block of ids (B, T)."""
-    return F.embedding(ids.reshape(-1), decoder.embedding)
+    """Hidden states (N, D) before the first block of ids (N,)."""
+    return F.embedding(ids, decoder.embedding)
 
 
-def hidden(decoder: Decoder, states: Tensor, num_texts: int, blocks: slice) -> Tensor:
-    """Hidden states (N, D) after some of the blocks."""
-    view = _view(decoder, states, num_texts)
+def hidden(decoder: Decoder, states: Tensor, lengths: Sequence[int], blocks: slice) -> Tensor:
+    """Hidden states (N, D) of texts of these lengths after some of the blocks."""
+    view = _view(decoder, lengths, states.device)
     for block in decoder.blocks[blocks]:
         states = _forward(block, states, view, None)[0]
     return states
@@ -165,7 +169,7 @@ def losses(decoder: Decoder, states: Tensor, rows: Tensor, targets: Tensor) -> T
 def backpropagate(
     decoder: Decoder,
     states: Tensor,
-    num_texts: int,
+    lengths: Sequence[int],
     rows: Tensor,
     targets: Tensor,
     scale: float,
@@ -175,7 +179,7 @@ def backpropagate(
 
     `states` (N, D) are those before the lowest block with an adapter.
     """
-    view = _view(decoder, states, num_texts)
+    view = _view(decoder, lengths, states.device)
     traces = []
     for block in decoder.blocks[decoder.first_trained :]:
         states, trace = _forward(block, states, view, _Keep(dropout))
@@ -196,11 +200,12 @@ def backpropagate(
 
 @dataclass(frozen=True, eq=False)
 class _View:
-    """How the rows of hidden states are texts."""
+    """How the rows of hidden states are texts, which attention spreads out to B T rows."""
 
     decoder: Decoder
     num_texts: int
     length: int
+    places: Tensor | None  # (N,), which of the B T rows each is; None where no text is shorter than another
     cosine: Tensor  # (T, d)
     sine: Tensor  # (T, d / 2), of the first half of a head; the second's are the same
     mask: Tensor  # (G T, T), 0 where a query sees a key, else -inf; G = H / K
@@ -244,13 +249,31 @@ class _Trace:
     down: _Product
 
 
-def _view(decoder: Decoder, states: Tensor, num_texts: int) -> _View:
-    length = states.shape[0] // num_texts
+def _view(decoder: Decoder, lengths: Sequence[int], device: torch.device) -> _View:
+    length = max(lengths)
     cosine, sine = decoder.rotary(length)
     groups = decoder.num_heads // decoder.num_key_value_heads
-    future = torch.full((length, length), -torch.inf, device=states.device).triu(1)
+    future = torch.full((length, length), -torch.inf, device=device).triu(1)
+    places = None
+    if min(lengths) < length:
+        inside = np.arange(length) < np.asarray(lengths)[:, None]  # (B, T)
+        places = torch.from_numpy(np.flatnonzero(inside)).to(device)
     half = decoder.head_size // 2
-    return _View(decoder, num_texts, length, cosine, sine[:, :half].contiguous(), future.repeat(groups, 1))
+    return _View(decoder, len(lengths), length, places, cosine, sine[:, :half].contiguous(), future.repeat(groups, 1))
+
+
+def _spread(rows: Tensor, view: _View) -> Tensor:
+    """Rows (N, C) as (B, T, C), zero where a text is shorter."""
+    if view.places is None:
+        return rows.reshape(view.num_texts, view.length, -1)
+    spread = torch.zeros(view.num_texts * view.length, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return spread.index_copy_(0, view.places, rows).view(view.num_texts, view.length, -1)
+
+
+def _gather(spread: Tensor, view: _View) -> Tensor:
+    """The rows (N, C) of (B, T, C)."""
+    rows = spread.reshape(view.num_texts * view.length, -1)
+    return rows if view.places is None else rows.index_select(0, view.places)
 
 
 def _forward(block: Block, states: Tensor, view: _View, keep: _Keep | None) -> tuple[Tensor, _Trace]:
@@ -262,7 +285,8 @@ def _forward(block: Block, states: Tensor, view: _View, keep: _Keep | None) -> t
     scores = torch.baddbmm(view.mask, query, key.transpose(1, 2), alpha=view.decoder.head_size**-0.5)
     weights = torch.softmax(scores, -1).to(value.dtype)
     mixed = _input(block.attention_out, states)
-    _rows_of(mixed, view).copy_(torch.bmm(weights, value).view(_grouped(view)).permute(0, 3, 1, 2, 4))
+    output = torch.bmm(weights, value).view(_grouped(view)).permute(0, 3, 1, 2, 4)  # (B, T, K, G, d)
+    mixed[:, : block.attention_out.num_in] = _gather(output, view)
     middle, second = _product(block.attention_out, mixed, keep, states)
     fused, mlp_factor = _normed_input(middle, block.mlp_norm, epsilon, block.gate_up)
     gate, third = _product(block.gate_up, fused, keep)
@@ -299,7 +323,8 @@ def _attention_backward(trace: _Trace, mixed: Tensor, view: _View) -> Tensor:
     """The gradient of query, key and value (N, (H + 2 K) d) before rotation, out of that of the heads' outputs."""
     heads, pairs = view.decoder.num_heads, view.decoder.num_key_value_heads
     size, texts, length = view.decoder.head_size, view.num_texts, view.length
-    output = _rows_of(mixed, view).permute(0, 2, 3, 1, 4).reshape(trace.query.shape)
+    output = _spread(mixed, view).view(texts, length, pairs, heads // pairs, size)
+    output = output.permute(0, 2, 3, 1, 4).reshape(trace.query.shape)
     value = torch.bmm(trace.weights.transpose(1, 2), output)
     scores = torch.bmm(output, trace.value.transpose(1, 2))
     mean = (scores * trace.weights).sum(-1, keepdim=True)
@@ -310,14 +335,14 @@ def _attention_backward(trace: _Trace, mixed: Tensor, view: _View) -> Tensor:
     both = torch.cat([query.view(texts, heads, length, size), key.view(texts, pairs, length, size)], dim=1)
     by_head[:, : heads + pairs] = _rotated(both, view, -1).mul_(size**-0.5)
     by_head[:, heads + pairs :] = value.view(texts, pairs, length, size)
-    return projected.view(texts * length, -1)
+    return _gather(projected, view)
 
 
 def _heads(projected: Tensor, view: _View) -> tuple[Tensor, Tensor, Tensor]:
     """Query (B K, G T, d) and key (B K, T, d), rotated, in float32; value (B K, T, d)."""
     heads, pairs = view.decoder.num_heads, view.decoder.num_key_value_heads
     size, texts, length = view.decoder.head_size, view.num_texts, view.length
-    by_head = projected.view(texts, length, heads + 2 * pairs, size).transpose(1, 2)
+    by_head = _spread(projected, view).view(texts, length, heads + 2 * pairs, size).transpose(1, 2)
     rotated = _rotated(by_head[:, : heads + pairs], view, 1)
     query, key = rotated[:, :heads], rotated[:, heads:]
     value = by_head[:, heads + pairs :].reshape(texts * pairs, length, size)
@@ -332,12 +357,6 @@ def _rotated(heads: Tensor, view: _View, direction: int) -> Tensor:
     turned[..., :half].addcmul_(heads[..., half:], view.sine, value=-direction)
     turned[..., half:].addcmul_(heads[..., :half], view.sine, value=direction)
     return turned
-
-
-def _rows_of(mixed: Tensor, view: _View) -> Tensor:
-    """The heads' outputs in a layer's input (N, H d + R) as (B, T, K, G, d)."""
-    texts, pairs, groups, length, size = _grouped(view)
-    return mixed[:, : pairs * groups * size].view(texts, length, pairs, groups, size)
 
 
 def _grouped(view: _View) -> tuple[int, int, int, int, int]:
@@ -435,10 +454,14 @@ def _chunk_losses(
     decoder: Decoder, normed: Tensor, targets: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """NLL (M,) of the targets after normed states (M, D); with `scale` the gradient of the states too."""
-    logits = F.linear(normed, decoder.head)
-    nll = F.cross_entropy(logits.float(), targets, reduction="none")
+    count, index = len(targets), targets[:, None]
+    logits = torch.mm(normed, decoder.head.t(), out=decoder.logits[:count])
+    exact = decoder.exact_logits[:count].copy_(logits)
+    exact.sub_(exact.amax(-1, keepdim=True))
+    wanted = exact.gather(1, index)
+    total = exact.exp_().sum(-1, keepdim=True)
+    nll = (total.log() - wanted).squeeze(1)
     if scale is None:
         return nll, normed
-    wrong = torch.softmax(logits, -1)
-    wrong[torch.arange(len(targets), device=targets.device), targets] -= 1
-    return nll, (wrong @ decoder.head).mul_(scale)
+    exact.div_(total).scatter_add_(1, index, torch.full_like(total, -1))
+    return nll, (logits.copy_(exact) @ decoder.head).mul_(scale)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmide.decoder import PAD_COLUMNS, Adapters, Block, Decoder, Layer, Lora
+from fedmide.decoder import HEAD_ROWS, PAD_COLUMNS, Adapters, Block, Decoder, Layer, Lora
 
 MODEL_TYPES = ("llama", "mistral")
 
@@ -63,17 +63,19 @@ def fused(network: Any, flat: Flat) -> Decoder | None:
     base = network.get_base_model()
     if not is_llama_shaped(base.config):
         return None
-    config, model = base.config, base.model
+    config, model, head = base.config, base.model, base.lm_head.weight
     return Decoder(
         embedding=model.embed_tokens.weight,
         blocks=tuple(_block(layer, flat) for layer in model.layers),
         norm=model.norm.weight.float(),
-        head=base.lm_head.weight,
+        head=head,
         num_heads=config.num_attention_heads,
         num_key_value_heads=config.num_key_value_heads,
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         epsilon=config.rms_norm_eps,
         rotary=_Rotary(model.rotary_emb),
+        logits=head.new_empty(HEAD_ROWS, len(head)),
+        exact_logits=torch.empty(HEAD_ROWS, len(head), device=head.device),
     )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -41,6 +42,7 @@ from fedmide.prefixes import Prefixes
 from fedmide.tokens import Batch
 
 TORCH_SEED_BITS = 63
+MODULES_MAX_PADDING = 64
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """What torch calls a processor's instructions for products in bfloat16, on x86 and ARM."""
@@ -99,9 +101,15 @@ class LoraModel:
         pieces = np.split(values, ends[:-1])
         return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
 
+    @property
+    def max_padding(self) -> int:
+        """Padding tokens in one batch from which on two passes cost less than one; without limit where none passes."""
+        return MODULES_MAX_PADDING if self.prefixes is None else sys.maxsize
+
     def prepare(self, training: bool) -> None:
         """Makes ready for `nll` or `backpropagate` with the adapter as it is now."""
-        self.network.train(training)
+        if self.network.training != training:  # it walks over all modules
+            self.network.train(training)
         if self.prefixes is not None:
             with torch.no_grad():
                 self.prefixes.decoder.refresh(self.dropout.rate if training and self.dropout else 0.0)
@@ -113,7 +121,7 @@ class LoraModel:
                 return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
             states, rows, targets = self._inputs(self.prefixes, batch)
             above = slice(self.prefixes.decoder.first_trained, None)
-            states = decoder.hidden(self.prefixes.decoder, states, len(batch.rows), above)
+            states = decoder.hidden(self.prefixes.decoder, states, batch.lengths, above)
             return decoder.losses(self.prefixes.decoder, states, rows, targets)
 
     def backpropagate(self, batch: Batch, scale: float, seed: int) -> Tensor:
@@ -128,13 +136,14 @@ class LoraModel:
             return losses.detach()
         with torch.no_grad():
             states, rows, targets = self._inputs(self.prefixes, batch)
-            given = states, len(batch.rows), rows, targets, scale
+            given = states, batch.lengths, rows, targets, scale
             return decoder.backpropagate(self.prefixes.decoder, *given, self.dropout and self.dropout.seeded(seed))
 
     def _inputs(self, prefixes: Prefixes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """States below the adapters, the rows that predict, and what they are to predict."""
-        rows = np.flatnonzero(batch.predicts)
-        targets = batch.ids.reshape(-1)[rows + 1]
+        inside = np.arange(batch.ids.shape[1]) < np.asarray(batch.lengths)[:, None]  # (B, T), padding left out
+        rows = np.flatnonzero(batch.predicts[inside])
+        targets = batch.ids[inside][rows + 1]
         states = prefixes.states(batch, self.device)
         return states, torch.from_numpy(rows).to(self.device), torch.from_numpy(targets).to(self.device)
 

@@ -4,7 +4,9 @@ No round, client or adapter touches those blocks. Each text passes through them 
 depend on the texts beside it, on the order of the work or on where a run was stopped: the same bits, always.
 """
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmide.decoder import Decoder, embed, hidden
@@ -24,23 +26,21 @@ class Prefixes:
         self._kept: dict[bytes, Tensor] = {}
 
     def states(self, batch: Batch, device: torch.device) -> Tensor:
-        """The batch's hidden states (B T, D) before that block; zero where it is padded."""
+        """Hidden states (N, D) before that block of the batch's texts, one after the other, padding left out."""
+        texts = [batch.ids[row, :length] for row, length in enumerate(batch.lengths)]
         first = self.decoder.first_trained
-        ids = torch.from_numpy(batch.ids).to(device)
-        if first == 0 or self.max_bytes == 0:
-            return hidden(self.decoder, embed(self.decoder, ids), len(ids), slice(0, first))
-        like = self.decoder.embedding
-        states = torch.zeros(*ids.shape, like.shape[1], dtype=like.dtype, device=device)
-        for row, length in enumerate(batch.lengths):
-            states[row, :length] = self._of(ids[row, :length], batch.ids[row, :length].tobytes(), first)
-        return states.view(-1, like.shape[1])
+        if first == 0:
+            return embed(self.decoder, torch.from_numpy(np.concatenate(texts)).to(device))
+        return torch.cat([self._of(text, first, device) for text in texts])
 
-    def _of(self, ids: Tensor, key: bytes, first: int) -> Tensor:
+    def _of(self, text: NDArray[np.int64], first: int, device: torch.device) -> Tensor:
         """The states (T, D) of one text."""
+        key = text.tobytes()
         kept = self._kept.get(key)
         if kept is not None:
             return kept
-        states = hidden(self.decoder, embed(self.decoder, ids[None]), 1, slice(0, first))
+        ids = torch.from_numpy(np.ascontiguousarray(text)).to(device)
+        states = hidden(self.decoder, embed(self.decoder, ids), [len(text)], slice(0, first))
         size = states.numel() * states.element_size()
         if self.num_bytes + size <= self.max_bytes:
             self._kept[key] = states

@@ -30,9 +30,6 @@ ROOM = 4
 SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro +%}"
 """What a chat template that asks for the date is told: with the real one a record would have other tokens tomorrow."""
 
-MAX_PADDING = 64
-"""Padding tokens in one batch: from about there on, two passes through a model cost less than one."""
-
 
 class Tokenizer(Protocol):
     """What is needed of a tokenizer; transformers' own have it."""
@@ -209,14 +206,16 @@ class Batch:
     rows: tuple[int, ...]
 
 
-def batches(examples: Sequence[Example], positions: Positions, tokens_per_batch: int) -> Iterator[Batch]:
+def batches(
+    examples: Sequence[Example], positions: Positions, tokens_per_batch: int, max_padding: int
+) -> Iterator[Batch]:
     """Batches of at most so many padded tokens (or a single example), longest first, every example in exactly one.
 
-    Longest first, so that a batch too large for the memory fails at once. A batch ends early where its padding would
-    cost more than another pass through the model.
+    Longest first, so that a batch too large for the memory fails at once. A batch ends early where it would hold more
+    than `max_padding` tokens of padding.
     """
     order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
-    for rows in _groups(order, [len(example.ids) for example in examples], tokens_per_batch):
+    for rows in _groups(order, [len(example.ids) for example in examples], tokens_per_batch, max_padding):
         yield pad([examples[row] for row in rows], positions, tuple(rows))
 
 
@@ -241,12 +240,12 @@ def _longest_beginning(record: Record, field: str, fits: Callable[[Record], bool
     return replace(record, **{field: text[:low]})
 
 
-def _groups(order: Iterable[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+def _groups(order: Iterable[int], lengths: Sequence[int], budget: int, max_padding: int) -> Iterator[list[int]]:
     group: list[int] = []
     padding = 0
     for row in order:
         added = lengths[group[0]] - lengths[row] if group else 0
-        if group and ((len(group) + 1) * lengths[group[0]] > budget or padding + added > MAX_PADDING):
+        if group and ((len(group) + 1) * lengths[group[0]] > budget or padding + added > max_padding):
             yield group
             group, padding, added = [], 0, 0
         group.append(row)

@@ -81,7 +81,8 @@ def _step(
     optimizer.zero_grad(set_to_none=False)
     num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
     loss_sum = 0.0
-    for number, batch in enumerate(batches(examples, settings.positions, settings.tokens_per_batch)):
+    budget = settings.tokens_per_batch
+    for number, batch in enumerate(batches(examples, settings.positions, budget, model.max_padding)):
         losses = model.backpropagate(batch, 1 / num_tokens, seed + number)
         loss_sum += float(losses.double().sum())
     torch.nn.utils.clip_grad_norm_(model.flat.parameter, settings.max_grad_norm)
