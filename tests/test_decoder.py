@@ -105,6 +105,19 @@ def test_any_grouping_of_heads(
     assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
 
 
+@pytest.mark.parametrize(("queries", "scores"), [(7, 1), (16, 700), (128, 2**19)])
+def test_attention_in_parts_is_the_same(
+    tiny_folder: Path, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, queries: int, scores: int
+) -> None:
+    lora = ready(tiny_folder, PLACES[1])
+    batch = one_batch(random_examples(7, shortest=20, longest=50))
+    theirs, their_gradients = by_modules(lora, batch, 1.0)
+    monkeypatch.setattr(decoder, "QUERIES", queries)
+    monkeypatch.setattr(decoder, "SCORES", scores)
+    ours, our_gradients = written_out(lora, batch, 1.0)
+    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
+
+
 def test_gradients_add_up_over_passes(tiny_folder: Path, random_examples: MakeExamples) -> None:
     lora = ready(tiny_folder, PLACES[1])
     one, two = (one_batch(random_examples(4, seed=seed)) for seed in (1, 2))

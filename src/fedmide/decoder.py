@@ -13,7 +13,7 @@ texts, T in the longest, D hidden, F inner, H heads of which K for keys and valu
 fused layer's adapters together.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,6 +26,12 @@ MAX_LENGTH = 1024
 
 PAD_COLUMNS = 32
 """Extra columns of a weight come in multiples of so many, which matrix units want."""
+
+QUERIES = 128
+"""Queries of a text that attention takes at a time: what comes after them is not looked at."""
+
+SCORES = 2**19
+"""Scores that attention holds at a time, unless a single text's are more: so many stay in a core's cache."""
 
 HEAD_ROWS = 128
 """Rows of logits in memory at a time: more do not fit the cache beside the output layer's weights."""
@@ -199,6 +205,15 @@ def backpropagate(
 
 
 @dataclass(frozen=True, eq=False)
+class _Piece:
+    """Some queries of some texts, which see the keys up to the last of them."""
+
+    texts: slice
+    queries: slice
+    mask: Tensor  # (G t, T'), 0 where a query sees a key, else -inf; G = H / K, t queries, T' keys
+
+
+@dataclass(frozen=True, eq=False)
 class _View:
     """How the rows of hidden states are texts, which attention spreads out to B T rows."""
 
@@ -208,7 +223,7 @@ class _View:
     places: Tensor | None  # (N,), which of the B T rows each is; None where no text is shorter than another
     cosine: Tensor  # (T, d)
     sine: Tensor  # (T, d / 2), of the first half of a head; the second's are the same
-    mask: Tensor  # (G T, T), 0 where a query sees a key, else -inf; G = H / K
+    pieces: tuple[_Piece, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,10 +251,10 @@ class _Trace:
     states: Tensor
     attention_factor: Tensor
     query_key_value: _Product
-    query: Tensor  # (B K, G T, d), rotated
-    key: Tensor  # (B K, T, d), rotated
-    value: Tensor  # (B K, T, d)
-    weights: Tensor  # (B K, G T, T)
+    query: Tensor  # (B, K, G, T, d), rotated
+    key: Tensor  # (B, K, T, d), rotated
+    value: Tensor  # (B, K, T, d)
+    weights: tuple[Tensor, ...]  # (b K, G t, T'), of each piece
     attention_out: _Product
     middle: Tensor  # (N, D), between attention and MLP
     mlp_factor: Tensor
@@ -252,14 +267,24 @@ class _Trace:
 def _view(decoder: Decoder, lengths: Sequence[int], device: torch.device) -> _View:
     length = max(lengths)
     cosine, sine = decoder.rotary(length)
-    groups = decoder.num_heads // decoder.num_key_value_heads
-    future = torch.full((length, length), -torch.inf, device=device).triu(1)
     places = None
     if min(lengths) < length:
         inside = np.arange(length) < np.asarray(lengths)[:, None]  # (B, T)
         places = torch.from_numpy(np.flatnonzero(inside)).to(device)
-    half = decoder.head_size // 2
-    return _View(decoder, len(lengths), length, places, cosine, sine[:, :half].contiguous(), future.repeat(groups, 1))
+    sine = sine[:, : decoder.head_size // 2].contiguous()
+    return _View(decoder, len(lengths), length, places, cosine, sine, tuple(_pieces(decoder, lengths, device)))
+
+
+def _pieces(decoder: Decoder, lengths: Sequence[int], device: torch.device) -> Iterator[_Piece]:
+    """Attention in parts that are small enough, each without most of what its queries do not see."""
+    length, groups = max(lengths), decoder.num_heads // decoder.num_key_value_heads
+    future = torch.full((length, length), -torch.inf, device=device).triu(1)
+    for start in range(0, length, QUERIES):
+        end = min(start + QUERIES, length)
+        mask = future[start:end, :end].repeat(groups, 1)
+        at_once = max(1, SCORES // (decoder.num_heads * (end - start) * end))
+        for first in range(0, len(lengths), at_once):
+            yield _Piece(slice(first, min(first + at_once, len(lengths))), slice(start, end), mask)
 
 
 def _spread(rows: Tensor, view: _View) -> Tensor:
@@ -282,10 +307,8 @@ def _forward(block: Block, states: Tensor, view: _View, keep: _Keep | None) -> t
     fused, attention_factor = _normed_input(states, block.attention_norm, epsilon, block.query_key_value)
     projected, first = _product(block.query_key_value, fused, keep)
     query, key, value = _heads(projected, view)
-    scores = torch.baddbmm(view.mask, query, key.transpose(1, 2), alpha=view.decoder.head_size**-0.5)
-    weights = torch.softmax(scores, -1).to(value.dtype)
+    output, weights = _attention(query, key, value, view)
     mixed = _input(block.attention_out, states)
-    output = torch.bmm(weights, value).view(_grouped(view)).permute(0, 3, 1, 2, 4)  # (B, T, K, G, d)
     mixed[:, : block.attention_out.num_in] = _gather(output, view)
     middle, second = _product(block.attention_out, mixed, keep, states)
     fused, mlp_factor = _normed_input(middle, block.mlp_norm, epsilon, block.gate_up)
@@ -319,17 +342,46 @@ def _backward(trace: _Trace, gradient: Tensor, view: _View, is_lowest: bool) -> 
     return below.to(gradient.dtype)
 
 
+def _attention(query: Tensor, key: Tensor, value: Tensor, view: _View) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The heads' outputs (B, T, K, G, d), and the weights (b K, G t, T') that each piece mixed the values by."""
+    output, weights = torch.empty(query.shape, dtype=value.dtype, device=value.device), []
+    for piece in view.pieces:
+        queries, keys = _flat(query[piece.texts, :, :, piece.queries]), _seen(key, piece)
+        scores = torch.baddbmm(piece.mask, queries, keys.transpose(1, 2), alpha=view.decoder.head_size**-0.5)
+        weights.append(torch.softmax(scores, -1).to(value.dtype))
+        part = output[piece.texts, :, :, piece.queries]
+        part.copy_(torch.bmm(weights[-1], _seen(value, piece)).view(part.shape))
+    return output.permute(0, 3, 1, 2, 4), tuple(weights)
+
+
+def _flat(queries: Tensor) -> Tensor:
+    """Queries (b, K, G, t, d) of a piece as (b K, G t, d)."""
+    texts, pairs, groups, count, size = queries.shape
+    return queries.reshape(texts * pairs, groups * count, size)
+
+
+def _seen(keys: Tensor, piece: _Piece) -> Tensor:
+    """Keys or values (B, K, T, d) that a piece's queries see, (b K, T', d)."""
+    return keys[piece.texts, :, : piece.queries.stop].flatten(0, 1)
+
+
 def _attention_backward(trace: _Trace, mixed: Tensor, view: _View) -> Tensor:
     """The gradient of query, key and value (N, (H + 2 K) d) before rotation, out of that of the heads' outputs."""
     heads, pairs = view.decoder.num_heads, view.decoder.num_key_value_heads
     size, texts, length = view.decoder.head_size, view.num_texts, view.length
-    output = _spread(mixed, view).view(texts, length, pairs, heads // pairs, size)
-    output = output.permute(0, 2, 3, 1, 4).reshape(trace.query.shape)
-    value = torch.bmm(trace.weights.transpose(1, 2), output)
-    scores = torch.bmm(output, trace.value.transpose(1, 2))
-    mean = (scores * trace.weights).sum(-1, keepdim=True)
-    scores.sub_(mean).mul_(trace.weights)
-    query, key = torch.bmm(scores, trace.key), torch.bmm(scores.transpose(1, 2), trace.query)
+    output = _spread(mixed, view).view(texts, length, pairs, heads // pairs, size).permute(0, 2, 3, 1, 4)
+    query = torch.empty(trace.query.shape, device=mixed.device)
+    key, value = (torch.zeros(trace.key.shape, device=mixed.device) for _ in range(2))
+    for piece, weights in zip(view.pieces, trace.weights, strict=True):
+        queries, outputs = (_flat(each[piece.texts, :, :, piece.queries]) for each in (trace.query, output))
+        scores = torch.bmm(outputs, _seen(trace.value, piece).transpose(1, 2))
+        mean = (scores * weights).sum(-1, keepdim=True)
+        scores.sub_(mean).mul_(weights)
+        part = query[piece.texts, :, :, piece.queries]
+        part.copy_(torch.bmm(scores, _seen(trace.key, piece)).view(part.shape))
+        for total, made in ((key, scores.transpose(1, 2) @ queries), (value, weights.transpose(1, 2) @ outputs)):
+            part = total[piece.texts, :, : piece.queries.stop]
+            part.add_(made.view(part.shape))
     projected = torch.empty(texts, length, heads + 2 * pairs, size, dtype=mixed.dtype, device=mixed.device)
     by_head = projected.transpose(1, 2)  # (B, H + 2 K, T, d)
     both = torch.cat([query.view(texts, heads, length, size), key.view(texts, pairs, length, size)], dim=1)
@@ -339,14 +391,13 @@ def _attention_backward(trace: _Trace, mixed: Tensor, view: _View) -> Tensor:
 
 
 def _heads(projected: Tensor, view: _View) -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B K, G T, d) and key (B K, T, d), rotated, in float32; value (B K, T, d)."""
+    """Query (B, K, G, T, d) and key (B, K, T, d), rotated, in float32; value (B, K, T, d)."""
     heads, pairs = view.decoder.num_heads, view.decoder.num_key_value_heads
     size, texts, length = view.decoder.head_size, view.num_texts, view.length
     by_head = _spread(projected, view).view(texts, length, heads + 2 * pairs, size).transpose(1, 2)
     rotated = _rotated(by_head[:, : heads + pairs], view, 1)
-    query, key = rotated[:, :heads], rotated[:, heads:]
-    value = by_head[:, heads + pairs :].reshape(texts * pairs, length, size)
-    return query.reshape(texts * pairs, -1, size), key.reshape(texts * pairs, length, size), value
+    query = rotated[:, :heads].view(texts, pairs, heads // pairs, length, size)
+    return query, rotated[:, heads:], by_head[:, heads + pairs :]
 
 
 def _rotated(heads: Tensor, view: _View, direction: int) -> Tensor:
@@ -357,12 +408,6 @@ def _rotated(heads: Tensor, view: _View, direction: int) -> Tensor:
     turned[..., :half].addcmul_(heads[..., half:], view.sine, value=-direction)
     turned[..., half:].addcmul_(heads[..., :half], view.sine, value=direction)
     return turned
-
-
-def _grouped(view: _View) -> tuple[int, int, int, int, int]:
-    """(B, K, G, T, d)."""
-    pairs = view.decoder.num_key_value_heads
-    return view.num_texts, pairs, view.decoder.num_heads // pairs, view.length, view.decoder.head_size
 
 
 # --- products with fused layers
