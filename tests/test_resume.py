@@ -214,6 +214,10 @@ class LikeAModel:
     def num_positions(self) -> Any:
         return self.real.num_positions
 
+    @property
+    def prefix_bytes(self) -> int:
+        return 0
+
 
 # --- stopped between any two calls
 

@@ -132,7 +132,7 @@ class TrainingConfig(Section):
     """Gradients are clipped to this norm."""
     positions: Positions = "all"
     """Tokens that the loss counts: "all" (prompt and response) or "response"."""
-    tokens_per_batch: Annotated[int, Field(ge=16)] = 2048
+    tokens_per_batch: Annotated[int, Field(ge=16)] = 1024
     """Padded tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
     rounding, but for the draws of dropout."""
 

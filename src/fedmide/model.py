@@ -1,7 +1,7 @@
 """The frozen base model with LoRA layers: the only module that imports transformers and peft.
 
 One base model stays in memory; adapters are copied in and out in place. Llama-shaped models are scored and trained by
-`decoder`, any other causal model by its own modules; both give the same numbers. There, too, logits are computed only
+`passes`, any other causal model by its own modules; both give the same numbers. There, too, logits are computed only
 where they are asked for: a hook in front of the output layer keeps the hidden states of the wanted positions, which
 works for any model whose logits are a function of each position alone.
 """
@@ -32,7 +32,7 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
-from fedmide import adapters, decoder, fusion
+from fedmide import adapters, attention, fusion, passes
 from fedmide.config import LoraConfig, ModelConfig
 from fedmide.decoder import Dropout
 from fedmide.errors import ModelError
@@ -102,6 +102,11 @@ class LoraModel:
         return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
 
     @property
+    def prefix_bytes(self) -> int:
+        """How much is kept of what the blocks below the adapters make of records."""
+        return 0 if self.prefixes is None else self.prefixes.num_bytes
+
+    @property
     def max_padding(self) -> int:
         """Padding tokens in one batch from which on two passes cost less than one; without limit where none passes."""
         return MODULES_MAX_PADDING if self.prefixes is None else sys.maxsize
@@ -117,19 +122,19 @@ class LoraModel:
     def nll(self, batch: Batch) -> Tensor:
         """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`."""
         with torch.inference_mode():
-            if self.prefixes is None or batch.ids.shape[1] > decoder.MAX_LENGTH:
+            if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
                 return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
             states, rows, targets = self._inputs(self.prefixes, batch)
             above = slice(self.prefixes.decoder.first_trained, None)
-            states = decoder.hidden(self.prefixes.decoder, states, batch.lengths, above)
-            return decoder.losses(self.prefixes.decoder, states, rows, targets)
+            states = passes.hidden(self.prefixes.decoder, states, batch.lengths, above)
+            return passes.losses(self.prefixes.decoder, states, rows, targets)
 
     def backpropagate(self, batch: Batch, scale: float, seed: int) -> Tensor:
         """NLL of each predicted token, as `nll`; adds the gradient of `scale` times their sum.
 
         Dropout follows from the seed.
         """
-        if self.prefixes is None or batch.ids.shape[1] > decoder.MAX_LENGTH:
+        if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
             torch.manual_seed(seed % 2**TORCH_SEED_BITS)
             losses = self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
             (losses.sum() * scale).backward()
@@ -137,7 +142,7 @@ class LoraModel:
         with torch.no_grad():
             states, rows, targets = self._inputs(self.prefixes, batch)
             given = states, batch.lengths, rows, targets, scale
-            return decoder.backpropagate(self.prefixes.decoder, *given, self.dropout and self.dropout.seeded(seed))
+            return passes.backpropagate(self.prefixes.decoder, *given, self.dropout and self.dropout.seeded(seed))
 
     def _inputs(self, prefixes: Prefixes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """States below the adapters, the rows that predict, and what they are to predict."""

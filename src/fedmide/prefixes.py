@@ -9,7 +9,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmide.decoder import Decoder, embed, hidden
+from fedmide.decoder import Decoder
+from fedmide.passes import embed, hidden
 from fedmide.tokens import Batch
 
 

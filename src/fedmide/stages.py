@@ -359,7 +359,8 @@ def _timed(run: Run, status: str, work: int) -> Iterator[None]:
         seconds = run.folder.read_manifest()["seconds"]
         spent = seconds.get(status, 0.0) + time.perf_counter() - begun
         peak = max(run.folder.read_manifest()["peak_memory_mb"], _peak_memory_mb())
-        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)}, peak_memory_mb=peak, **ended)
+        held = {"peak_memory_mb": peak, "prefix_cache_mb": run.inputs.resident.model.prefix_bytes // 10**6}
+        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)}, **held, **ended)
 
 
 def _peak_memory_mb() -> int:

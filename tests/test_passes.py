@@ -11,7 +11,7 @@ import torch
 from peft.tuners.lora import Linear as LoraLinear
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from fedmide import decoder, model
+from fedmide import attention, model, passes
 from fedmide.config import LoraConfig, ModelConfig, Positions
 from fedmide.decoder import Dropout
 from fedmide.localmodel import Adapter
@@ -112,8 +112,8 @@ def test_attention_in_parts_is_the_same(
     lora = ready(tiny_folder, PLACES[1])
     batch = one_batch(random_examples(7, shortest=20, longest=50))
     theirs, their_gradients = by_modules(lora, batch, 1.0)
-    monkeypatch.setattr(decoder, "QUERIES", queries)
-    monkeypatch.setattr(decoder, "SCORES", scores)
+    monkeypatch.setattr(attention, "QUERIES", queries)
+    monkeypatch.setattr(attention, "SCORES", scores)
     ours, our_gradients = written_out(lora, batch, 1.0)
     assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
 
@@ -148,8 +148,8 @@ def test_texts_too_long_go_through_the_modules(
     lora = ready(tiny_folder, PLACES[1])
     batch = one_batch(random_examples(4, shortest=30, longest=30))
     short = written_out(lora, batch, 1.0)
-    monkeypatch.setattr(decoder, "MAX_LENGTH", 29)
-    monkeypatch.setattr(decoder, "hidden", None)
+    monkeypatch.setattr(attention, "MAX_LENGTH", 29)
+    monkeypatch.setattr(passes, "hidden", None)
     long = written_out(lora, batch, 1.0)
     assert long[0] == pytest.approx(short[0], rel=1e-5) and far(long[1], short[1]) < 2e-5
     assert lora.nll(batch).numpy() == pytest.approx(short[0], rel=1e-5)

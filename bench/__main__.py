@@ -1,0 +1,273 @@
+"""Measures all of it, prints one table and writes bench/latest.json."""
+
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from bench.ours import Federation, timed_work
+from bench.stock import Stock
+from bench.timing import alternating, figure, once, ratios, seconds
+from bench.workload import Workload, workload
+from fedmide import adapters, generation, scoring, training
+from fedmide.checkpoints import locate
+from fedmide.localmodel import TrainingPlan
+from fedmide.model import load
+from fedmide.tokens import Example
+
+ROUNDS = 3
+"""How often a whole round is repeated; the stock one takes most of the time."""
+
+Figures = dict[str, Any]
+TARGETS = {
+    "round_speedup_as_run": ">= 4",
+    "round_speedup_equal_precision": ">= 1.7",
+    "scoring_share_of_peak": ">= 0.65",
+    "training_share_of_peak": ">= 0.50",
+    "prefix_cache_round_speedup": ">= 10",
+    "generation_speedup": ">= 5",
+    "overhead_share": "<= 0.03",
+    "adapter_swap_ms": "<= 5",
+    "help_seconds": "<= 0.3",
+    "model_load_seconds": "<= 2",
+    "memory_ratio_64_to_8_clients": "<= 1.05",
+    "client_round_overhead_ms": "<= 2",
+}
+
+
+def main() -> None:
+    """All measurements, one after the other."""
+    console = Console(stderr=True)
+    found: Figures = {}
+    for name, measure in MEASURES.items():
+        console.print(f"bench: {name}")
+        found |= measure()
+    facts = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "commit": _commit(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": torch.get_num_threads(),
+        "versions": {"torch": torch.__version__},
+    }
+    (Path(__file__).parent / "latest.json").write_text(json.dumps({**facts, **found}, indent=2) + "\n")
+    Console().print(_table(found))
+
+
+def peak() -> Figures:
+    """Products at the model's shapes, layer after layer as in a pass, so that no weight is still in the cache."""
+    work = workload("model.dtype=float32")
+    config = work.inputs.resident.model.network.get_base_model().config
+    hidden, inner, keys = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
+    shapes = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
+    found: Figures = {}
+    for dtype, name in ((torch.float32, "peak_float32_gflops"), (torch.bfloat16, "peak_bfloat16_gflops")):
+        weights = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(config.num_hidden_layers)]
+        best: list[float] = []
+        for rows in (512, 1024, 2048):
+            given = [torch.randn(rows, shape[1]).to(dtype) for shape in shapes]
+
+            def products(given: list[torch.Tensor] = given, weights: Any = weights) -> None:
+                for layer in weights:
+                    for one, weight in zip(given, layer, strict=True):
+                        torch.nn.functional.linear(one, weight)
+
+            work_done = 2 * rows * sum(weight.numel() for layer in weights for weight in layer) / 1e9
+            runs = [work_done / each for each in seconds(products, 5)]
+            best = max(best, runs, key=statistics.median) if best else runs
+        found[name] = figure(best, 0)
+    return found
+
+
+def shares() -> Figures:
+    """Scoring and training as a share of the bfloat16 peak: operations that must be done over time."""
+    work, found = workload(), peak()
+    top = found["peak_bfloat16_gflops"]["value"]
+    examples = _examples(work)
+    model, config = work.inputs.resident.model, work.config
+    model.put(work.inputs.fresh_adapter())
+    plan = TrainingPlan(config.training, 0, 0, "bench")
+    needed = {"scoring_share_of_peak": 2, "training_share_of_peak": 4}
+    works = {
+        "scoring_share_of_peak": lambda: scoring.nll(model, examples, "response", config.scoring.tokens_per_batch),
+        "training_share_of_peak": lambda: list(training.train(model, examples, plan)),
+    }
+    tokens = sum(len(example.ids) for example in examples)
+    for name, runs in alternating(works, 4).items():
+        operations = needed[name] * _operations(work, examples) / 1e9
+        found[name] = figure([operations / each / top for each in runs[1:]])
+        found[name.replace("share_of_peak", "tokens_per_second")] = figure([tokens / each for each in runs[1:]], 0)
+    return found
+
+
+def rounds() -> Figures:
+    """A whole round against the stock one: as a user would run that, at equal precision, with kept prefixes."""
+    found: Figures = {}
+    pairs = {
+        "round_speedup_as_run": ((), torch.float32),
+        "round_speedup_equal_precision": ((), torch.bfloat16),
+        "round_speedup_float32": (("model.dtype=float32",), torch.float32),
+        "prefix_cache_round_speedup": (("lora.blocks=top:8",), torch.float32),
+    }
+    for name, (overrides, dtype) in pairs.items():
+        work = workload(*overrides)
+        stock = Stock(locate("smollm2-135m"), work.config, dtype)
+        records = {client: each.training for client, each in work.inputs.clients.items()}
+        federation = Federation(work)
+        federation.round()  # what is computed once is computed
+        runs = alternating({"stock": lambda: stock.round(records), "ours": federation.round}, ROUNDS)  # noqa: B023
+        found[name] = figure(ratios(runs["stock"], runs["ours"]), 2)
+        found[f"{name}_seconds"] = {key: figure(value, 2) for key, value in runs.items()}
+        if dtype == torch.float32 and "model.dtype=float32" in overrides:
+            found["nll_difference"] = _nll_difference(work, stock)
+    return found
+
+
+def overhead() -> Figures:
+    """What of a round is not forward, backward or optimiser."""
+    federation = Federation(workload())
+    federation.round()
+    shares_of: list[float] = []
+    for _ in range(3):
+        with timed_work(federation.work.inputs.resident.model) as spent:
+            whole = once(federation.round)
+        shares_of.append(1 - sum(spent) / whole)
+    return {"overhead_share": figure(shares_of, 4)}
+
+
+def generated() -> Figures:
+    """Tokens a second: batched against transformers' greedy `generate`, one prompt at a time."""
+    work = workload()
+    model, longest = work.inputs.resident.model, 32
+    model.put(work.inputs.fresh_adapter())
+    examples = [example for site in work.inputs.examples.values() for example in site.test][:32]
+    counts: dict[str, int] = {}
+
+    def together() -> None:
+        texts = generation.generate(model, examples, longest, 32)
+        counts["together"] = sum(len(model.tokenizer(text)["input_ids"]) for text in texts)
+
+    def alone() -> None:
+        texts = [generation.generate(model, [example], longest, 1)[0] for example in examples[:8]]
+        counts["alone"] = sum(len(model.tokenizer(text)["input_ids"]) for text in texts)
+
+    runs = alternating({"together": together, "alone": alone}, 3)
+    speeds = {name: [counts[name] / each for each in runs[name]] for name in runs}
+    return {
+        "generation_speedup": figure(ratios(speeds["together"], speeds["alone"]), 2),
+        "generation_tokens_per_second": {name: figure(each, 1) for name, each in speeds.items()},
+    }
+
+
+def parts() -> Figures:
+    """Adapter swap, codec, start-up."""
+    work = workload()
+    model, adapter = work.inputs.resident.model, work.inputs.fresh_adapter()
+    data = adapters.encode(adapter)
+    folder, config = locate("smollm2-135m"), work.config
+    help_command = [sys.executable, "-m", "fedmide", "--help"]
+    return {
+        "adapter_swap_ms": figure([1e3 * each for each in seconds(lambda: model.put(adapter), 20)]),
+        "adapter_encode_ms": figure([1e3 * each for each in seconds(lambda: adapters.encode(adapter), 20)]),
+        "adapter_decode_ms": figure([1e3 * each for each in seconds(lambda: adapters.decode(data), 20)]),
+        "adapter_bytes": len(data),
+        "help_seconds": figure(seconds(lambda: subprocess.run(help_command, capture_output=True, check=True), 5)),
+        "model_load_seconds": figure(seconds(lambda: load(folder, config.model, config.lora), 3)),
+    }
+
+
+def many() -> Figures:
+    """Peak memory with 64 clients against 8, and a client's round beside its model's work with 1,000 clients."""
+    peaks = {count: _tiny_run(count, 1)["peak_memory_mb"] for count in (8, 64)}
+    thousand = _tiny_run(1000, 1)
+    return {
+        "memory_ratio_64_to_8_clients": {"value": round(peaks[64] / peaks[8], 3), "runs": [peaks[8], peaks[64]]},
+        "memory_1000_clients_mb": thousand["peak_memory_mb"],
+        "client_round_overhead_ms": {"value": thousand["overhead_ms"], "runs": [thousand["overhead_ms"]]},
+    }
+
+
+MEASURES = {
+    "peak, scoring and training": shares,
+    "start-up, adapter swap, codec": parts,
+    "generation": generated,
+    "what is not the model": overhead,
+    "many clients": many,
+    "whole rounds": rounds,
+}
+
+
+def _examples(work: Workload) -> list[Example]:
+    return [example for site in work.inputs.examples.values() for example in site.training]
+
+
+def _operations(work: Workload, examples: list[Example]) -> float:
+    """Multiplications of one product of each weight and token, attention over what is before included."""
+    config = work.inputs.resident.model.network.get_base_model().config
+    decoder = work.inputs.resident.model.prefixes.decoder  # type: ignore[union-attr]
+    block = sum(layer.weight.shape[0] * layer.num_in for layer in _layers(decoder))
+    lengths = np.array([len(example.ids) for example in examples])
+    labels = sum(example.num_predicted("response") for example in examples)
+    attention = config.num_hidden_layers * config.hidden_size * float((lengths**2).sum())
+    return float(lengths.sum() * block + labels * decoder.head.numel() + attention)
+
+
+def _layers(decoder: Any) -> list[Any]:
+    names = ("query_key_value", "attention_out", "gate_up", "down")
+    return [getattr(block, name) for block in decoder.blocks for name in names]
+
+
+def _nll_difference(work: Workload, stock: Stock) -> float:
+    """The largest difference of a record's mean NLL between the two, both in float32, under the fresh adapter."""
+    records = next(iter(work.inputs.clients.values())).training
+    examples = next(iter(work.inputs.examples.values())).training
+    model = work.inputs.resident.model
+    model.put(work.inputs.fresh_adapter())
+    ours = [nll.mean for nll in scoring.nll(model, examples, "response", 2048)]
+    return max(abs(one - two) for one, two in zip(ours, stock.nlls(stock.base, records), strict=True))
+
+
+def _tiny_run(num_clients: int, num_rounds: int) -> dict[str, float]:
+    """A run of the tiny model in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-m", "bench.tiny", str(num_clients), str(num_rounds), folder]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
+        values: dict[str, float] = json.loads(done.stdout)
+        return values
+
+
+def _table(found: Figures) -> Table:
+    table = Table(title="fedmide against what a user would otherwise run", box=box.SIMPLE_HEAD)
+    for column in ("figure", "value", "aim", "runs"):
+        table.add_column(column, justify="left" if column == "figure" else "right")
+    for name, aim in TARGETS.items():
+        runs = ", ".join(f"{each:g}" for each in found[name]["runs"][:5])
+        table.add_row(name, f"{found[name]['value']:g}", aim, runs)
+    return table
+
+
+def _processor() -> str:
+    capabilities = torch.cpu.get_capabilities()
+    kinds = [name for name in ("avx512_bf16", "amx_bf16") if capabilities.get(name)]
+    return f"{os.cpu_count()} cores, {', '.join(kinds) or 'no bfloat16 products'}"
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+if __name__ == "__main__":
+    main()

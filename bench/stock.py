@@ -1,0 +1,113 @@
+"""The same round as a user would write it with public libraries, after the original: Trainer, PEFT, files, one by one.
+
+PEFT layers are built anew for each client and round, records are tokenised again each round, batches are padded on the
+left to a multiple of 8, a record's perplexity is taken alone, adapters travel through files.
+"""
+
+import tempfile
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from fedmide.config import Config
+from fedmide.prompts import ALPACA, render
+from fedmide.records import Record
+
+MICRO_BATCH, ACCUMULATION = 4, 8
+
+
+class Stock:
+    """A base model and what is done with it in a round."""
+
+    def __init__(self, folder: Path, config: Config, dtype: torch.dtype) -> None:
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        self.config, self.dtype = config, dtype
+        self.base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        self.tokenizer.padding_side = "left"
+
+    def round(self, clients: Mapping[str, Sequence[Record]]) -> dict[str, torch.Tensor]:
+        """Scores the personal half, trains on the other, scores again; the mean of the clients' adapters."""
+        with tempfile.TemporaryDirectory() as folder:
+            for name, records in clients.items():
+                half = len(records) // 2
+                network = self._peft()
+                self.nlls(network, records[:half])
+                self.train(network, records[half:], Path(folder))
+                self.nlls(network, records[:half])
+                state = peft.get_peft_model_state_dict(network)
+                save_file(
+                    {key: value.contiguous() for key, value in state.items()}, Path(folder) / f"{name}.safetensors"
+                )
+                self.base = network.unload()
+            states = [load_file(Path(folder) / f"{name}.safetensors") for name in clients]
+        return {key: sum(state[key] for state in states) / len(states) for key in states[0]}
+
+    def nlls(self, network: Any, records: Sequence[Record]) -> list[float]:
+        """Mean NLL of each record's response, one at a time."""
+        network.eval()
+        found = []
+        with torch.no_grad():
+            for record in records:
+                row = self.tokenized(record)
+                batch = {key: torch.tensor([row[key]]) for key in ("input_ids", "attention_mask", "labels")}
+                found.append(float(network(**batch).loss))
+        return found
+
+    def train(self, network: Any, records: Sequence[Record], folder: Path) -> float:
+        """One local epoch; the training loss."""
+        settings = self.config.training
+        arguments = transformers.TrainingArguments(
+            output_dir=str(folder / "trainer"),
+            per_device_train_batch_size=MICRO_BATCH,
+            gradient_accumulation_steps=ACCUMULATION,
+            num_train_epochs=settings.epochs,
+            learning_rate=settings.learning_rate,
+            max_grad_norm=settings.max_grad_norm,
+            use_cpu=True,
+            save_strategy="no",
+            report_to=[],
+            logging_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        collate = transformers.DataCollatorForSeq2Seq(self.tokenizer, pad_to_multiple_of=8, return_tensors="pt")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer = transformers.Trainer(
+                model=network,
+                args=arguments,
+                train_dataset=[self.tokenized(record) for record in records],  # type: ignore[arg-type]
+                data_collator=collate,
+            )
+            return float(trainer.train().training_loss)
+
+    def tokenized(self, record: Record) -> dict[str, list[int]]:
+        """A record as the Trainer takes it: labels on the response and the end of sequence."""
+        prompt = self.tokenizer(render(ALPACA, record))["input_ids"]
+        answer = [*self.tokenizer(record.response)["input_ids"], self.tokenizer.eos_token_id]
+        ids = (prompt + answer)[: self.config.model.cutoff]
+        labels = [-100] * min(len(prompt), len(ids)) + ids[len(prompt) :]
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
+
+    def _peft(self) -> Any:
+        lora, top = self.config.lora, self.config.lora.blocks.removeprefix("top:")
+        blocks = self.base.config.num_hidden_layers
+        config = peft.LoraConfig(
+            r=lora.r,
+            lora_alpha=int(lora.alpha),
+            lora_dropout=lora.dropout,
+            target_modules=lora.targets,
+            layers_to_transform=None if top == "all" else list(range(blocks - int(top), blocks)),
+            task_type="CAUSAL_LM",
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return peft.get_peft_model(self.base, config)

@@ -1,0 +1,51 @@
+"""One run of the tiny model with many clients: `python -m bench.tiny CLIENTS ROUNDS FOLDER` prints a JSON object."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+from bench.ours import timed_work
+from fedmide import stages
+from fedmide.config import load
+
+CONFIG = """
+[data]
+source = "files"
+path = "{folder}/data"
+validation_fraction = 0
+test_fraction = 0
+[model]
+name = "tiny-random"
+dtype = "float32"
+device = "cpu"
+cutoff = 128
+[lora]
+dropout = 0
+[federation]
+rounds = {rounds}
+[runtime]
+threads = 1
+"""
+
+
+def main() -> None:
+    """Writes the records, trains, and prints peak memory and what a client's round takes beside the model's work."""
+    num_clients, num_rounds, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    (folder / "data").mkdir()
+    for client in range(num_clients):
+        rows = [{"instruction": f"What is {client} and {number}?", "response": "So."} for number in range(4)]
+        (folder / "data" / f"c{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "tiny.toml").write_text(CONFIG.format(folder=folder, rounds=num_rounds))
+    with stages.start(load(folder / "tiny.toml"), folder / "run") as run:
+        begun = time.perf_counter()
+        with timed_work(run.inputs.resident.model) as spent:
+            stages.train(run)
+        whole = time.perf_counter() - begun
+        beside = (whole - sum(spent)) / (num_clients * (num_rounds + run.config.warmup.rounds))
+        peak = run.folder.read_manifest()["peak_memory_mb"]
+    sys.stdout.write(json.dumps({"peak_memory_mb": peak, "overhead_ms": round(1e3 * beside, 3)}))
+
+
+if __name__ == "__main__":
+    main()

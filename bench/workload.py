@@ -1,0 +1,34 @@
+"""What is measured on: records of two clients, SmolLM2-135M, one round of training and scoring."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmide.config import Config, apply_overrides, load, parse
+from fedmide.inputs import Inputs, read
+
+PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "fedmide-data"
+SHORT = 24
+"""Records a client; half of them are personal, and scored before and after the training of the others."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A configuration and its inputs, loaded."""
+
+    config: Config
+    inputs: Inputs
+
+
+def workload(*overrides: str) -> Workload:
+    """Two clients on the published data where it lies beside the repository, else on the demo's sites."""
+    source = ["data.source=published", f"data.path={PUBLISHED}"] if PUBLISHED.is_dir() else ["data.source=medical"]
+    sizes = [f"data.max_records={SHORT}", "data.max_test_records=16", "data.clients=2", "data.validation_fraction=0"]
+    common = ["model.cutoff=256", "prompt.overflow=cut", "lora.targets=all-linear", "training.positions=response"]
+    values = apply_overrides({}, [*source, *sizes, *common, "scoring.positions=response", *overrides])
+    config = parse(values)
+    return Workload(config, read(config))
+
+
+def demo() -> Config:
+    """The demo's configuration."""
+    return load(Path(__file__).resolve().parents[1] / "examples" / "demo.toml")
