@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -48,13 +49,22 @@ TARGETS = {
 
 
 def main() -> None:
-    """All measurements, one after the other."""
-    console = Console(stderr=True)
-    found: Figures = {}
+    """All measurements, one after the other, or those whose names hold one of the words given."""
+    console, wanted = Console(stderr=True), sys.argv[1:]
+    path = Path(__file__).parent / "latest.json"
+    found: Figures = json.loads(path.read_text()) if wanted and path.exists() else {}
     for name, measure in MEASURES.items():
+        if wanted and not any(word in name for word in wanted):
+            continue
         console.print(f"bench: {name}")
-        found |= measure()
-    facts = {
+        for figures in measure():
+            found |= _facts() | figures
+            path.write_text(json.dumps(found, indent=2) + "\n")
+    Console().print(_table(found))
+
+
+def _facts() -> Figures:
+    return {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": _commit(),
         "platform": platform.platform(),
@@ -62,8 +72,6 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "versions": {"torch": torch.__version__},
     }
-    (Path(__file__).parent / "latest.json").write_text(json.dumps({**facts, **found}, indent=2) + "\n")
-    Console().print(_table(found))
 
 
 def peak() -> Figures:
@@ -91,7 +99,7 @@ def peak() -> Figures:
     return found
 
 
-def shares() -> Figures:
+def shares() -> Iterator[Figures]:
     """Scoring and training as a share of the bfloat16 peak: operations that must be done over time."""
     work, found = workload(), peak()
     top = found["peak_bfloat16_gflops"]["value"]
@@ -109,12 +117,11 @@ def shares() -> Figures:
         operations = needed[name] * _operations(work, examples) / 1e9
         found[name] = figure([operations / each / top for each in runs[1:]])
         found[name.replace("share_of_peak", "tokens_per_second")] = figure([tokens / each for each in runs[1:]], 0)
-    return found
+    yield found
 
 
-def rounds() -> Figures:
+def rounds() -> Iterator[Figures]:
     """A whole round against the stock one: as a user would run that, at equal precision, with kept prefixes."""
-    found: Figures = {}
     pairs = {
         "round_speedup_as_run": ((), torch.float32),
         "round_speedup_equal_precision": ((), torch.bfloat16),
@@ -128,14 +135,15 @@ def rounds() -> Figures:
         federation = Federation(work)
         federation.round()  # what is computed once is computed
         runs = alternating({"stock": lambda: stock.round(records), "ours": federation.round}, ROUNDS)  # noqa: B023
-        found[name] = figure(ratios(runs["stock"], runs["ours"]), 2)
-        found[f"{name}_seconds"] = {key: figure(value, 2) for key, value in runs.items()}
-        if dtype == torch.float32 and "model.dtype=float32" in overrides:
-            found["nll_difference"] = _nll_difference(work, stock)
-    return found
+        yield {
+            name: figure(ratios(runs["stock"], runs["ours"]), 2),
+            f"{name}_seconds": {key: figure(value, 2) for key, value in runs.items()},
+        }
+        if "model.dtype=float32" in overrides:
+            yield {"nll_difference": _nll_difference(work, stock)}
 
 
-def overhead() -> Figures:
+def overhead() -> Iterator[Figures]:
     """What of a round is not forward, backward or optimiser."""
     federation = Federation(workload())
     federation.round()
@@ -144,10 +152,10 @@ def overhead() -> Figures:
         with timed_work(federation.work.inputs.resident.model) as spent:
             whole = once(federation.round)
         shares_of.append(1 - sum(spent) / whole)
-    return {"overhead_share": figure(shares_of, 4)}
+    yield {"overhead_share": figure(shares_of, 4)}
 
 
-def generated() -> Figures:
+def generated() -> Iterator[Figures]:
     """Tokens a second: batched against transformers' greedy `generate`, one prompt at a time."""
     work = workload()
     model, longest = work.inputs.resident.model, 32
@@ -165,20 +173,20 @@ def generated() -> Figures:
 
     runs = alternating({"together": together, "alone": alone}, 3)
     speeds = {name: [counts[name] / each for each in runs[name]] for name in runs}
-    return {
+    yield {
         "generation_speedup": figure(ratios(speeds["together"], speeds["alone"]), 2),
         "generation_tokens_per_second": {name: figure(each, 1) for name, each in speeds.items()},
     }
 
 
-def parts() -> Figures:
+def parts() -> Iterator[Figures]:
     """Adapter swap, codec, start-up."""
     work = workload()
     model, adapter = work.inputs.resident.model, work.inputs.fresh_adapter()
     data = adapters.encode(adapter)
     folder, config = locate("smollm2-135m"), work.config
     help_command = [sys.executable, "-m", "fedmide", "--help"]
-    return {
+    yield {
         "adapter_swap_ms": figure([1e3 * each for each in seconds(lambda: model.put(adapter), 20)]),
         "adapter_encode_ms": figure([1e3 * each for each in seconds(lambda: adapters.encode(adapter), 20)]),
         "adapter_decode_ms": figure([1e3 * each for each in seconds(lambda: adapters.decode(data), 20)]),
@@ -188,11 +196,11 @@ def parts() -> Figures:
     }
 
 
-def many() -> Figures:
+def many() -> Iterator[Figures]:
     """Peak memory with 64 clients against 8, and a client's round beside its model's work with 1,000 clients."""
     peaks = {count: _tiny_run(count, 1)["peak_memory_mb"] for count in (8, 64)}
     thousand = _tiny_run(1000, 1)
-    return {
+    yield {
         "memory_ratio_64_to_8_clients": {"value": round(peaks[64] / peaks[8], 3), "runs": [peaks[8], peaks[64]]},
         "memory_1000_clients_mb": thousand["peak_memory_mb"],
         "client_round_overhead_ms": {"value": thousand["overhead_ms"], "runs": [thousand["overhead_ms"]]},
@@ -253,6 +261,8 @@ def _table(found: Figures) -> Table:
     for column in ("figure", "value", "aim", "runs"):
         table.add_column(column, justify="left" if column == "figure" else "right")
     for name, aim in TARGETS.items():
+        if name not in found:
+            continue
         runs = ", ".join(f"{each:g}" for each in found[name]["runs"][:5])
         table.add_row(name, f"{found[name]['value']:g}", aim, runs)
     return table

@@ -20,6 +20,7 @@ from fedmide.prompts import ALPACA, render
 from fedmide.records import Record
 
 MICRO_BATCH, ACCUMULATION = 4, 8
+LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 class Stock:
@@ -87,6 +88,7 @@ class Stock:
                 train_dataset=[self.tokenized(record) for record in records],  # type: ignore[arg-type]
                 data_collator=collate,
             )
+            trainer.remove_callback(transformers.PrinterCallback)
             return float(trainer.train().training_loss)
 
     def tokenized(self, record: Record) -> dict[str, list[int]]:
@@ -104,7 +106,7 @@ class Stock:
             r=lora.r,
             lora_alpha=int(lora.alpha),
             lora_dropout=lora.dropout,
-            target_modules=lora.targets,
+            target_modules=LINEAR if lora.targets == "all-linear" else lora.targets,
             layers_to_transform=None if top == "all" else list(range(blocks - int(top), blocks)),
             task_type="CAUSAL_LM",
         )

@@ -20,6 +20,8 @@ name = "tiny-random"
 dtype = "float32"
 device = "cpu"
 cutoff = 128
+[prompt]
+template = "plain"
 [lora]
 dropout = 0
 [federation]

@@ -112,9 +112,7 @@ class LoraModel:
         return MODULES_MAX_PADDING if self.prefixes is None else sys.maxsize
 
     def prepare(self, training: bool) -> None:
-        """Makes ready for `nll` or `backpropagate` with the adapter as it is now."""
-        if self.network.training != training:  # it walks over all modules
-            self.network.train(training)
+        """Makes the written-out passes ready for `nll` or `backpropagate` with the adapter as it is now."""
         if self.prefixes is not None:
             with torch.no_grad():
                 self.prefixes.decoder.refresh(self.dropout.rate if training and self.dropout else 0.0)
@@ -123,6 +121,7 @@ class LoraModel:
         """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`."""
         with torch.inference_mode():
             if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
+                self._switch(training=False)
                 return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
             states, rows, targets = self._inputs(self.prefixes, batch)
             above = slice(self.prefixes.decoder.first_trained, None)
@@ -135,6 +134,7 @@ class LoraModel:
         Dropout follows from the seed.
         """
         if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
+            self._switch(training=True)
             torch.manual_seed(seed % 2**TORCH_SEED_BITS)
             losses = self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
             (losses.sum() * scale).backward()
@@ -170,7 +170,7 @@ class LoraModel:
 
     def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T)."""
-        self.network.eval()
+        self._switch(training=False)
         eos = self.tokenizer.eos_token_id
         greedy = transformers.GenerationConfig(
             max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos
@@ -180,6 +180,11 @@ class LoraModel:
                 input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=greedy
             )
         return output[:, ids.shape[1] :].cpu()
+
+    def _switch(self, training: bool) -> None:
+        """The modules' dropout on or off; they are many, so only where it is otherwise."""
+        if self.network.training != training:
+            self.network.train(training)
 
     @contextmanager
     def _only(self, rows: Tensor) -> Iterator[None]:
