@@ -210,7 +210,7 @@ def test_dropout_is_pefts_given_the_same_masks(
 
     def padded(columns: int) -> torch.Tensor:
         mask = torch.zeros(*batch.ids.shape, columns, dtype=torch.bool)
-        mask[inside] = again.draw(sum(batch.lengths), columns)
+        mask[inside] = again.draw(sum(batch.lengths), columns, torch.bool)
         return mask
 
     masks = iter([padded(columns) for columns in shapes])
@@ -226,7 +226,7 @@ def test_dropout_is_pefts_given_the_same_masks(
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
 def test_dropout_keeps_its_part(rate: float) -> None:
     masks = Dropout(rate, torch.device("cpu"), 3)
-    first, second = masks.draw(500, 333), masks.draw(500, 333)
+    first, second = (masks.draw(500, 333, torch.bool) for _ in range(2))
     kept = first.double().mean().item()
     assert abs(kept - (1 - rate)) < 5 * (rate * (1 - rate) / first.numel()) ** 0.5
     assert abs(masks.rate - rate) < 2**-16

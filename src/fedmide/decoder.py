@@ -35,11 +35,12 @@ class Dropout:
         """The same dropout, whose masks follow from the seed."""
         return Dropout(self.rate, self.device, seed)
 
-    def draw(self, rows: int, columns: int) -> Tensor:
-        """A mask (rows, columns), bool, of what is kept."""
+    def draw(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+        """A mask (rows, columns) of what is kept, 1 or 0 in the type of what it will be multiplied with."""
         words = self._draws.integers(0, 2**64, -(-rows * columns // 4), dtype=np.uint64)
         bits = torch.from_numpy(words.view(np.int16)[: rows * columns]).to(self.device)
-        return (bits >= self._below - 2**15).view(rows, columns)
+        mask = torch.empty(rows * columns, dtype=dtype, device=self.device)
+        return torch.ge(bits, self._below - 2**15, out=mask).view(rows, columns)
 
 
 @dataclass(frozen=True, eq=False)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmide.attention import Attended, Texts, attention, attention_backward, texts_of
+from fedmide.attention import Attended, Texts, attention, attention_backward, kept_attention, texts_of
 from fedmide.decoder import HEAD_ROWS, Block, Decoder, Dropout
 from fedmide.products import (
     Keep,
@@ -86,7 +86,7 @@ class Trace:
     states: Tensor
     attention_factor: Tensor
     query_key_value: Product
-    attended: Attended
+    attended: Attended | None
     attention_out: Product
     middle: Tensor  # (N, D), between attention and MLP
     mlp_factor: Tensor
@@ -101,7 +101,11 @@ def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tu
     epsilon = view.decoder.epsilon
     fused, attention_factor = normed_input(states, block.attention_norm, epsilon, block.query_key_value)
     projected, first = product(block.query_key_value, fused, keep)
-    output, attended = attention(projected, view)
+    attended = None
+    if keep is None:
+        output = attention(projected, view)
+    else:
+        output, attended = kept_attention(projected, view)
     mixed = input_of(block.attention_out, states)
     mixed[:, : block.attention_out.num_in] = output
     middle, second = product(block.attention_out, mixed, keep, states)
@@ -127,6 +131,7 @@ def _backward(trace: Trace, gradient: Tensor, view: Texts, is_lowest: bool) -> T
     normed = product_backward(trace.gate_up, split)
     middle = norm_backward(normed, trace.middle, block.mlp_norm, trace.mlp_factor).add_(gradient).to(gradient.dtype)
     mixed = product_backward(trace.attention_out, middle)
+    assert trace.attended is not None  # a pass that is gone back keeps it
     projected = attention_backward(trace.attended, mixed, view)
     before = product_backward(trace.query_key_value, projected, is_wanted=not is_lowest)
     if is_lowest:

@@ -49,7 +49,7 @@ def product(
             room[:, : a.shape[0]] = given @ a.t()
         else:
             boost = 1 / (1 - keep.dropout.rate)
-            kept = tuple(keep.dropout.draw(*given.shape) for _ in layer.adapters.loras)
+            kept = tuple(keep.dropout.draw(len(given), layer.num_in, given.dtype) for _ in layer.adapters.loras)
             for mask, lora in zip(kept, layer.adapters.loras, strict=True):
                 room[:, lora.rows] = (given * mask) @ a[lora.rows].t()
     used = extended if layer.adapters is not None else extended[:0].clone()  # a view would keep all of it
