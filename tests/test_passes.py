@@ -231,6 +231,7 @@ def test_dropout_keeps_its_part(rate: float) -> None:
     assert abs(kept - (1 - rate)) < 5 * (rate * (1 - rate) / first.numel()) ** 0.5
     assert abs(masks.rate - rate) < 2**-16
     assert not torch.equal(first, second)
+    assert Dropout(1 - 1e-9, torch.device("cpu")).rate < 1
     assert (first ^ second).double().mean().item() == pytest.approx(2 * rate * (1 - rate), abs=0.01)
 
 

@@ -9,6 +9,7 @@ H heads of which K for keys and values, G = H / K, of size d.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -46,7 +47,11 @@ class Texts:
     places: Tensor | None  # (N,), which of the B T rows each is; None where no text is shorter than another
     cosine: Tensor  # (T, d)
     sine: Tensor  # (T, d / 2), of the first half of a head; the second's are the same
-    pieces: tuple[Piece, ...]
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        """Attention in parts, which only a pass that is gone back is taken in."""
+        return tuple(_pieces(self.decoder, self.num_texts, self.length, self.cosine.device))
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,19 +73,19 @@ def texts_of(decoder: Decoder, lengths: Sequence[int], device: torch.device) -> 
         inside = np.arange(length) < np.asarray(lengths)[:, None]  # (B, T)
         places = torch.from_numpy(np.flatnonzero(inside)).to(device)
     sine = sine[:, : decoder.head_size // 2].contiguous()
-    return Texts(decoder, len(lengths), length, places, cosine, sine, tuple(_pieces(decoder, lengths, device)))
+    return Texts(decoder, len(lengths), length, places, cosine, sine)
 
 
-def _pieces(decoder: Decoder, lengths: Sequence[int], device: torch.device) -> Iterator[Piece]:
+def _pieces(decoder: Decoder, num_texts: int, length: int, device: torch.device) -> Iterator[Piece]:
     """Attention in parts that are small enough, each without most of what its queries do not see."""
-    length, groups = max(lengths), decoder.num_heads // decoder.num_key_value_heads
+    groups = decoder.num_heads // decoder.num_key_value_heads
     future = torch.full((length, length), -torch.inf, device=device).triu(1)
     for start in range(0, length, QUERIES):
         end = min(start + QUERIES, length)
         mask = future[start:end, :end].repeat(groups, 1)
         at_once = max(1, SCORES // (decoder.num_heads * (end - start) * end))
-        for first in range(0, len(lengths), at_once):
-            yield Piece(slice(first, min(first + at_once, len(lengths))), slice(start, end), mask)
+        for first in range(0, num_texts, at_once):
+            yield Piece(slice(first, min(first + at_once, num_texts)), slice(start, end), mask)
 
 
 def _spread(rows: Tensor, view: Texts) -> Tensor:

@@ -6,6 +6,7 @@ its layer's weight, so that it costs no pass of its own. What the passes are and
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -26,7 +27,7 @@ class Dropout:
     """
 
     def __init__(self, rate: float, device: torch.device, seed: int = 0) -> None:
-        self._below = round(rate * 2**16)
+        self._below = min(round(rate * 2**16), 2**16 - 1)  # something is always kept
         self.rate = self._below / 2**16
         self.device = device
         self._draws = np.random.Generator(np.random.SFC64(seed))
@@ -114,7 +115,7 @@ class Decoder:
     logits: Tensor  # (HEAD_ROWS, V), room for some rows: to ask for it anew each time takes longer than to fill it
     exact_logits: Tensor  # (HEAD_ROWS, V) float32
 
-    @property
+    @cached_property
     def first_trained(self) -> int:
         """The lowest block with an adapter: what those below make of a text never changes."""
         trained = (number for number, block in enumerate(self.blocks) if any(each.adapters for each in layers(block)))

@@ -83,11 +83,8 @@ def _answers(records: Sequence[Record], config: Config, client: str) -> list[lis
 def _options(encode: Encoder, record: Record, answers: Sequence[str]) -> tuple[Example, ...]:
     """The record with each answer; none where an answer was cut, which would make it look likelier than it is."""
     examples = encode.encode_options(record, answers)
-    whole = all(
-        len(example.ids) - example.prompt_length == len(encode.response_ids(answer))
-        for example, answer in zip(examples, answers, strict=True)
-    )
-    return examples if whole else ()
+    end = encode.tokenizer.eos_token_id  # a response holds no other and ends with it, unless it was cut
+    return examples if all(example.ids[-1] == end for example in examples) else ()
 
 
 def _key(example: Example) -> tuple[bytes, int]:
