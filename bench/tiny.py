@@ -41,10 +41,10 @@ def main() -> None:
     (folder / "tiny.toml").write_text(CONFIG.format(folder=folder, rounds=num_rounds))
     with stages.start(load(folder / "tiny.toml"), folder / "run") as run:
         begun = time.perf_counter()
-        with timed_work(run.inputs.resident.model) as spent:
+        with timed_work(run.inputs.resident.model) as busy:
             stages.train(run)
         whole = time.perf_counter() - begun
-        beside = (whole - sum(spent)) / (num_clients * (num_rounds + run.config.warmup.rounds))
+        beside = (whole - busy.seconds) / (num_clients * (num_rounds + run.config.warmup.rounds))
         peak = run.folder.read_manifest()["peak_memory_mb"]
     sys.stdout.write(json.dumps({"peak_memory_mb": peak, "overhead_ms": round(1e3 * beside, 3)}))
 

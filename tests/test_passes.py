@@ -1,6 +1,7 @@
 """The passes written out give the numbers of transformers and PEFT, gradients included, and draw dropout alike."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from fedmide.decoder import Dropout
 from fedmide.localmodel import Adapter
 from fedmide.model import LoraModel
 from fedmide.tokens import Batch, Example, batches, pad
+from fedmide.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,24 +48,22 @@ def one_batch(examples: tuple[Example, ...], positions: Positions = "response") 
     return pad(examples, positions, tuple(range(len(examples))))
 
 
-def gradients(lora: LoraModel) -> dict[str, np.ndarray]:
-    """The gradients, which are then forgotten."""
-    found = {name: each.grad.numpy().copy() for name, each in lora.parameters().items() if each.grad is not None}
-    lora.flat.parameter.grad.zero_()  # type: ignore[union-attr]
-    return found
-
-
 def by_modules(lora: LoraModel, batch: Batch, scale: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses and gradients by transformers' and PEFT's own modules."""
     losses = lora.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
-    (losses.sum() * scale).backward()
-    return losses.detach().numpy(), gradients(lora)
+    parameters = lora.parameters()
+    found = torch.autograd.grad(losses.sum() * scale, list(parameters.values()))
+    return losses.detach().numpy(), {name: each.numpy() for name, each in zip(parameters, found, strict=True)}
 
 
 def written_out(lora: LoraModel, batch: Batch, scale: float, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     lora.prepare(training=True)
-    losses = lora.backpropagate(batch, scale, seed)
-    return losses.numpy(), gradients(lora)
+    losses, flat = lora.backpropagate(batch, scale, seed)
+    found = {}
+    for name, shape in lora.shapes.items():
+        values, flat = flat.tensor_split([math.prod(shape)])
+        found[name] = values.view(shape).numpy()
+    return losses.numpy(), found
 
 
 def far(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
@@ -118,15 +118,29 @@ def test_attention_in_parts_is_the_same(
     assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
 
 
-def test_gradients_add_up_over_passes(tiny_folder: Path, random_examples: MakeExamples) -> None:
-    lora = ready(tiny_folder, PLACES[1])
-    one, two = (one_batch(random_examples(4, seed=seed)) for seed in (1, 2))
-    apart = [written_out(lora, batch, 0.5)[1] for batch in (one, two)]
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_workers_side_by_side_change_no_bit(tiny_folder: Path, random_examples: MakeExamples, dropout: float) -> None:
+    """Losses, gradients, dropout, and what is kept below the adapters; in the batches' order."""
+    place = LoraConfig(dropout=dropout, targets="all-linear", blocks="top:2")
+    lora = ready(tiny_folder, place, prefix_bytes=2000)
     lora.prepare(training=True)
-    for batch in (one, two):
-        lora.backpropagate(batch, 0.5, 0)
-    together = gradients(lora)
-    assert far(together, {name: apart[0][name] + apart[1][name] for name in together}) < 1e-6
+    parts = list(batches(random_examples(40), "response", 60, None))
+    with alone_or_together(3) as (alone, together):
+        for one, two in zip(alone.each(lora.nll, parts), together.each(lora.nll, parts), strict=True):
+            assert torch.equal(one, two)
+        made = [each.each(lambda part: lora.backpropagate(part, 0.5, 7), parts) for each in (alone, together)]
+        for one, two in zip(*made, strict=True):
+            assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert lora.prefixes is not None and 0 < lora.prefixes.num_bytes <= 2000
+
+
+@contextmanager
+def alone_or_together(number: int) -> Iterator[tuple[Workers, Workers]]:
+    together = Workers(number)
+    try:
+        yield Workers(1), together
+    finally:
+        together.close()
 
 
 def test_what_is_written_out_follows_the_adapter_that_is_put_in(
@@ -205,15 +219,21 @@ def test_dropout_is_pefts_given_the_same_masks(
     ours, our_gradients = written_out(lora, batch, 1.0, seed=7)
     assert lora.dropout is not None
     again = lora.dropout.seeded(7)
-    shapes = [shape[1] for name, shape in lora.shapes.items() if "lora_A" in name]
+    inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    wanted = []  # of each adapter: which input it has, and how wide that is
+    for name, shape in lora.shapes.items():
+        if "lora_A" in name:
+            block, layer = name.split(".layers.")[1].split(".")[0], name.split(".")[-3]
+            wanted.append((block + inputs.get(layer, layer), shape[1]))
     inside = torch.arange(batch.ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
 
     def padded(columns: int) -> torch.Tensor:
         mask = torch.zeros(*batch.ids.shape, columns, dtype=torch.bool)
-        mask[inside] = again.draw(sum(batch.lengths), columns, torch.bool)
+        mask[inside] = again.draw(sum(batch.lengths), columns, torch.float32).bool()
         return mask
 
-    masks = iter([padded(columns) for columns in shapes])
+    drawn = {which: padded(columns) for which, columns in dict(wanted).items()}
+    masks = iter([drawn[which] for which, _ in wanted])
     with given_masks(lora, masks, 1 / (1 - again.rate)):
         theirs, their_gradients = by_modules(lora, batch, 1.0)
     assert next(masks, None) is None
@@ -226,7 +246,7 @@ def test_dropout_is_pefts_given_the_same_masks(
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
 def test_dropout_keeps_its_part(rate: float) -> None:
     masks = Dropout(rate, torch.device("cpu"), 3)
-    first, second = (masks.draw(500, 333, torch.bool) for _ in range(2))
+    first, second = (masks.draw(500, 333, torch.float32).bool() for _ in range(2))
     kept = first.double().mean().item()
     assert abs(kept - (1 - rate)) < 5 * (rate * (1 - rate) / first.numel()) ** 0.5
     assert abs(masks.rate - rate) < 2**-16

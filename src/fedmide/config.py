@@ -133,7 +133,7 @@ class TrainingConfig(Section):
     positions: Positions = "all"
     """Tokens that the loss counts: "all" (prompt and response) or "response"."""
     tokens_per_batch: Annotated[int, Field(ge=16)] = 1024
-    """Padded tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
+    """Tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
     rounding, but for the draws of dropout."""
 
 
@@ -160,8 +160,8 @@ class ScoringConfig(Section):
 
     positions: Positions = "all"
     """Tokens whose likelihood counts: "all" (published) or "response"."""
-    tokens_per_batch: Annotated[int, Field(ge=16)] = 4096
-    """Padded tokens in one pass through the model. Changes no result beyond rounding."""
+    tokens_per_batch: Annotated[int, Field(ge=16)] = 2048
+    """Tokens in one pass through the model. Changes no result beyond rounding."""
 
 
 class EnrollmentConfig(Section):

@@ -11,11 +11,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
+import threading
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
 from fedmide.prefixes import Prefixes
 from fedmide.tokens import Batch
+from fedmide.workers import Workers
 
 TORCH_SEED_BITS = 63
 MODULES_MAX_PADDING = 64
@@ -72,11 +73,14 @@ class LoraModel:
     lora: peft.LoraConfig
     shapes: adapters.Shapes
     flat: Flat
+    workers: Workers
     prefixes: Prefixes | None
     chosen: Positions
     device: torch.device
     num_positions: int | None
     """The longest text that the model was made for, in tokens, where its configuration says so."""
+    modules: threading.Lock = field(default_factory=threading.Lock)
+    """The network's own modules are used by one worker at a time."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable tensors, by the names that an adapter gives them."""
@@ -107,9 +111,9 @@ class LoraModel:
         return 0 if self.prefixes is None else self.prefixes.num_bytes
 
     @property
-    def max_padding(self) -> int:
-        """Padding tokens in one batch from which on two passes cost less than one; without limit where none passes."""
-        return MODULES_MAX_PADDING if self.prefixes is None else sys.maxsize
+    def max_padding(self) -> int | None:
+        """Padding tokens in one batch from which on two passes cost less than one; None where none passes."""
+        return MODULES_MAX_PADDING if self.prefixes is None else None
 
     def prepare(self, training: bool) -> None:
         """Makes the written-out passes ready for `nll` or `backpropagate` with the adapter as it is now."""
@@ -119,30 +123,38 @@ class LoraModel:
 
     def nll(self, batch: Batch) -> Tensor:
         """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`."""
-        with torch.inference_mode():
+        with torch.no_grad():
             if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
-                self._switch(training=False)
-                return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+                with self.modules:
+                    self._switch(training=False)
+                    return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
             states, rows, targets = self._inputs(self.prefixes, batch)
             above = slice(self.prefixes.decoder.first_trained, None)
             states = passes.hidden(self.prefixes.decoder, states, batch.lengths, above)
             return passes.losses(self.prefixes.decoder, states, rows, targets)
 
-    def backpropagate(self, batch: Batch, scale: float, seed: int) -> Tensor:
-        """NLL of each predicted token, as `nll`; adds the gradient of `scale` times their sum.
+    def backpropagate(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+        """NLL of each predicted token, as `nll`, and the gradient (P,) of `scale` times their sum.
 
-        Dropout follows from the seed.
+        P as in `flat`. Dropout follows from the seed.
         """
         if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
-            self._switch(training=True)
-            torch.manual_seed(seed % 2**TORCH_SEED_BITS)
-            losses = self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
-            (losses.sum() * scale).backward()
-            return losses.detach()
+            with self.modules:
+                return self._through_modules(batch, scale, seed)
         with torch.no_grad():
             states, rows, targets = self._inputs(self.prefixes, batch)
+            gradient = torch.empty_like(self.flat.parameter)
             given = states, batch.lengths, rows, targets, scale
-            return passes.backpropagate(self.prefixes.decoder, *given, self.dropout and self.dropout.seeded(seed))
+            dropout = self.dropout and self.dropout.seeded(seed)
+            return passes.backpropagate(self.prefixes.decoder, *given, dropout, gradient), gradient
+
+    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+        self._switch(training=True)
+        torch.manual_seed(seed % 2**TORCH_SEED_BITS)
+        losses = self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+        parameters = self.parameters()
+        gradients = torch.autograd.grad(losses.sum() * scale, [parameters[name] for name in self.shapes])
+        return losses.detach(), torch.cat([each.reshape(-1) for each in gradients])
 
     def _inputs(self, prefixes: Prefixes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """States below the adapters, the rows that predict, and what they are to predict."""
@@ -219,7 +231,8 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
     fused = fusion.fused(network, flat)
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return LoraModel(network, tokenizer, config, shapes, flat, prefixes, chosen, device, num_positions)
+    workers = Workers(1 if prefixes is None or device.type != "cpu" else torch.get_num_threads())
+    return LoraModel(network, tokenizer, config, shapes, flat, workers, prefixes, chosen, device, num_positions)
 
 
 def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:

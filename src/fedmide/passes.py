@@ -57,8 +57,9 @@ def backpropagate(
     targets: Tensor,
     scale: float,
     dropout: Dropout | None,
+    into: Tensor,
 ) -> Tensor:
-    """NLL (M,) of the targets; adds the gradients of `scale` times their sum to the adapters'.
+    """NLL (M,) of the targets; writes the gradients of `scale` times their sum `into` those of the flat parameters.
 
     `states` (N, D) are those before the lowest block with an adapter.
     """
@@ -74,7 +75,7 @@ def backpropagate(
     wanted = torch.cat([each for _, each in made])
     gradient[rows] = norm_backward(wanted, chosen, decoder.norm, factor).to(states.dtype)
     while traces:
-        gradient = _backward(traces.pop(), gradient, view, is_lowest=not traces)
+        gradient = _backward(traces.pop(), gradient, view, into, is_lowest=not traces)
     return torch.cat([each for each, _ in made])
 
 
@@ -120,20 +121,20 @@ def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tu
     return after, Trace(block, *first_half, middle, mlp_factor, third, gate, opened, fourth)
 
 
-def _backward(trace: Trace, gradient: Tensor, view: Texts, is_lowest: bool) -> Tensor:
-    """The gradient of the hidden states before a block out of that after it; adapters' gradients are added up."""
+def _backward(trace: Trace, gradient: Tensor, view: Texts, into: Tensor, is_lowest: bool) -> Tensor:
+    """The gradient of the hidden states before a block out of that after it; adapters' are written `into` theirs."""
     block, inner = trace.block, trace.gate.shape[1] // 2
     gate, up = trace.gate[:, :inner], trace.gate[:, inner:]
-    activated = product_backward(trace.down, gradient)
+    activated = product_backward(trace.down, gradient, into)
     split = torch.empty_like(trace.gate)
     torch.mul(activated, trace.opened, out=split[:, inner:])
     split[:, :inner] = torch.ops.aten.silu_backward(activated.mul_(up), gate)
-    normed = product_backward(trace.gate_up, split)
+    normed = product_backward(trace.gate_up, split, into)
     middle = norm_backward(normed, trace.middle, block.mlp_norm, trace.mlp_factor).add_(gradient).to(gradient.dtype)
-    mixed = product_backward(trace.attention_out, middle)
+    mixed = product_backward(trace.attention_out, middle, into)
     assert trace.attended is not None  # a pass that is gone back keeps it
     projected = attention_backward(trace.attended, mixed, view)
-    before = product_backward(trace.query_key_value, projected, is_wanted=not is_lowest)
+    before = product_backward(trace.query_key_value, projected, into, is_wanted=not is_lowest)
     if is_lowest:
         return middle  # nothing below has an adapter
     below = norm_backward(before, trace.states, block.attention_norm, trace.attention_factor).add_(middle)
@@ -149,8 +150,8 @@ def _chunk_losses(
 ) -> tuple[Tensor, Tensor]:
     """NLL (M,) of the targets after normed states (M, D); with `scale` the gradient of the states too."""
     count, index = len(targets), targets[:, None]
-    logits = torch.mm(normed, decoder.head.t(), out=decoder.logits[:count])
-    exact = decoder.exact_logits[:count].copy_(logits)
+    logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[:count])
+    exact = decoder.room.exact[:count].copy_(logits)
     exact.sub_(exact.amax(-1, keepdim=True))
     wanted = exact.gather(1, index)
     total = exact.exp_().sum(-1, keepdim=True)

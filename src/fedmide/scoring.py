@@ -26,8 +26,8 @@ def nll(
     """NLL of each example under the adapter that the model holds, without dropout, in the examples' order."""
     results: list[Nll] = [Nll(0.0, 0)] * len(examples)
     model.prepare(training=False)
-    for batch in batches(examples, positions, tokens_per_batch, model.max_padding):
-        losses = model.nll(batch)
+    parts = tuple(batches(examples, positions, tokens_per_batch, model.max_padding))
+    for batch, losses in zip(parts, model.workers.each(model.nll, parts), strict=True):
         sums = _row_sums(losses.to("cpu", torch.float64).numpy(), batch.predicts)
         for row, value in zip(batch.rows, sums, strict=True):
             results[row] = value

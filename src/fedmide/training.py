@@ -82,8 +82,11 @@ def _step(
     num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
     loss_sum = 0.0
     budget = settings.tokens_per_batch
-    for number, batch in enumerate(batches(examples, settings.positions, budget, model.max_padding)):
-        losses = model.backpropagate(batch, 1 / num_tokens, seed + number)
+    parts = enumerate(batches(examples, settings.positions, budget, model.max_padding))
+    for losses, gradient in model.workers.each(
+        lambda part: model.backpropagate(part[1], 1 / num_tokens, seed + part[0]), parts
+    ):
+        model.flat.gradient.add_(gradient)
         loss_sum += float(losses.double().sum())
     torch.nn.utils.clip_grad_norm_(model.flat.parameter, settings.max_grad_norm)
     optimizer.step()
