@@ -321,6 +321,55 @@ def test_a_finished_run_is_shown_again(
         assert shown["run"] == str(path) and shown["status"] == "evaluated"
 
 
+@pytest.fixture
+def medqa(here: Path) -> Path:
+    """Six questions as MedQA's authors write them."""
+    options = {"A": "heart", "B": "liver", "C": "lung", "D": "skin"}
+    rows = [{"question": f"{n}?", "options": options, "answer_idx": "ABCD"[n % 4]} for n in range(6)]
+    (here / "medqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return here / "medqa.jsonl"
+
+
+def test_public_questions_are_asked_once_and_stay_in_the_metrics(
+    fedmide: Callable[..., Outcome], small_input: Any, medqa: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [word for each in QUICK for word in ("--set", each)]
+    assert fedmide("train", small_input.config, *settings, "--out", "R").code == 0
+    first = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--json").json["questions"]["medqa"]
+    assert first["base"]["num_records"] == first["aggregated"]["num_records"] == 6
+    assert "over_clients" not in first
+    assert fedmide("personalize", "R").code == 0
+    shown = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}")
+    assert "medqa" in shown.out and "worst" in shown.out
+    second = json.loads(Path("R/metrics.json").read_text())["questions"]["medqa"]
+    assert {key: second[key] for key in first} == first
+    assert set(second["personalized"]) == {"a", "b"}
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "score_questions", lambda *args: pytest.fail("they were asked already"))
+        assert fedmide("evaluate", "R", "--json").json["questions"]["medqa"] == second
+        assert fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--json").json["questions"]["medqa"] == second
+    fewer = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--max-questions", 4, "--json").json
+    assert fewer["questions"]["medqa"]["base"]["num_records"] == 4
+    assert fewer["questions"]["medqa"]["protocol"]["questions"] != second["protocol"]["questions"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        (["mmlu:x.json"], "--choice 'mmlu:x.json': expected SET:PATH. The sets are medqa, medmcqa, pubmedqa, careqa"),
+        (["medqa"], "--choice 'medqa': expected SET:PATH"),
+        (["medqa:no.json"], "no.json: no such file or folder"),
+        (["careqa:medqa.jsonl"], "30 problems: medqa.jsonl:1: field 'op1' is missing"),
+        (["medqa:medqa.jsonl", "medqa:medqa.jsonl"], "--choice names medqa twice"),
+    ],
+)
+def test_a_mistaken_choice_is_one_paragraph(
+    fedmide: Callable[..., Outcome], finished: tuple[Any, Path], medqa: Path, choices: list[str], told: str
+) -> None:
+    given = [word for each in choices for word in ("--choice", each)]
+    assert told in fedmide("evaluate", finished[1], *given).refusal
+
+
 def test_a_stage_out_of_order_is_refused(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
     settings = [word for each in ("federation.rounds=0", "warmup.rounds=0") for word in ("--set", each)]
     assert fedmide("train", small_input.config, *settings, "--out", "R").code == 0

@@ -19,7 +19,7 @@ from fedmide.atomic import without_nan
 from fedmide.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from fedmide.stages import Run
+    from fedmide.stages import Run, Sets
 
 app = typer.Typer(
     help="Federated instruction tuning on records that never leave their owner, personalised by data alone.",
@@ -126,12 +126,19 @@ def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def evaluate(path: RunFolderPath, as_json: AsJson = False) -> None:
+def evaluate(
+    path: RunFolderPath,
+    choice: Annotated[
+        list[str], typer.Option("--choice", help="Also SET:PATH, your copy of medqa, medmcqa, pubmedqa or careqa.")
+    ] = [],  # noqa: B006
+    max_questions: Annotated[int, typer.Option(min=0, help="At most so many questions of a set, drawn; 0: all.")] = 0,
+    as_json: AsJson = False,
+) -> None:
     """Measure each client's test records.
 
     Under the base model, the aggregated adapter and, once there is one, the client's personalised adapter.
     """
-    _work(_earlier(path), ["evaluate"], as_json)
+    _work(_earlier(path), ["evaluate"], as_json, _questions(path, choice, max_questions))
 
 
 @app.command()
@@ -206,8 +213,13 @@ def data_build(
         sys.stdout.write(f"{len(sites)} sites in {out}: {', '.join(site.name for site in sites)}\n")
 
 
-def _work(opening: AbstractContextManager["Run"], names: Sequence[StageVerb], as_json: bool) -> None:
-    """Does stages of a run, then tells of them."""
+def _work(
+    opening: AbstractContextManager["Run"],
+    names: Sequence[StageVerb],
+    as_json: bool,
+    questions: "Sets | None" = None,
+) -> None:
+    """Does stages of a run, then tells of them; `questions` are for the evaluation."""
     with opening as opened:
         from fedmide import stages
         from fedmide.console import bars
@@ -216,8 +228,29 @@ def _work(opening: AbstractContextManager["Run"], names: Sequence[StageVerb], as
             raise UsageError(
                 f"{opened.folder.path}: generation.enabled is false in this run", "Start a new run with it"
             )
-        results = [getattr(stages, name)(opened, bars) for name in names]  # each verb is called like its stage
+        more = {"questions": questions} if questions else {}
+        results = [getattr(stages, name)(opened, bars, **more) for name in names]  # each verb is called like its stage
         _report(opened, as_json, results[-1])
+
+
+def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
+    """The public questions that the command line names as SET:PATH, of each set at most so many, by the run's seed."""
+    if not wanted:
+        return {}
+    from fedmide.evaluation.questions import draw_questions
+    from fedmide.journal import reopen
+    from fedmide.sources.questions import SETS, read_questions
+
+    seed, found = reopen(run).config.seed, {}
+    for each in wanted:
+        name, _, path = each.partition(":")
+        known = next((known for known in SETS if known == name), None)
+        if known is None or not path:
+            raise UsageError(f"--choice {each!r}: expected SET:PATH", f"The sets are {', '.join(SETS)}")
+        if known in found:
+            raise UsageError(f"--choice names {known} twice", "Give one copy of it")
+        found[known] = draw_questions(read_questions(known, Path(path).expanduser()), most, seed)
+    return found
 
 
 def _opened(
@@ -280,7 +313,7 @@ def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = No
     """What a run command ends with: where the folder lies, and the table where there is one."""
     from rich.console import Console
 
-    from fedmide.console import results_table
+    from fedmide.console import questions_table, results_table
 
     manifest = opened.folder.read_manifest()
     if as_json:
@@ -289,6 +322,8 @@ def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = No
         return
     if metrics is not None:
         Console().print(results_table(metrics) if metrics["over_clients"] else "no test records, so no figures")
+        if "questions" in metrics:
+            Console().print(questions_table(metrics))
     sys.stdout.write(f"{manifest['status']}: {opened.folder.path}\n")
 
 

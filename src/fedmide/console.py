@@ -107,6 +107,20 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def questions_table(metrics: Mapping[str, Any]) -> Table:
+    """The accuracies on public multiple-choice sets; of the clients' own adapters the mean and the worst."""
+    table = _table("Choice accuracy on public questions; ± standard error")
+    table.add_column("set", no_wrap=True)
+    for column in ("questions", "base", "aggregated", "personalised", "worst"):
+        table.add_column(column, justify="right")
+    for name, figures in metrics["questions"].items():
+        base, over = figures["base"], figures.get("over_clients")
+        common = (_accuracy(figures[stage]) for stage in ("base", "aggregated"))
+        own = (_number(over and over["accuracy"], key) for key in ("mean", "worst"))
+        table.add_row(name, str(base["num_records"]) if base else "0", *common, *own)
+    return table
+
+
 def check_table(report: "Report") -> Table:
     """Sizes, duplicates and lengths of each client's parts."""
     table = _table("Records; lengths in characters, mean/longest")
@@ -148,6 +162,10 @@ def _shared(sets: Mapping[str, Any]) -> str:
 def _pair(likelihood: Mapping[str, Any] | None, value: str, choice: Mapping[str, Any] | None, accuracy: str) -> str:
     """An NLL and an accuracy side by side, a dash for one that is not there."""
     return f"{_number(likelihood, value):>5} {_number(choice, accuracy):>6}"
+
+
+def _accuracy(figures: Mapping[str, Any] | None) -> str:
+    return "-" if figures is None else f"{figures['accuracy']:.3f} ± {figures['standard_error']:.3f}"
 
 
 def _number(figures: Mapping[str, Any] | None, key: str) -> str:
