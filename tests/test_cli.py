@@ -77,7 +77,7 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
     for args in (["--help"], []):
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
-        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "split", "data"):
+        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "split", "data"):
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
 
@@ -120,6 +120,12 @@ def test_a_mistaken_command_is_one_paragraph(
     assert as_json.refusal == plain.refusal == as_json.json["error"]
     assert as_json.json["problems"]
     assert list(here.iterdir()) == []
+
+
+def test_the_scenarios_of_the_command_line_are_those_of_the_sources() -> None:
+    from fedmide.sources.identification import SCENARIOS
+
+    assert typing.get_args(cli.WhichScenario) == (*SCENARIOS, "both")
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_configuration() -> None:
@@ -586,6 +592,23 @@ def test_medical_sites_are_built_and_checked(fedmide: Callable[..., Outcome], he
 
 
 # --- in a process of its own
+
+
+def test_identification_is_shown_and_written(
+    fedmide: Callable[..., Outcome], here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+    settings = ["model.name=tiny-random", "prompt.template=plain", "evaluation.bootstrap=100", "lora.blocks=all"]
+    overrides = [word for each in settings for word in ("--set", each)]
+    sizes = ("--clients", 2, "--records", 4, "--scenario", "own-labels")
+    shown = fedmide("identify", *sizes, *overrides, "--out", "found.json")
+    assert shown.code == 0, shown.err
+    for part in ("own-labels: AUROC", "relative_gap", "as judged", "site-1", "mean"):
+        assert part in shown.out
+    assert "own-style" not in shown.out
+    written = json.loads(Path("found.json").read_text())
+    assert written["scenarios"]["own-labels"]["protocol"]["clients"] == 2
+    assert "found.json exists already" in fedmide("identify", "--out", "found.json").refusal
 
 
 def test_help_and_what_needs_no_model_load_no_heavy_library(tmp_path: Path, small_input: Any) -> None:

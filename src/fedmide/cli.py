@@ -39,6 +39,8 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 
 Rule = Literal["otsu-256", "otsu-exact", "median"]  # as in config.ThresholdRule, which takes too long to import here
 
+WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
+
 StageVerb = Literal["train", "personalize", "generate", "evaluate"]
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
 
@@ -139,6 +141,45 @@ def evaluate(
     Under the base model, the aggregated adapter and, once there is one, the client's personalised adapter.
     """
     _work(_earlier(path), ["evaluate"], as_json, _questions(path, choice, max_questions))
+
+
+@app.command()
+def identify(
+    config: Annotated[
+        Path | None, typer.Argument(help="A configuration (TOML); otherwise a preset of minutes.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    scenario: Annotated[WhichScenario, typer.Option(help="Which kind of sites.")] = "both",
+    clients: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 8,
+    records: Annotated[int, typer.Option(min=2, help="Shared records a site; as many are personal.")] = 30,
+    match_lengths: Annotated[bool, typer.Option(help="Shared records about as long as the personal ones.")] = True,
+    out: Annotated[Path | None, typer.Option(help="File for the figures (JSON).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well the score finds personal records, on sites where they are known."""
+    from rich.console import Console
+
+    from fedmide.atomic import to_json, write_file
+    from fedmide.config import load
+
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists already", "Give another --out")
+    loaded = load(config or _preset("identify"), overrides)
+    from fedmide import identify as bench
+    from fedmide.console import bars, rivals_table, sets_table, tell
+    from fedmide.sources.identification import SCENARIOS
+
+    sizes = bench.Sizes(clients, records, match_lengths)
+    wanted = [name for name in SCENARIOS if scenario in (name, "both")]
+    scenarios = {name: bench.identify(loaded, name, sizes, tell, bars) for name in wanted}
+    result = {"scenarios": scenarios}
+    if out is not None:
+        write_file(out, to_json(result))
+    if as_json:
+        _print_json(result)
+        return
+    for name, figures in scenarios.items():
+        Console().print(rivals_table(name, figures), sets_table(name, figures))
 
 
 @app.command()

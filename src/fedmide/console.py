@@ -121,6 +121,42 @@ def questions_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def rivals_table(scenario: str, figures: Mapping[str, Any]) -> Table:
+    """How well each score tells personal records, as means over sites: AUROC and average precision."""
+    table = _table(f"{scenario}: AUROC and average precision of personal records, mean over sites")
+    table.add_column("score", no_wrap=True)
+    moments = ("after_warmup", "after_rounds")
+    columns = [(moment, positions) for moment in moments for positions in figures["mean"][moment]["rivals"]]
+    for moment, positions in columns:
+        table.add_column(f"{moment.replace('_', ' ')}\n{positions} tokens", justify="right", no_wrap=True)
+    for rival in figures["mean"]["after_warmup"]["rivals"]["all"]:
+        rows = (figures["mean"][moment]["rivals"][positions][rival] for moment, positions in columns)
+        table.add_row(rival, *(_pair(row, "auroc", row, "average_precision") for row in rows))
+    table.add_section()
+    judged = {figures["protocol"]["scoring_positions"]: [figures["mean"][moment]["method"] for moment in moments]}
+    cells = (
+        _pair(row := judged[positions][moments.index(moment)], "auroc", row, "average_precision")
+        if positions in judged
+        else "-"
+        for moment, positions in columns
+    )
+    table.add_row("as judged", *cells)
+    return table
+
+
+def sets_table(scenario: str, figures: Mapping[str, Any]) -> Table:
+    """Each site's personal set beside the truth, after the split and at the end, and what was enrolled."""
+    table = _table(f"{scenario}: the personal set; precision, recall, F1")
+    table.add_column("client", no_wrap=True)
+    for column in ("after the split", "after the rounds", "enrolled, of them shared"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, site in [*figures["clients"].items(), ("mean", figures["mean"])]:
+        sets = (site[moment]["personal"] for moment in ("after_warmup", "after_rounds"))
+        cells = (" ".join(_number(each, key) for key in ("precision", "recall", "f1")) for each in sets)
+        table.add_row(name, *cells, f"{site['enrolled']['number']:.4g}, {site['enrolled']['right']:.4g}")
+    return table
+
+
 def check_table(report: "Report") -> Table:
     """Sizes, duplicates and lengths of each client's parts."""
     table = _table("Records; lengths in characters, mean/longest")
@@ -169,4 +205,4 @@ def _accuracy(figures: Mapping[str, Any] | None) -> str:
 
 
 def _number(figures: Mapping[str, Any] | None, key: str) -> str:
-    return "-" if figures is None else f"{figures[key]:.3f}"
+    return "-" if figures is None or figures[key] is None else f"{figures[key]:.3f}"
