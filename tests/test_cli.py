@@ -594,6 +594,26 @@ def test_medical_sites_are_built_and_checked(fedmide: Callable[..., Outcome], he
 # --- in a process of its own
 
 
+def test_one_file_is_made_into_clients(fedmide: Callable[..., Outcome], here: Path) -> None:
+    rows = [{"q": f"Question {n}?", "response": f"answer {n}", "category": "xyz"[n % 3]} for n in range(60)]
+    (here / "all.json").write_text(json.dumps(rows))
+    words = ("data", "partition", "all.json", "--set", "data.fields.instruction=q")
+    shown = fedmide(*words, "out", "--by", "dirichlet:0.5:category", "--clients", 3)
+    assert shown.code == 0 and "3 clients in out; how they differ: out/partition.svg" in shown.out
+    assert "no held-out record occurs in training" in fedmide("data", "check", "out").out
+    told = fedmide(*words, "by-field", "--by", "field:category", "--test-fraction", 0, "--json").json
+    assert told["clients"] == {f"site-{n}": {"training": 18, "validation": 2} for n in (1, 2, 3)}
+    assert sorted(told["values"].values(), key=str) == [{"x": 20}, {"y": 20}, {"z": 20}]
+    assert "out: expected a new or an empty folder" in fedmide(*words, "out", "--clients", 3).refusal
+    assert "--clients is missing, which --by iid needs" in fedmide(*words, "new").refusal
+    assert "--by 'halves' is no rule" in fedmide(*words, "new", "--by", "halves").refusal
+    assert "expected at least 90" in fedmide(*words, "new", "--clients", 30).refusal
+    too_much = fedmide(*words, "new", "--clients", 3, "--test-fraction", 0.6, "--validation-fraction", 0.4)
+    assert "less than a tenth" in too_much.refusal
+    assert "field 'instruction' is missing" in fedmide("data", "partition", "all.json", "new", "--clients", 3).refusal
+    assert not Path("new").exists()
+
+
 def test_identification_is_shown_and_written(
     fedmide: Callable[..., Outcome], here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
 ) -> None:

@@ -254,6 +254,49 @@ def data_build(
         sys.stdout.write(f"{len(sites)} sites in {out}: {', '.join(site.name for site in sites)}\n")
 
 
+@data_app.command("partition")
+def data_partition(
+    path: Annotated[Path, typer.Argument(help="A file of records: JSON, JSONL or Parquet.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a client.")],
+    by: Annotated[str, typer.Option(help="iid, field:NAME, dirichlet:ALPHA:NAME or size:EXPONENT.")] = "iid",
+    clients: Annotated[
+        int, typer.Option(min=0, help="Number of clients; 0: as many as the field of field:NAME has values.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Every draw follows from it.")] = 0,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Of each client's records.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Of each client's records.")] = 0.2,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Make clients out of one data set, as a folder that fedmide run reads.
+
+    Records that share an instruction or a concept stay together.
+    """
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, parse
+    from fedmide.console import partition_table
+    from fedmide.sources import partition, picture
+
+    rule = partition.parse_rule(by)
+    if clients == 0 and rule.kind != "field":
+        raise UsageError(f"--clients is missing, which --by {by} needs", "Say --clients N")
+    if validation_fraction + test_fraction > 0.9:
+        raise UsageError("--validation-fraction and --test-fraction leave less than a tenth for training")
+    partition.check_free(out)
+    fields = parse(apply_overrides({}, overrides)).data.fields
+    records = partition.read_labelled(path, fields, rule.field or fields.category)
+    dealt = partition.deal(records, rule, clients, seed, {"test": test_fraction, "validation": validation_fraction})
+    title = f"{path.name}: {len(records)} records, {by}, seed {seed}"
+    partition.write(dealt, out, picture.bars_svg(partition.counts(dealt), title))
+    if as_json:
+        parts = {name: {part: len(each) for part, each in parts.items()} for name, parts in dealt.items()}
+        _print_json({"folder": str(out), "by": by, "seed": seed, "clients": parts, "values": partition.counts(dealt)})
+    else:
+        Console().print(partition_table(dealt))
+        sys.stdout.write(f"{len(dealt)} clients in {out}; how they differ: {out / 'partition.svg'}\n")
+
+
 def _work(
     opening: AbstractContextManager["Run"],
     names: Sequence[StageVerb],

@@ -24,6 +24,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # what is said about records needs no model's libraries
     from fedmide.sources.check import PartReport, Report
+    from fedmide.sources.partition import Dealt
     from fedmide.stages import Advance
 
 LINE_SECONDS = 10.0
@@ -154,6 +155,25 @@ def sets_table(scenario: str, figures: Mapping[str, Any]) -> Table:
         sets = (site[moment]["personal"] for moment in ("after_warmup", "after_rounds"))
         cells = (" ".join(_number(each, key) for key in ("precision", "recall", "f1")) for each in sets)
         table.add_row(name, *cells, f"{site['enrolled']['number']:.4g}, {site['enrolled']['right']:.4g}")
+    return table
+
+
+def partition_table(dealt: "Dealt") -> Table:
+    """Each client's records of each part and of the most frequent values."""
+    from fedmide.sources.partition import counts
+    from fedmide.sources.picture import shown_values, with_others
+
+    values = shown_values(counts(dealt), 4)
+    table = _table("Records; the most frequent values")
+    table.add_column("client", no_wrap=True)
+    parts = list(next(iter(dealt.values())))
+    for part in parts:
+        table.add_column(part, justify="right", no_wrap=True)
+    for column in (*(value or "(none)" for value in values), "other"):
+        table.add_column(column, justify="right", overflow="fold")
+    for name, each in counts(dealt).items():
+        sizes = [len(dealt[name][part]) for part in parts]
+        table.add_row(name, *(str(number) for number in (*sizes, *with_others(each, values))))
     return table
 
 
