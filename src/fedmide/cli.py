@@ -321,6 +321,7 @@ def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
     """The public questions that the command line names as SET:PATH, of each set at most so many, by the run's seed."""
     if not wanted:
         return {}
+    from fedmide.console import tell
     from fedmide.evaluation.questions import draw_questions
     from fedmide.journal import reopen
     from fedmide.sources.questions import SETS, read_questions
@@ -333,7 +334,7 @@ def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
             raise UsageError(f"--choice {each!r}: expected SET:PATH", f"The sets are {', '.join(SETS)}")
         if known in found:
             raise UsageError(f"--choice names {known} twice", "Give one copy of it")
-        found[known] = draw_questions(read_questions(known, Path(path).expanduser()), most, seed)
+        found[known] = draw_questions(read_questions(known, Path(path).expanduser(), tell), most, seed)
     return found
 
 

@@ -198,6 +198,12 @@ def test_too_few_groups_are_refused(rows: list[Labelled], rule: Rule, clients: i
         deal(rows, rule, clients, 0, HELD_OUT)
 
 
+@pytest.mark.parametrize("rule", [Rule("field", "hospitl"), Rule("dirichlet", "hospitl", 1.0)])
+def test_a_field_that_no_record_has_is_refused(rule: Rule) -> None:
+    with pytest.raises(DataError, match="no record has a value in the field 'hospitl'"):
+        deal(distinct(50, [""]), rule, 2, 0, HELD_OUT)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(
     ("text", "rule"),
     [

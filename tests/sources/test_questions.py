@@ -173,6 +173,17 @@ def test_a_bad_row_is_told_with_its_place_and_without_its_text(
     assert "bile" not in str(refused.value) and "asked" not in str(refused.value)
 
 
+def test_a_row_without_a_question_is_left_out_and_told(tmp_path: Path) -> None:
+    path, said = write(tmp_path / "x.json", [CAREQA, {**CAREQA, "question": None}]), []
+    assert len(read_questions("careqa", path, said.append)) == 1
+    assert said == [f"{path}: 1 of 2 rows have no question and are left out"]
+
+
+def test_rows_without_any_question_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no row has a question"):
+        read_questions("medmcqa", write(tmp_path / "x.json", [{**MEDMCQA[0], "question": None}]))
+
+
 def test_all_problems_at_once(tmp_path: Path) -> None:
     path = write(tmp_path / "x.json", [{**CAREQA, "cop": 9}, CAREQA, {**CAREQA, "op1": ""}])
     with pytest.raises(DataError) as refused:

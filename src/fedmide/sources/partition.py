@@ -86,30 +86,25 @@ def deal(
     parts takes some from the largest, but not where a field decides. Raises `DataError` where there are too few.
     """
     groups = grouped([each.record for each in records])
-    members: dict[str, list[int]] = defaultdict(list)
-    for number, group in enumerate(groups):
-        members[group].append(number)
-    labels = {group: _foremost(records[number].label for number in numbers) for group, numbers in members.items()}
-    sizes = {group: len(numbers) for group, numbers in members.items()}
-    number = clients or len(set(labels.values()))
-    names = [f"site-{index}" for index in range(1, number + 1)]
-    parts = [part for part, fraction in held_out.items() if fraction > 0]
-    if len(sizes) < number * (1 + len(parts)):
-        raise _too_few(f"distinct instructions or concepts: {len(sizes)}", number * (1 + len(parts)))
+    labels = _labels(records, groups)
+    if rule.field and set(labels.values()) == {""}:
+        raise DataError(f"no record has a value in the field '{rule.field}'", "Name a field of the file in --by")
+    names = [f"site-{number}" for number in range(1, 1 + (clients or len(set(labels.values()))))]
+    parts: list[Part] = [part for part, fraction in held_out.items() if fraction > 0]
+    sizes, least = Counter(groups), 1 + len(parts)
+    if len(sizes) < len(names) * least:
+        raise _too_few(f"distinct instructions or concepts: {len(sizes)}", len(names) * least)
     owners = _owners(rule, names, labels, sizes, seed)
-    owners = owners if rule.kind == "field" else _filled(owners, names, sizes, 1 + len(parts))
+    if rule.kind != "field":
+        owners = _filled(owners, names, sizes, least)
     dealt = {}
     for name in names:
         own = {group: sizes[group] for group in sizes if owners[group] == name}
-        if len(own) < 1 + len(parts):
-            raise _too_few(f"{name}: distinct instructions or concepts: {len(own)}", 1 + len(parts))
+        if len(own) < least:
+            raise _too_few(f"{name}: distinct instructions or concepts: {len(own)}", least)
         part_of = _held_out(own, {part: held_out[part] for part in parts}, seed)
-        dealt[name] = {
-            part: tuple(
-                each for each, group in zip(records, groups, strict=True) if group in own and part_of[group] == part
-            )
-            for part in ("training", *parts)
-        }
+        placed = [(part_of[group], each) for each, group in zip(records, groups, strict=True) if group in own]
+        dealt[name] = {part: tuple(each for place, each in placed if place == part) for part in ("training", *parts)}
     return dealt
 
 
@@ -246,10 +241,12 @@ def _keys(record: Record) -> tuple[str, ...]:
     return (f"concept {concept}", instruction) if concept else (instruction,)
 
 
-def _foremost(labels: Iterable[str]) -> str:
-    """The value that most of a group's records have, of equals the first by name."""
-    counts = Counter(labels)
-    return min(counts, key=lambda label: (-counts[label], label))
+def _labels(records: Sequence[Labelled], groups: Sequence[str]) -> dict[str, str]:
+    """The value that most records of each group have, of equals the first by name."""
+    found: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for each, group in zip(records, groups, strict=True):
+        found[group][each.label] += 1
+    return {group: min(seen, key=lambda label: (-seen[label], label)) for group, seen in found.items()}
 
 
 def _labelled(row: Row, fields: FieldNames, label: str) -> Reading[Labelled]:

@@ -80,11 +80,22 @@ class Asked:
     answer: int
 
 
-def read_questions(name: SetName, path: Path) -> tuple[Question, ...]:
-    """The questions in a file, or in the test part of a folder; all problems as one `DataError`."""
-    rows = gathered(_rows(file, FORMS[name].columns) for file in _files(name, path))
+def read_questions(
+    name: SetName, path: Path, tell: Callable[[str], None] = lambda message: None
+) -> tuple[Question, ...]:
+    """The questions in a file, or in the test part of a folder; all problems as one `DataError`.
+
+    A row whose question is null is left out, and `tell` hears how many are: CareQA has one.
+    """
+    found = gathered(_rows(file, FORMS[name].columns) for file in _files(name, path))
+    rows = Reading(tuple(row for row in found.values if not _is_blank(row)), found.problems)
+    if blank := len(found.values) - len(rows.values):
+        tell(f"{path}: {blank} of {len(found.values)} rows have no question and are left out")
     asked = gathered((_ASKED[name](row) for row in rows.values), rows.problems)
-    return _counted(name, path, sound(asked, f"Expected {name} as its authors or the hub give it"))
+    good = sound(asked, f"Expected {name} as its authors or the hub give it")
+    if not good:
+        raise DataError(f"{path}: no row has a question", f"Give your own copy of {name}")
+    return _counted(name, path, good)
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
@@ -101,6 +112,7 @@ def _counted(name: SetName, path: Path, asked: Sequence[Asked]) -> tuple[Questio
 
 
 def _first_number(path: Path, answers: Sequence[int]) -> int:
+    """Where a file's answers begin to count: the lowest or the highest possible number shows it."""
     lowest, highest = min(answers), max(answers)
     if lowest < 0:
         raise DataError(f"{path}: questions without an answer", "MedMCQA's answers are in its validation part")
@@ -141,6 +153,10 @@ def _rows(path: Path, columns: Sequence[str]) -> Reading[Row]:
         if isinstance(values, dict):
             return Reading(tuple(Row(f"{path}: record {i}", value) for i, value in enumerate(values.values(), 1)))
     return rows_of(path, columns)
+
+
+def _is_blank(row: Row) -> bool:
+    return isinstance(row.value, dict) and "question" in row.value and row.value["question"] is None
 
 
 def _medqa(row: Row) -> Reading[Asked]:
