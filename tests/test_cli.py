@@ -372,6 +372,7 @@ def test_public_questions_are_asked_once_and_stay_in_the_metrics(
 def test_a_mistaken_choice_is_one_paragraph(
     fedmide: Callable[..., Outcome], finished: tuple[Any, Path], medqa: Path, choices: list[str], told: str
 ) -> None:
+    assert "there are no questions" in fedmide("evaluate", finished[1], "--max-questions", 3).refusal
     given = [word for each in choices for word in ("--choice", each)]
     assert told in fedmide("evaluate", finished[1], *given).refusal
 

@@ -320,6 +320,8 @@ def _work(
 def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
     """The public questions that the command line names as SET:PATH, of each set at most so many, by the run's seed."""
     if not wanted:
+        if most:
+            raise UsageError(f"--max-questions {most}: there are no questions", "Say --choice SET:PATH too")
         return {}
     from fedmide.console import tell
     from fedmide.evaluation.questions import draw_questions
