@@ -77,7 +77,7 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
     for args in (["--help"], []):
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
-        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "split", "data"):
+        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "split", "data"):
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
 
@@ -120,6 +120,12 @@ def test_a_mistaken_command_is_one_paragraph(
     assert as_json.refusal == plain.refusal == as_json.json["error"]
     assert as_json.json["problems"]
     assert list(here.iterdir()) == []
+
+
+def test_the_scenarios_of_the_command_line_are_those_of_the_sources() -> None:
+    from fedmide.sources.identification import SCENARIOS
+
+    assert typing.get_args(cli.WhichScenario) == (*SCENARIOS, "both")
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_configuration() -> None:
@@ -319,6 +325,56 @@ def test_a_finished_run_is_shown_again(
         shown = fedmide(*args, "--json").json
         assert {key: shown[key] for key in metrics} == metrics
         assert shown["run"] == str(path) and shown["status"] == "evaluated"
+
+
+@pytest.fixture
+def medqa(here: Path) -> Path:
+    """Six questions as MedQA's authors write them."""
+    options = {"A": "heart", "B": "liver", "C": "lung", "D": "skin"}
+    rows = [{"question": f"{n}?", "options": options, "answer_idx": "ABCD"[n % 4]} for n in range(6)]
+    (here / "medqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return here / "medqa.jsonl"
+
+
+def test_public_questions_are_asked_once_and_stay_in_the_metrics(
+    fedmide: Callable[..., Outcome], small_input: Any, medqa: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [word for each in QUICK for word in ("--set", each)]
+    assert fedmide("train", small_input.config, *settings, "--out", "R").code == 0
+    first = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--json").json["questions"]["medqa"]
+    assert first["base"]["num_records"] == first["aggregated"]["num_records"] == 6
+    assert "over_clients" not in first
+    assert fedmide("personalize", "R").code == 0
+    shown = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}")
+    assert "medqa" in shown.out and "worst" in shown.out
+    second = json.loads(Path("R/metrics.json").read_text())["questions"]["medqa"]
+    assert {key: second[key] for key in first} == first
+    assert set(second["personalized"]) == {"a", "b"}
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "score_questions", lambda *args: pytest.fail("they were asked already"))
+        assert fedmide("evaluate", "R", "--json").json["questions"]["medqa"] == second
+        assert fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--json").json["questions"]["medqa"] == second
+    fewer = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--max-questions", 4, "--json").json
+    assert fewer["questions"]["medqa"]["base"]["num_records"] == 4
+    assert fewer["questions"]["medqa"]["protocol"]["questions"] != second["protocol"]["questions"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        (["mmlu:x.json"], "--choice 'mmlu:x.json': expected SET:PATH. The sets are medqa, medmcqa, pubmedqa, careqa"),
+        (["medqa"], "--choice 'medqa': expected SET:PATH"),
+        (["medqa:no.json"], "no.json: no such file or folder"),
+        (["careqa:medqa.jsonl"], "30 problems: medqa.jsonl:1: field 'op1' is missing"),
+        (["medqa:medqa.jsonl", "medqa:medqa.jsonl"], "--choice names medqa twice"),
+    ],
+)
+def test_a_mistaken_choice_is_one_paragraph(
+    fedmide: Callable[..., Outcome], finished: tuple[Any, Path], medqa: Path, choices: list[str], told: str
+) -> None:
+    assert "there are no questions" in fedmide("evaluate", finished[1], "--max-questions", 3).refusal
+    given = [word for each in choices for word in ("--choice", each)]
+    assert told in fedmide("evaluate", finished[1], *given).refusal
 
 
 def test_a_stage_out_of_order_is_refused(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
@@ -537,6 +593,43 @@ def test_medical_sites_are_built_and_checked(fedmide: Callable[..., Outcome], he
 
 
 # --- in a process of its own
+
+
+def test_one_file_is_made_into_clients(fedmide: Callable[..., Outcome], here: Path) -> None:
+    rows = [{"q": f"Question {n}?", "response": f"answer {n}", "category": "xyz"[n % 3]} for n in range(60)]
+    (here / "all.json").write_text(json.dumps(rows))
+    words = ("data", "partition", "all.json", "--set", "data.fields.instruction=q")
+    shown = fedmide(*words, "out", "--by", "dirichlet:0.5:category", "--clients", 3)
+    assert shown.code == 0 and "3 clients in out; how they differ: out/partition.svg" in shown.out
+    assert "no held-out record occurs in training" in fedmide("data", "check", "out").out
+    told = fedmide(*words, "by-field", "--by", "field:category", "--test-fraction", 0, "--json").json
+    assert told["clients"] == {f"site-{n}": {"training": 18, "validation": 2} for n in (1, 2, 3)}
+    assert sorted(told["values"].values(), key=str) == [{"x": 20}, {"y": 20}, {"z": 20}]
+    assert "out: expected a new or an empty folder" in fedmide(*words, "out", "--clients", 3).refusal
+    assert "--clients is missing, which --by iid needs" in fedmide(*words, "new").refusal
+    assert "--by 'halves' is no rule" in fedmide(*words, "new", "--by", "halves").refusal
+    assert "expected at least 90" in fedmide(*words, "new", "--clients", 30).refusal
+    too_much = fedmide(*words, "new", "--clients", 3, "--test-fraction", 0.6, "--validation-fraction", 0.4)
+    assert "less than a tenth" in too_much.refusal
+    assert "field 'instruction' is missing" in fedmide("data", "partition", "all.json", "new", "--clients", 3).refusal
+    assert not Path("new").exists()
+
+
+def test_identification_is_shown_and_written(
+    fedmide: Callable[..., Outcome], here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+    settings = ["model.name=tiny-random", "prompt.template=plain", "evaluation.bootstrap=100", "lora.blocks=all"]
+    overrides = [word for each in settings for word in ("--set", each)]
+    sizes = ("--clients", 2, "--records", 4, "--scenario", "own-labels")
+    shown = fedmide("identify", *sizes, *overrides, "--out", "found.json")
+    assert shown.code == 0, shown.err
+    for part in ("own-labels: AUROC", "relative_gap", "as judged", "site-1", "mean"):
+        assert part in shown.out
+    assert "own-style" not in shown.out
+    written = json.loads(Path("found.json").read_text())
+    assert written["scenarios"]["own-labels"]["protocol"]["clients"] == 2
+    assert "found.json exists already" in fedmide("identify", "--out", "found.json").refusal
 
 
 def test_help_and_what_needs_no_model_load_no_heavy_library(tmp_path: Path, small_input: Any) -> None:

@@ -80,6 +80,15 @@ def test_boundary_is_where_generation_starts(tokenizer: Any, instruction: str, c
         assert example.ids[example.prompt_length :].tolist() == [*in_bytes(response), EOS]
 
 
+@pytest.mark.parametrize("longest", [99, 12, 5])
+def test_a_text_goes_on_without_template_or_end_and_keeps_its_last_tokens(tokenizer: Any, longest: int) -> None:
+    example = plain(tokenizer).continued("Question: Why?\nAnswer:", " yes", longest)
+    whole = in_bytes("Question: Why?\nAnswer: yes")
+    assert example.ids.tolist() == whole[-longest:]
+    assert len(example.ids) - example.prompt_length == 4
+    assert example.truncated == (len(whole) > longest)
+
+
 def test_alpaca_prompt_is_its_text(tokenizer: Any) -> None:
     assert Encoder(tokenizer, ALPACA, 512, "refuse").prompt_ids(RECORD) == in_bytes(render(ALPACA, RECORD))
 

@@ -19,7 +19,7 @@ from fedmide.atomic import without_nan
 from fedmide.errors import UsageError, UserError
 
 if TYPE_CHECKING:
-    from fedmide.stages import Run
+    from fedmide.stages import Run, Sets
 
 app = typer.Typer(
     help="Federated instruction tuning on records that never leave their owner, personalised by data alone.",
@@ -38,6 +38,8 @@ Resume = Annotated[Path | None, typer.Option(help="A run folder to go on with.")
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 Rule = Literal["otsu-256", "otsu-exact", "median"]  # as in config.ThresholdRule, which takes too long to import here
+
+WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
 
 StageVerb = Literal["train", "personalize", "generate", "evaluate"]
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
@@ -126,12 +128,58 @@ def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def evaluate(path: RunFolderPath, as_json: AsJson = False) -> None:
+def evaluate(
+    path: RunFolderPath,
+    choice: Annotated[
+        list[str], typer.Option("--choice", help="Also SET:PATH, your copy of medqa, medmcqa, pubmedqa or careqa.")
+    ] = [],  # noqa: B006
+    max_questions: Annotated[int, typer.Option(min=0, help="At most so many questions of a set, drawn; 0: all.")] = 0,
+    as_json: AsJson = False,
+) -> None:
     """Measure each client's test records.
 
     Under the base model, the aggregated adapter and, once there is one, the client's personalised adapter.
     """
-    _work(_earlier(path), ["evaluate"], as_json)
+    _work(_earlier(path), ["evaluate"], as_json, _questions(path, choice, max_questions))
+
+
+@app.command()
+def identify(
+    config: Annotated[
+        Path | None, typer.Argument(help="A configuration (TOML); otherwise a preset of minutes.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    scenario: Annotated[WhichScenario, typer.Option(help="Which kind of sites.")] = "both",
+    clients: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 8,
+    records: Annotated[int, typer.Option(min=2, help="Shared records a site; as many are personal.")] = 30,
+    match_lengths: Annotated[bool, typer.Option(help="Shared records about as long as the personal ones.")] = True,
+    out: Annotated[Path | None, typer.Option(help="File for the figures (JSON).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well the score finds personal records, on sites where they are known."""
+    from rich.console import Console
+
+    from fedmide.atomic import to_json, write_file
+    from fedmide.config import load
+
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists already", "Give another --out")
+    loaded = load(config or _preset("identify"), overrides)
+    from fedmide import identify as bench
+    from fedmide.console import bars, rivals_table, sets_table, tell
+    from fedmide.sources.identification import SCENARIOS
+
+    sizes = bench.Sizes(clients, records, match_lengths)
+    wanted = [name for name in SCENARIOS if scenario in (name, "both")]
+    scenarios = {name: bench.identify(loaded, name, sizes, tell, bars) for name in wanted}
+    result = {"scenarios": scenarios}
+    if out is not None:
+        write_file(out, to_json(result))
+    if as_json:
+        _print_json(result)
+        return
+    for name, figures in scenarios.items():
+        Console().print(rivals_table(name, figures), sets_table(name, figures))
 
 
 @app.command()
@@ -206,8 +254,56 @@ def data_build(
         sys.stdout.write(f"{len(sites)} sites in {out}: {', '.join(site.name for site in sites)}\n")
 
 
-def _work(opening: AbstractContextManager["Run"], names: Sequence[StageVerb], as_json: bool) -> None:
-    """Does stages of a run, then tells of them."""
+@data_app.command("partition")
+def data_partition(
+    path: Annotated[Path, typer.Argument(help="A file of records: JSON, JSONL or Parquet.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a client.")],
+    by: Annotated[str, typer.Option(help="iid, field:NAME, dirichlet:ALPHA:NAME or size:EXPONENT.")] = "iid",
+    clients: Annotated[
+        int, typer.Option(min=0, help="Number of clients; 0: as many as the field of field:NAME has values.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Every draw follows from it.")] = 0,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Of each client's records.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Of each client's records.")] = 0.2,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Make clients out of one data set, as a folder that fedmide run reads.
+
+    Records that share an instruction or a concept stay together.
+    """
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, parse
+    from fedmide.console import partition_table
+    from fedmide.sources import partition, picture
+
+    rule = partition.parse_rule(by)
+    if clients == 0 and rule.kind != "field":
+        raise UsageError(f"--clients is missing, which --by {by} needs", "Say --clients N")
+    if validation_fraction + test_fraction > 0.9:
+        raise UsageError("--validation-fraction and --test-fraction leave less than a tenth for training")
+    partition.check_free(out)
+    fields = parse(apply_overrides({}, overrides)).data.fields
+    records = partition.read_labelled(path, fields, rule.field or fields.category)
+    dealt = partition.deal(records, rule, clients, seed, {"test": test_fraction, "validation": validation_fraction})
+    title = f"{path.name}: {len(records)} records, {by}, seed {seed}"
+    partition.write(dealt, out, picture.bars_svg(partition.counts(dealt), title))
+    if as_json:
+        parts = {name: {part: len(each) for part, each in parts.items()} for name, parts in dealt.items()}
+        _print_json({"folder": str(out), "by": by, "seed": seed, "clients": parts, "values": partition.counts(dealt)})
+    else:
+        Console().print(partition_table(dealt))
+        sys.stdout.write(f"{len(dealt)} clients in {out}; how they differ: {out / 'partition.svg'}\n")
+
+
+def _work(
+    opening: AbstractContextManager["Run"],
+    names: Sequence[StageVerb],
+    as_json: bool,
+    questions: "Sets | None" = None,
+) -> None:
+    """Does stages of a run, then tells of them; `questions` are for the evaluation."""
     with opening as opened:
         from fedmide import stages
         from fedmide.console import bars
@@ -216,8 +312,32 @@ def _work(opening: AbstractContextManager["Run"], names: Sequence[StageVerb], as
             raise UsageError(
                 f"{opened.folder.path}: generation.enabled is false in this run", "Start a new run with it"
             )
-        results = [getattr(stages, name)(opened, bars) for name in names]  # each verb is called like its stage
+        more = {"questions": questions} if questions else {}
+        results = [getattr(stages, name)(opened, bars, **more) for name in names]  # each verb is called like its stage
         _report(opened, as_json, results[-1])
+
+
+def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
+    """The public questions that the command line names as SET:PATH, of each set at most so many, by the run's seed."""
+    if not wanted:
+        if most:
+            raise UsageError(f"--max-questions {most}: there are no questions", "Say --choice SET:PATH too")
+        return {}
+    from fedmide.console import tell
+    from fedmide.evaluation.questions import draw_questions
+    from fedmide.journal import reopen
+    from fedmide.sources.questions import SETS, read_questions
+
+    seed, found = reopen(run).config.seed, {}
+    for each in wanted:
+        name, _, path = each.partition(":")
+        known = next((known for known in SETS if known == name), None)
+        if known is None or not path:
+            raise UsageError(f"--choice {each!r}: expected SET:PATH", f"The sets are {', '.join(SETS)}")
+        if known in found:
+            raise UsageError(f"--choice names {known} twice", "Give one copy of it")
+        found[known] = draw_questions(read_questions(known, Path(path).expanduser(), tell), most, seed)
+    return found
 
 
 def _opened(
@@ -280,7 +400,7 @@ def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = No
     """What a run command ends with: where the folder lies, and the table where there is one."""
     from rich.console import Console
 
-    from fedmide.console import results_table
+    from fedmide.console import questions_table, results_table
 
     manifest = opened.folder.read_manifest()
     if as_json:
@@ -289,6 +409,8 @@ def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = No
         return
     if metrics is not None:
         Console().print(results_table(metrics) if metrics["over_clients"] else "no test records, so no figures")
+        if "questions" in metrics:
+            Console().print(questions_table(metrics))
     sys.stdout.write(f"{manifest['status']}: {opened.folder.path}\n")
 
 

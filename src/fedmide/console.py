@@ -24,6 +24,7 @@ from rich.text import Text
 
 if TYPE_CHECKING:  # what is said about records needs no model's libraries
     from fedmide.sources.check import PartReport, Report
+    from fedmide.sources.partition import Dealt
     from fedmide.stages import Advance
 
 LINE_SECONDS = 10.0
@@ -107,6 +108,75 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def questions_table(metrics: Mapping[str, Any]) -> Table:
+    """The accuracies on public multiple-choice sets; of the clients' own adapters the mean and the worst."""
+    table = _table("Choice accuracy on public questions; ± standard error")
+    table.add_column("set", no_wrap=True)
+    for column in ("questions", "base", "aggregated", "personalised", "worst"):
+        table.add_column(column, justify="right")
+    for name, figures in metrics["questions"].items():
+        base, over = figures["base"], figures.get("over_clients")
+        common = (_accuracy(figures[stage]) for stage in ("base", "aggregated"))
+        own = (_number(over and over["accuracy"], key) for key in ("mean", "worst"))
+        table.add_row(name, str(base["num_records"]) if base else "0", *common, *own)
+    return table
+
+
+def rivals_table(scenario: str, figures: Mapping[str, Any]) -> Table:
+    """How well each score tells personal records, as means over sites: AUROC and average precision."""
+    table = _table(f"{scenario}: AUROC and average precision of personal records, mean over sites")
+    table.add_column("score", no_wrap=True)
+    moments = ("after_warmup", "after_rounds")
+    columns = [(moment, positions) for moment in moments for positions in figures["mean"][moment]["rivals"]]
+    for moment, positions in columns:
+        table.add_column(f"{moment.replace('_', ' ')}\n{positions} tokens", justify="right", no_wrap=True)
+    for rival in figures["mean"]["after_warmup"]["rivals"]["all"]:
+        rows = (figures["mean"][moment]["rivals"][positions][rival] for moment, positions in columns)
+        table.add_row(rival, *(_pair(row, "auroc", row, "average_precision") for row in rows))
+    table.add_section()
+    judged = {figures["protocol"]["scoring_positions"]: [figures["mean"][moment]["method"] for moment in moments]}
+    cells = (
+        _pair(row := judged[positions][moments.index(moment)], "auroc", row, "average_precision")
+        if positions in judged
+        else "-"
+        for moment, positions in columns
+    )
+    table.add_row("as judged", *cells)
+    return table
+
+
+def sets_table(scenario: str, figures: Mapping[str, Any]) -> Table:
+    """Each site's personal set beside the truth, after the split and at the end, and what was enrolled."""
+    table = _table(f"{scenario}: the personal set; precision, recall, F1")
+    table.add_column("client", no_wrap=True)
+    for column in ("after the split", "after the rounds", "enrolled, of them shared"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, site in [*figures["clients"].items(), ("mean", figures["mean"])]:
+        sets = (site[moment]["personal"] for moment in ("after_warmup", "after_rounds"))
+        cells = (" ".join(_number(each, key) for key in ("precision", "recall", "f1")) for each in sets)
+        table.add_row(name, *cells, f"{site['enrolled']['number']:.4g}, {site['enrolled']['right']:.4g}")
+    return table
+
+
+def partition_table(dealt: "Dealt") -> Table:
+    """Each client's records of each part and of the most frequent values."""
+    from fedmide.sources.partition import counts
+    from fedmide.sources.picture import shown_values, with_others
+
+    values = shown_values(counts(dealt), 4)
+    table = _table("Records; the most frequent values")
+    table.add_column("client", no_wrap=True)
+    parts = list(next(iter(dealt.values())))
+    for part in parts:
+        table.add_column(part, justify="right", no_wrap=True)
+    for column in (*(value or "(none)" for value in values), "other"):
+        table.add_column(column, justify="right", overflow="fold")
+    for name, each in counts(dealt).items():
+        sizes = [len(dealt[name][part]) for part in parts]
+        table.add_row(name, *(str(number) for number in (*sizes, *with_others(each, values))))
+    return table
+
+
 def check_table(report: "Report") -> Table:
     """Sizes, duplicates and lengths of each client's parts."""
     table = _table("Records; lengths in characters, mean/longest")
@@ -150,5 +220,9 @@ def _pair(likelihood: Mapping[str, Any] | None, value: str, choice: Mapping[str,
     return f"{_number(likelihood, value):>5} {_number(choice, accuracy):>6}"
 
 
+def _accuracy(figures: Mapping[str, Any] | None) -> str:
+    return "-" if figures is None else f"{figures['accuracy']:.3f} ± {figures['standard_error']:.3f}"
+
+
 def _number(figures: Mapping[str, Any] | None, key: str) -> str:
-    return "-" if figures is None else f"{figures[key]:.3f}"
+    return "-" if figures is None or figures[key] is None else f"{figures[key]:.3f}"

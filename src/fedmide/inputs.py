@@ -16,7 +16,7 @@ import torch
 from fedmide import __version__
 from fedmide.checkpoints import fingerprint as model_fingerprint
 from fedmide.checkpoints import locate
-from fedmide.config import Config, ModelConfig
+from fedmide.config import Config, DataConfig, ModelConfig
 from fedmide.config import fingerprint as config_fingerprint
 from fedmide.errors import ModelError, UserError
 from fedmide.localmodel import Adapter
@@ -27,6 +27,9 @@ from fedmide.sources import load as load_data
 from fedmide.tokens import Encoder, Example, encode_all, encoder
 
 T = TypeVar("T")
+
+LoadData = Callable[[DataConfig, int], tuple[ClientData, ...]]
+"""Gives the clients that a configuration names, for a seed."""
 
 Tell = Callable[[str], None]
 """Says something to whoever waits."""
@@ -68,17 +71,17 @@ class Inputs:
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
 
 
-def read(config: Config, tell: Tell = lambda message: None, threads: int = 0) -> Inputs:
+def read(config: Config, tell: Tell = lambda message: None, threads: int = 0, load: LoadData = load_data) -> Inputs:
     """All that the configuration points at; `tell` hears what is being waited for.
 
-    `threads` of the processor are used, 0: as the configuration says.
+    `threads` of the processor are used, 0: as the configuration says. `load` gives the records.
 
     What is wrong with the records, the prompt and a model's folder is raised together, then what is wrong with the
     model, then which records do not fit it.
     """
     tell("reading the records")
     errors: list[UserError] = []
-    clients = _attempt(errors, lambda: load_data(config.data, config.seed))
+    clients = _attempt(errors, lambda: load(config.data, config.seed))
     _attempt(errors, lambda: resolve(config.prompt.template))
     folder = None
     if not errors or Path(config.model.name).expanduser().is_dir():  # anything else may be a long download

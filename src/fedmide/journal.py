@@ -7,6 +7,7 @@
         clients/ID/          what stays on the site: ledger.jsonl, personalization.json, adapter/, evaluation-*.json
         adapter/             the last aggregated adapter, as a PEFT folder
         predictions/ID.jsonl
+        questions/SET/       what each adapter makes of a public multiple-choice set, and its figures
         metrics.json
         .lock                empty; locked while a process works on the run
 
@@ -123,6 +124,22 @@ class RunFolder:
         """What the client's test records measured under an adapter; None where they did not yet."""
         path = self._evaluation(client, stage)
         return _read_json(path) if path.exists() else None
+
+    # --- public questions
+
+    def save_questions(self, name: str, about: str, values: Mapping[str, Any]) -> None:
+        """Keeps what an adapter makes of a public set, or the set's figures."""
+        write_file(self.path / "questions" / name / f"{about}.json", to_json(values))
+
+    def read_questions(self, name: str, about: str) -> dict[str, Any] | None:
+        """What was kept of a public set; None where nothing was."""
+        path = self.path / "questions" / name / f"{about}.json"
+        return _read_json(path) if path.exists() else None
+
+    def question_figures(self) -> dict[str, Any]:
+        """The figures of the public sets asked so far, by name."""
+        files = sorted((self.path / "questions").glob("*/figures.json"))
+        return {path.parent.name: _read_json(path) for path in files}
 
     # --- the run
 

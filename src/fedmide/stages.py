@@ -7,10 +7,11 @@ import json
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
 from fedmide import adapters, server
@@ -21,6 +22,7 @@ from fedmide.config import fingerprint as config_fingerprint
 from fedmide.errors import RunFolderError
 from fedmide.evaluation import summary
 from fedmide.evaluation.measure import Measured, measure
+from fedmide.evaluation.questions import Scored, score_questions, set_figures
 from fedmide.generation import default_max_new_tokens
 from fedmide.inputs import Inputs, Tell, changed, now, other_versions, read
 from fedmide.journal import RunFolder, check_new, create, locked, reopen
@@ -33,9 +35,13 @@ from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
 from fedmide.server import Delivery, RoundSummary, ServerState
+from fedmide.sources.questions import Question, SetName, fingerprint
 
 STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
 """How far a run is, as its manifest says."""
+
+Sets = Mapping[SetName, Sequence[Question]]
+"""Public multiple-choice questions by the set that they are from."""
 
 Advance = Callable[[int, str], None]
 """Tells how many units of work were done, and a word on the latest."""
@@ -163,18 +169,22 @@ def generate(run: Run, progress: Progress = silent) -> None:
             advance(1, f"client {name}")
 
 
-def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
+def evaluate(run: Run, progress: Progress = silent, questions: Sets = MappingProxyType({})) -> dict[str, Any]:
     """What metrics.json holds: likelihood, choice and text metrics of each client's test records.
 
     Under the base model, the aggregated adapter and, where there is one, the client's personalised one. What a client
-    measured is kept on its site, so that an evaluation that was stopped goes on.
+    measured is kept on its site, so that an evaluation that was stopped goes on. Public `questions` are asked too; the
+    figures of those that were asked before stay.
     """
     aggregated = _trained(run).adapter
     stages = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
     work = [(name, stage) for name in run.inputs.clients for stage in stages]
     measured: dict[str, dict[summary.StageName, Measured]] = {name: {} for name in run.inputs.clients}
-    shown = _listening(run, progress("evaluation", len(work), "adapters"))
-    with _timed(run, "evaluated", len(work)), shown as advance:
+    num_asked = len(questions) * (2 + (len(stages) > 2) * len(run.inputs.clients))
+    shown = _listening(run, progress("evaluation", len(work) + num_asked, "adapters"))
+    with _timed(run, "evaluated", len(work) + num_asked), shown as advance:
+        for asked in questions:
+            _ask(run, asked, questions[asked], aggregated, advance)
         for name, stage in work:
             measured[name][stage] = _measured(run, name, stage, aggregated)
             advance(1, f"client {name}, {stage}")
@@ -186,6 +196,7 @@ def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
             run.folder.events(),
             run.inputs.prompt_hash,
         )
+        metrics |= {"questions": figures} if (figures := run.folder.question_figures()) else {}
         write_file(run.folder.path / "metrics.json", to_json(metrics))
     return metrics
 
@@ -300,6 +311,23 @@ def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter
     )
     run.folder.save_evaluation(name, stage, asdict(measured))
     return measured
+
+
+def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Adapter, advance: Advance) -> None:
+    """Asks every adapter a public set; what one makes of it is kept, so that it is asked once."""
+    longest = run.inputs.resident.model.num_positions or run.config.model.cutoff
+    own: list[tuple[summary.StageName, str]] = [("personalized", client) for client in run.inputs.clients]
+    scored: dict[tuple[summary.StageName, str], Scored] = {}
+    for stage, client in [("base", ""), ("aggregated", ""), *(own if _is_personalized(run) else ())]:
+        about = f"{stage}-{client}" if client else stage
+        earlier = run.folder.read_questions(name, about)
+        if earlier is None or earlier["questions"] != fingerprint(questions):
+            adapter = _adapter(run, client, stage, aggregated)
+            found = score_questions(run.inputs.resident, adapter, run.inputs.encode, questions, longest)
+            run.folder.save_questions(name, about, asdict(found))
+        scored[stage, client] = Scored.from_dict(run.folder.read_questions(name, about) or {})
+        advance(1, f"{name}, {about}")
+    run.folder.save_questions(name, "figures", set_figures(name, questions, scored, run.config))
 
 
 def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Adapter:

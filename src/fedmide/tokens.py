@@ -103,6 +103,18 @@ class Encoder:
             prompt = self._shortened(record, len(prompt), room)
         return tuple(self._joined(record.id, prompt, answer, cut) for answer in answers)
 
+    def continued(self, text: str, continuation: str, longest: int) -> Example:
+        """A text as it is, without a template, and how it goes on, which is what is predicted; no end of sequence.
+
+        Both are encoded together, so that a word that the boundary parts is tokenised as the model knows it. More than
+        `longest` tokens are cut at the beginning.
+        """
+        prompt = [*self._plain_opening, *self._ids(text, plain=True)]
+        whole = [*self._plain_opening, *self._ids(text + continuation, plain=True)]
+        cut = max(0, len(whole) - longest)
+        boundary = max(1, min(len(prompt), len(whole) - 1) - cut)
+        return Example(RecordId(""), np.asarray(whole[cut:], dtype=np.int64), boundary, cut > 0)
+
     def _joined(self, record_id: RecordId, prompt: list[int], answer: list[int], cut: bool) -> Example:
         ids = np.asarray((prompt + answer)[: self.cutoff], dtype=np.int64)
         return Example(record_id, ids, len(prompt), cut or len(prompt) + len(answer) > self.cutoff)
@@ -161,9 +173,12 @@ class Encoder:
 
     @cached_property
     def _opening(self) -> list[int]:
-        """What the tokenizer puts before plain text; a chat template writes that itself."""
-        if self.template == "chat":
-            return []
+        """What stands before a prompt; a chat template writes that itself."""
+        return [] if self.template == "chat" else self._plain_opening
+
+    @cached_property
+    def _plain_opening(self) -> list[int]:
+        """What the tokenizer puts before plain text."""
         whole: list[int] = self.tokenizer("a", add_special_tokens=True, split_special_tokens=False)["input_ids"]
         return whole[: whole.index(self._ids("a", plain=False)[0])]
 
