@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # what is said about records needs no model's libraries
+    from fedmide.methods.method import Method
     from fedmide.sources.check import PartReport, Report
     from fedmide.stages import Advance
 
@@ -104,6 +105,17 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     for key in ("mean", "worst"):
         rows = (over[stage] for stage in stages)
         table.add_row(key, "", *(_pair(row["response_nll"], key, row["choice_accuracy"], key) for row in rows))
+    return table
+
+
+def methods_table(methods: Iterable["Method"]) -> Table:
+    """What each method does, and where it was published."""
+    table = _table('method = "NAME" in a configuration chooses one')
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("source")
+    for method in methods:
+        table.add_row(method.name, method.summary, method.source)
     return table
 
 

@@ -47,27 +47,43 @@ def total(values: Sequence[Nll]) -> Nll:
     return sum(values, ZERO)
 
 
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What a method changes in the plain local training; with no values, nothing.
+
+    `pull` adds `pull / 2 * norm(adapter - towards)^2` to the loss. What the loss's gradient is clipped to includes it.
+    """
+
+    pull: float = 0.0
+    towards: Adapter | None = None
+
+
+PLAIN = Terms()
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
-    """One local training: the settings and the name of its random streams."""
+    """One local training: the settings, the name of its random streams, and what a method changes in it."""
 
     settings: TrainingConfig
     seed: int
     round_number: int
     client: str
+    terms: Terms = PLAIN
+    purpose: str = "training"
 
     @property
     def stream_seed(self) -> int:
         """What the order of the records and dropout follow from."""
-        return entropy(self.seed, "training", self.round_number, self.client)
+        return entropy(self.seed, self.purpose, self.round_number, self.client)
 
 
-def personalization_plan(config: Config, client: str) -> TrainingPlan:
+def personalization_plan(config: Config, client: str, terms: Terms = PLAIN) -> TrainingPlan:
     """The plan of the last stage: the training's settings with its own epochs and rate."""
     own: PersonalizationConfig = config.personalization
     changes = {"epochs": max(1, own.epochs), "learning_rate": own.learning_rate, "max_steps": 0}
     settings = config.training.model_copy(update=changes)
-    return TrainingPlan(settings, config.seed, config.federation.rounds, client)
+    return TrainingPlan(settings, config.seed, config.federation.rounds, client, terms)
 
 
 @dataclass(frozen=True)

@@ -88,11 +88,15 @@ class LoraModel:
 
     def put(self, adapter: Adapter) -> None:
         """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit."""
+        with torch.no_grad():
+            self.flat.parameter.copy_(self.laid_out(adapter))
+
+    def laid_out(self, adapter: Adapter) -> Tensor:
+        """An adapter's values in the order of the flat parameter; raises `ModelError` where it does not fit."""
         if problems := adapters.shape_problems(adapter, self.shapes):
             raise ModelError([f"adapter: {problem}" for problem in problems])
         values = np.concatenate([adapter[name].reshape(-1) for name in self.shapes])
-        with torch.no_grad():
-            self.flat.parameter.copy_(torch.from_numpy(values))
+        return torch.from_numpy(values).to(self.device)
 
     def take(self) -> Adapter:
         """A copy of what the LoRA layers hold now."""

@@ -6,12 +6,14 @@ the big batch.
 """
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedmide.config import TrainingConfig
-from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan
+from fedmide.localmodel import ZERO, Epoch, Nll, Terms, TrainingPlan
 from fedmide.model import LoraModel
 from fedmide.tokens import Example, batches
 
@@ -32,6 +34,7 @@ def train(
     settings = plan.settings
     order = np.random.default_rng(plan.stream_seed)
     optimizer = torch.optim.AdamW([model.flat.parameter], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    terms = _FlatTerms.of(plan.terms, model)
     last_step = num_steps(len(examples), settings)
     step = 0
     for _ in range(settings.epochs):
@@ -41,7 +44,7 @@ def train(
                 break
             _set_rate(optimizer, settings, step, last_step)
             seed = plan.stream_seed + step * PASSES
-            loss += _step(model, optimizer, [examples[row] for row in rows], settings, seed)
+            loss += _step(model, optimizer, [examples[row] for row in rows], settings, seed, terms)
             step += 1
             progress(sum(len(examples[row].ids) for row in rows))
         adapter = model.take()
@@ -73,8 +76,30 @@ def _set_rate(optimizer: torch.optim.Optimizer, settings: TrainingConfig, step: 
         group["lr"] = settings.learning_rate * share
 
 
+@dataclass(frozen=True)
+class _FlatTerms:
+    """A method's terms on the flat parameter."""
+
+    pull: float
+    towards: Tensor | None
+
+    @staticmethod
+    def of(terms: Terms, model: LoraModel) -> "_FlatTerms":
+        return _FlatTerms(terms.pull, None if terms.towards is None else model.laid_out(terms.towards))
+
+    def add_to_gradient(self, parameter: torch.nn.Parameter) -> None:
+        assert parameter.grad is not None
+        if self.pull and self.towards is not None:
+            parameter.grad.add_(parameter.detach() - self.towards, alpha=self.pull)
+
+
 def _step(
-    model: LoraModel, optimizer: torch.optim.Optimizer, examples: Sequence[Example], settings: TrainingConfig, seed: int
+    model: LoraModel,
+    optimizer: torch.optim.Optimizer,
+    examples: Sequence[Example],
+    settings: TrainingConfig,
+    seed: int,
+    terms: _FlatTerms,
 ) -> Nll:
     """One optimiser step on these examples; the loss before it. Dropout follows from the seed."""
     model.prepare(training=True)
@@ -85,6 +110,7 @@ def _step(
     for number, batch in enumerate(batches(examples, settings.positions, budget, model.max_padding)):
         losses = model.backpropagate(batch, 1 / num_tokens, seed + number)
         loss_sum += float(losses.double().sum())
+    terms.add_to_gradient(model.flat.parameter)
     torch.nn.utils.clip_grad_norm_(model.flat.parameter, settings.max_grad_norm)
     optimizer.step()
     return Nll(loss_sum, num_tokens)
