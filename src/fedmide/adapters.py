@@ -38,6 +38,22 @@ def _initial(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[tuple[i
     return stream(seed, f"adapter:{name}").uniform(-bound, bound, shape).astype(np.float32)
 
 
+def named(adapter: Adapter, part: str) -> Adapter:
+    """The arrays whose names hold this part, such as `.lora_A.`."""
+    return {name: array for name, array in adapter.items() if part in name}
+
+
+def prefixed(prefix: str, adapter: Adapter) -> Adapter:
+    """The same arrays under longer names, to keep or send beside others."""
+    return {f"{prefix}.{name}": array for name, array in adapter.items()}
+
+
+def under(prefix: str, arrays: Adapter) -> Adapter:
+    """The arrays that `prefixed` put under this prefix, by their own names."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+
+
 def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
     """Why the adapter can't stand where one of the expected shapes is; empty if it can."""
     if found := shape_problems(adapter, expected):

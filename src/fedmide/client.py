@@ -125,7 +125,7 @@ def _plain_round(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     trained = methods.of(state.config).local(_visit(task, state), model)
     kept = (*state.memory[-1:], Memory(task.round, trained.memory)) if trained.memory else state.memory
     num_records = _num_seen(state, tuple(state.training), trained.work)
-    metrics = _training_metrics(trained.work, num_records)
+    metrics = _training_metrics(trained.work, num_records, trained.beside)
     reply = ClientReply(task.federation, task.client, task.round, None, 0, metrics)
     if trained.travels:
         reply = replace(reply, adapter=trained.travels, num_records=num_records)
@@ -229,11 +229,12 @@ def _set_metrics(after: ClientState, judged: Ledger, measured: Ledger) -> dict[M
     }
 
 
-def _training_metrics(trained: Epoch, num_records: int) -> dict[MetricName, Metric]:
+def _training_metrics(trained: Epoch, num_records: int, beside: Epoch | None = None) -> dict[MetricName, Metric]:
     """The figures of a training; a loss over a single record would be that record's own, so it stays."""
+    everything = [trained] if beside is None else [trained, beside]
     metrics: dict[MetricName, Metric] = {
-        "steps": Metric(trained.steps),
-        "trained_tokens": Metric(trained.loss.num_tokens),
+        "steps": Metric(sum(each.steps for each in everything)),
+        "trained_tokens": Metric(sum(each.loss.num_tokens for each in everything)),
     }
     if num_records > 1 and math.isfinite(trained.loss.sum):
         metrics["loss"] = Metric(trained.loss.sum, trained.loss.num_tokens)

@@ -29,6 +29,14 @@ MethodName = Literal[
     "fedavg",
     "fedavg-ft",
     "fedprox",
+    "scaffold",
+    "fedavgm",
+    "fedadagrad",
+    "fedadam",
+    "fedyogi",
+    "ffa-lora",
+    "fedsa-lora",
+    "ditto",
 ]
 """The federated algorithms; what each does: `methods`, docs/methods.md."""
 
@@ -205,6 +213,50 @@ class FedProxConfig(Section):
     """Weight of the pull to the received adapter: mu / 2 times the squared distance is added to the loss."""
 
 
+class ScaffoldConfig(Section):
+    """SCAFFOLD's own knobs."""
+
+    learning_rate: Rate = 0.1
+    """Rate of the local SGD, scheduled as `training.schedule` says; `training.learning_rate` is AdamW's. The paper
+    tunes it; at this one a clipped step is about as long as one of AdamW at 2e-4 over 10^6 values."""
+    server_rate: Rate = 1.0
+    """How far the server goes towards the mean."""
+
+
+class FedAvgMConfig(Section):
+    """FedAvgM's own knobs."""
+
+    beta: Fraction = 0.9
+    """Server momentum: what stays of the earlier rounds' steps."""
+
+
+class AdaptiveConfig(Section):
+    """What FedAdagrad, FedAdam and FedYogi each have a table of."""
+
+    eta: Rate = 1e-3
+    """Server learning rate."""
+    tau: Rate = 1e-3
+    """Adaptivity: added to the root of the second moment, which begins at its square."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment of the mean step."""
+
+
+class MomentsConfig(AdaptiveConfig):
+    """The same with a second moment that decays."""
+
+    beta2: Fraction = 0.99
+    """Decay of the second moment."""
+
+
+class DittoConfig(Section):
+    """Ditto's own knobs."""
+
+    lam: Annotated[float, Field(ge=0.0, le=1e6)] = 0.1
+    """Lambda: weight of the pull of the personal adapter to the received one."""
+    epochs: Positive = 1
+    """Passes of the personal training in each round, beside `training.epochs` of the common one."""
+
+
 class GenerationConfig(Section):
     """Decoding of the test records' responses: greedy, batched, masked."""
 
@@ -239,6 +291,12 @@ class RuntimeConfig(Section):
 METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
     {
         "fedprox": ("fedprox",),
+        "scaffold": ("scaffold",),
+        "fedavgm": ("fedavgm",),
+        "fedadagrad": ("fedadagrad",),
+        "fedadam": ("fedadam",),
+        "fedyogi": ("fedyogi",),
+        "ditto": ("ditto",),
     }
 )
 """The methods' own tables, and which methods use each. Any other method refuses it."""
@@ -274,6 +332,18 @@ class Config(Section):
     """Personalisation."""
     fedprox: FedProxConfig = FedProxConfig()
     """FedProx."""
+    scaffold: ScaffoldConfig = ScaffoldConfig()
+    """SCAFFOLD."""
+    fedavgm: FedAvgMConfig = FedAvgMConfig()
+    """FedAvgM."""
+    fedadagrad: AdaptiveConfig = AdaptiveConfig()
+    """FedAdagrad."""
+    fedadam: MomentsConfig = MomentsConfig()
+    """FedAdam."""
+    fedyogi: MomentsConfig = MomentsConfig()
+    """FedYogi."""
+    ditto: DittoConfig = DittoConfig()
+    """Ditto."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
     evaluation: EvaluationConfig = EvaluationConfig()

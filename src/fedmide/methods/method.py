@@ -38,6 +38,8 @@ class Trained:
     travels: Adapter
     work: Epoch
     memory: Adapter = field(default_factory=dict)
+    beside: Epoch | None = None
+    """A second training in the same round, of what does not travel."""
 
 
 @dataclass(frozen=True)
@@ -62,9 +64,20 @@ class Answer:
     num_records: int
 
 
-def learn(visit: Visit, model: LocalModel, start: Adapter, terms: Terms = PLAIN, purpose: str = "training") -> Epoch:
-    """The state after a local training from `start` on all of the site's records; its loss is over all passes."""
-    plan = TrainingPlan(visit.config.training, visit.config.seed, visit.round, visit.client, terms, purpose)
+def learn(
+    visit: Visit,
+    model: LocalModel,
+    start: Adapter,
+    terms: Terms = PLAIN,
+    purpose: str = "training",
+    **settings: float,
+) -> Epoch:
+    """The state after a local training from `start` on all of the site's records; its loss is over all passes.
+
+    `settings` are changes to `[training]`; `purpose` names the random streams.
+    """
+    changed = visit.config.training.model_copy(update=settings)
+    plan = TrainingPlan(changed, visit.config.seed, visit.round, visit.client, terms, purpose)
     loss = ZERO
     for last in model.train(start, visit.examples, plan):
         loss += last.loss
