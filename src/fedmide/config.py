@@ -37,6 +37,9 @@ MethodName = Literal[
     "ffa-lora",
     "fedsa-lora",
     "ditto",
+    "flora",
+    "fedex-lora",
+    "flexlora",
 ]
 """The federated algorithms; what each does: `methods`, docs/methods.md."""
 
@@ -257,6 +260,14 @@ class DittoConfig(Section):
     """Passes of the personal training in each round, beside `training.epochs` of the common one."""
 
 
+class FlexLoraConfig(Section):
+    """FlexLoRA's own knobs."""
+
+    ranks: list[Positive] = []
+    """Ranks of the clients, dealt out in their order, again and again; none: all have `lora.r`. Whatever the rank, the
+    scale is `lora.alpha / lora.r`."""
+
+
 class GenerationConfig(Section):
     """Decoding of the test records' responses: greedy, batched, masked."""
 
@@ -297,6 +308,7 @@ METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
         "fedadam": ("fedadam",),
         "fedyogi": ("fedyogi",),
         "ditto": ("ditto",),
+        "flexlora": ("flexlora",),
     }
 )
 """The methods' own tables, and which methods use each. Any other method refuses it."""
@@ -344,6 +356,8 @@ class Config(Section):
     """FedYogi."""
     ditto: DittoConfig = DittoConfig()
     """Ditto."""
+    flexlora: FlexLoraConfig = FlexLoraConfig()
+    """FlexLoRA."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -27,7 +27,7 @@ from fedmide.journal import RunFolder, check_new, create, locked, reopen
 from fedmide.ledger import before, standing
 from fedmide.localmodel import Adapter
 from fedmide.messages import ClientTask, Metric
-from fedmide.model import peft_files
+from fedmide.model import OURS, peft_files
 from fedmide.records import RecordId
 from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
@@ -290,8 +290,10 @@ def _site(run: Run, name: str, next_round: int) -> ClientState:
 
 
 def _personal_adapter(run: Run, name: str) -> Adapter:
-    path = run.folder.personal_adapter(name) / "adapter_model.safetensors"
-    return adapters.read(path, run.inputs.resident.model.shapes)
+    folder = run.folder.personal_adapter(name)
+    if (folder / OURS).exists():
+        return adapters.read(folder / OURS)
+    return adapters.read(folder / "adapter_model.safetensors", run.inputs.resident.model.shapes)
 
 
 def _responses(run: Run, name: str) -> bytes:

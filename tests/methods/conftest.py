@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmide import server
+from fedmide import methods, server
 from fedmide.client import ClientState
 from fedmide.config import Config, apply_overrides, parse
 from fedmide.localmodel import Adapter
@@ -74,7 +74,7 @@ def run_federation(
     opened: dict[str, Resident] = {}
 
     def resident_of(config: Config) -> Resident:
-        key = f"{config.method}, {config.lora}"
+        key = f"{methods.of(config).rank(config)}, {config.lora}"
         if key not in opened:
             opened[key] = open_model(config, tiny_folder)
         return replace(opened[key], config=config)

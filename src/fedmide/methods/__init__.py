@@ -8,9 +8,11 @@ from fedmide.config import Config, MethodName
 from fedmide.methods.adaptive import FEDADAGRAD, FEDADAM, FEDAVGM, FEDYOGI
 from fedmide.methods.averaging import CENTRAL, FEDAVG, FEDAVG_FT, FEDMIDE, FEDPROX, LOCAL
 from fedmide.methods.ditto import DITTO
+from fedmide.methods.flexlora import FLEXLORA
 from fedmide.methods.halves import FEDSA_LORA, FFA_LORA
 from fedmide.methods.method import Method
 from fedmide.methods.scaffold import SCAFFOLD
+from fedmide.methods.stacking import FEDEX_LORA, FLORA
 
 _ALL = (
     *(FEDMIDE, LOCAL, CENTRAL, FEDAVG, FEDAVG_FT, FEDPROX),
@@ -18,6 +20,7 @@ _ALL = (
     *(FEDAVGM, FEDADAGRAD, FEDADAM, FEDYOGI),
     *(FFA_LORA, FEDSA_LORA),
     DITTO,
+    *(FLORA, FEDEX_LORA, FLEXLORA),
 )
 
 METHODS: Mapping[MethodName, Method] = MappingProxyType({method.name: method for method in _ALL})

@@ -95,6 +95,11 @@ def received(visit: Visit, model: LocalModel) -> Adapter:
     return visit.received
 
 
+def rank_of_lora(config: Config) -> int:
+    """The configured rank."""
+    return config.lora.r
+
+
 def plain(visit: Visit) -> Terms:
     """Tuning as it is without a method."""
     return PLAIN
@@ -148,5 +153,7 @@ class Method:
     """The server's state after the replies; None where they have no weight at all, then it stays as it was."""
     travels: bool = True
     """Whether anything does."""
+    rank: Callable[[Config], int] = rank_of_lora
+    """The rank that the network's layers need to have."""
     in_one_place: bool = False
     """Whether it trains on all clients' records together, which no federation could: for research only."""
