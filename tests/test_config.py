@@ -2,15 +2,27 @@
 
 import math
 import re
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from fedmide.config import Config, apply_overrides, fingerprint, knobs, load, parse, read_toml, to_toml
+from fedmide.config import (
+    METHOD_TABLES,
+    Config,
+    MethodName,
+    apply_overrides,
+    fingerprint,
+    knobs,
+    load,
+    parse,
+    read_toml,
+    to_toml,
+)
 from fedmide.errors import ConfigError
 
 METHOD = Path(__file__).resolve().parents[1].parent / "shared" / "method.md"
@@ -383,8 +395,17 @@ def test_the_resolved_configuration_is_read_back_equal(file: Path, values: dict[
 
 
 def test_the_resolved_configuration_holds_every_knob() -> None:
-    text = to_toml(Config())
-    assert all(f"{name.rsplit('.', 1)[-1]} = " in text for name, _ in knobs())
+    for method in get_args(MethodName):
+        written = tomllib.loads(to_toml(parse({"method": method})))
+        for name, _ in knobs():
+            section = name.split(".")[0]
+            assert (value_in(written, name) is not None) is (method in METHOD_TABLES.get(section, (method,)))
+
+
+def value_in(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 @given(some_values, some_values)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from fedmide import identify as bench
-from fedmide.config import Config, apply_overrides, load, parse
+from fedmide.config import Config, apply_overrides, for_method, load, parse
 from fedmide.errors import ConfigError
 from fedmide.records import Record, client_data
 from fedmide.sources.identification import KnownSites
@@ -63,7 +63,7 @@ def test_the_method_sees_no_truth(config: Config, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize("positions", ["all", "response"])
 def test_what_the_ledger_judged_by_is_the_rival_of_its_name(config: Config, positions: str) -> None:
     """The witness sees the same adapters as the sites: its ratio ranks as the ledger's score does."""
-    given = parse(apply_overrides(config.model_dump(), [f"scoring.positions={positions}"]))
+    given = parse(apply_overrides(for_method(config.model_dump(), config.method), [f"scoring.positions={positions}"]))
     figures = bench.identify(given, "own-style", SIZES)
     assert figures["protocol"]["scoring_positions"] == positions
     for client in figures["clients"].values():
@@ -94,7 +94,9 @@ def test_the_last_rounds_adapters_and_sets_are_seen(config: Config, monkeypatch:
 @pytest.mark.parametrize("override", ["warmup.rounds=0", "federation.rounds=0"])
 def test_without_a_split_there_is_nothing_to_measure(config: Config, override: str) -> None:
     with pytest.raises(ConfigError, match="split in the first round after a warm-up"):
-        bench.identify(parse(apply_overrides(config.model_dump(), [override])), "own-style", SIZES)
+        bench.identify(
+            parse(apply_overrides(for_method(config.model_dump(), config.method), [override])), "own-style", SIZES
+        )
 
 
 def test_the_preset_is_a_configuration() -> None:

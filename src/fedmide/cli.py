@@ -205,6 +205,20 @@ def split(
         sys.stdout.write(f"{counts}, threshold {threshold} ({result['rule']})\n")
 
 
+@app.command("methods")
+def list_methods(as_json: AsJson = False) -> None:
+    """List the federated methods that a configuration can choose."""
+    from rich.console import Console
+
+    from fedmide.console import methods_table
+    from fedmide.methods import METHODS
+
+    if as_json:
+        _print_json({name: {"summary": each.summary, "source": each.source} for name, each in METHODS.items()})
+    else:
+        Console().print(methods_table(METHODS.values()))
+
+
 @data_app.command("check")
 def data_check(
     path: Annotated[Path, typer.Argument(help="A folder or file of records.")],

@@ -11,16 +11,37 @@ import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedmide.errors import ConfigError
 
 Positions = Literal["all", "response"]
 DataSource = Literal["published", "files", "table", "medical"]
 ThresholdRule = Literal["otsu-256", "otsu-exact", "median"]
+MethodName = Literal[
+    "fedmide",
+    "local",
+    "central",
+    "fedavg",
+    "fedavg-ft",
+    "fedprox",
+    "scaffold",
+    "fedavgm",
+    "fedadagrad",
+    "fedadam",
+    "fedyogi",
+    "ffa-lora",
+    "fedsa-lora",
+    "ditto",
+    "flora",
+    "fedex-lora",
+    "flexlora",
+]
+"""The federated algorithms; what each does: `methods`, docs/methods.md."""
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -188,6 +209,65 @@ class PersonalizationConfig(Section):
     """Which of the client's training records to tune on."""
 
 
+class FedProxConfig(Section):
+    """FedProx's own knobs."""
+
+    mu: Annotated[float, Field(ge=0.0, le=1e6)] = 0.01
+    """Weight of the pull to the received adapter: mu / 2 times the squared distance is added to the loss."""
+
+
+class ScaffoldConfig(Section):
+    """SCAFFOLD's own knobs."""
+
+    learning_rate: Rate = 0.1
+    """Rate of the local SGD, scheduled as `training.schedule` says; `training.learning_rate` is AdamW's. The paper
+    tunes it; at this one a clipped step is about as long as one of AdamW at 2e-4 over 10^6 values."""
+    server_rate: Rate = 1.0
+    """How far the server goes towards the mean."""
+
+
+class FedAvgMConfig(Section):
+    """FedAvgM's own knobs."""
+
+    beta: Fraction = 0.9
+    """Server momentum: what stays of the earlier rounds' steps."""
+
+
+class AdaptiveConfig(Section):
+    """What FedAdagrad, FedAdam and FedYogi each have a table of."""
+
+    eta: Rate = 1e-3
+    """Server learning rate."""
+    tau: Rate = 1e-3
+    """Adaptivity: added to the root of the second moment, which begins at its square."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment of the mean step."""
+
+
+class MomentsConfig(AdaptiveConfig):
+    """The same with a second moment that decays."""
+
+    beta2: Fraction = 0.99
+    """Decay of the second moment."""
+
+
+class DittoConfig(Section):
+    """Ditto's own knobs."""
+
+    lam: Annotated[float, Field(ge=0.0, le=1e6)] = 0.1
+    """Lambda: weight of the pull of the personal adapter to the received one."""
+    epochs: Positive = 1
+    """Passes of the personal training in each round, beside `training.epochs` of the common one."""
+
+
+class FlexLoraConfig(Section):
+    """FlexLoRA's own knobs."""
+
+    ranks: list[Positive] = []
+    """Ranks of the clients, dealt out in their order, again and again; none: all have `lora.r`. Whatever the rank, the
+    scale is `lora.alpha / lora.r`."""
+
+
 class GenerationConfig(Section):
     """Decoding of the test records' responses: greedy, batched, masked."""
 
@@ -219,9 +299,27 @@ class RuntimeConfig(Section):
     """Memory for what the blocks below the lowest adapter make of a record, which never changes; in 10^6 bytes."""
 
 
+METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
+    {
+        "fedprox": ("fedprox",),
+        "scaffold": ("scaffold",),
+        "fedavgm": ("fedavgm",),
+        "fedadagrad": ("fedadagrad",),
+        "fedadam": ("fedadam",),
+        "fedyogi": ("fedyogi",),
+        "ditto": ("ditto",),
+        "flexlora": ("flexlora",),
+    }
+)
+"""The methods' own tables, and which methods use each. Any other method refuses it."""
+
+
 class Config(Section):
     """A whole run."""
 
+    method: MethodName = "fedmide"
+    """The federated algorithm. `warmup`, `enrollment` and `personalization.records` are fedmide's alone: with any other
+    method there is no warm-up and every training record trains."""
     seed: Count = 0
     """Every random draw follows from it."""
     data: DataConfig = DataConfig()
@@ -244,6 +342,22 @@ class Config(Section):
     """Sets."""
     personalization: PersonalizationConfig = PersonalizationConfig()
     """Personalisation."""
+    fedprox: FedProxConfig = FedProxConfig()
+    """FedProx."""
+    scaffold: ScaffoldConfig = ScaffoldConfig()
+    """SCAFFOLD."""
+    fedavgm: FedAvgMConfig = FedAvgMConfig()
+    """FedAvgM."""
+    fedadagrad: AdaptiveConfig = AdaptiveConfig()
+    """FedAdagrad."""
+    fedadam: MomentsConfig = MomentsConfig()
+    """FedAdam."""
+    fedyogi: MomentsConfig = MomentsConfig()
+    """FedYogi."""
+    ditto: DittoConfig = DittoConfig()
+    """Ditto."""
+    flexlora: FlexLoraConfig = FlexLoraConfig()
+    """FlexLoRA."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -264,6 +378,24 @@ class Config(Section):
             return values
         inherited = {**personalization, "learning_rate": training["learning_rate"]}
         return {**values, "personalization": inherited}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_fedmide(cls, values: object) -> object:
+        """Another method has no warm-up, and tunes on all records where it tunes at all."""
+        if not isinstance(values, dict) or values.get("method", "fedmide") == "fedmide":
+            return values
+        changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": {"records": "all"}}
+        given = {name: values.get(name, {}) for name in changes}
+        return {**values, **{name: {**each, **changes[name]} for name, each in given.items() if isinstance(each, dict)}}
+
+    @field_validator(*METHOD_TABLES)
+    @classmethod
+    def _table_of_the_method(cls, table: Section, info: ValidationInfo) -> Section:
+        method = info.data.get("method")
+        if method is not None and method not in METHOD_TABLES[info.field_name or ""]:
+            raise ValueError(f"method {method!r} has no use for this table")
+        return table
 
     @field_validator("lora")
     @classmethod
@@ -327,13 +459,28 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 def to_toml(config: Config) -> str:
     """The resolved configuration, every knob, as TOML that `load` reads back to an equal one."""
-    return tomli_w.dumps(config.model_dump())
+    return tomli_w.dumps(_used(config))
 
 
 def fingerprint(config: Config) -> str:
     """A short hash that tells two configurations apart."""
-    canonical = json.dumps(config.model_dump(), sort_keys=True)
+    canonical = json.dumps(_used(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def for_method(values: Mapping[str, Any], method: MethodName) -> dict[str, Any]:
+    """The values with this method, without the tables that only others use: what compares methods begins with it.
+
+    >>> for_method({"seed": 1, "fedprox": {"mu": 1.0}}, "fedavg")
+    {'seed': 1, 'method': 'fedavg'}
+    """
+    kept = {name: each for name, each in values.items() if method in METHOD_TABLES.get(name, (method,))}
+    return {**kept, "method": method}
+
+
+def _used(config: Config) -> dict[str, Any]:
+    """Every knob but those in tables of other methods."""
+    return for_method(config.model_dump(), config.method)
 
 
 def knobs(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -386,7 +533,7 @@ def _problem(details: Any) -> str:
 
 def _suggestion(key: str) -> str:
     names = [name for name, _ in knobs()]
-    sections = [name for name, field in Config.model_fields.items() if name != "seed"]
+    sections = [name for name, field in Config.model_fields.items() if name not in ("seed", "method")]
     close = difflib.get_close_matches(key, names + sections, n=1, cutoff=0.6)
     same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     nearest = close or same_leaf

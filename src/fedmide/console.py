@@ -2,7 +2,7 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # what is said about records needs no model's libraries
+    from fedmide.methods.method import Method
     from fedmide.sources.check import PartReport, Report
     from fedmide.sources.partition import Dealt
     from fedmide.stages import Advance
@@ -174,6 +175,17 @@ def partition_table(dealt: "Dealt") -> Table:
     for name, each in counts(dealt).items():
         sizes = [len(dealt[name][part]) for part in parts]
         table.add_row(name, *(str(number) for number in (*sizes, *with_others(each, values))))
+    return table
+
+
+def methods_table(methods: Iterable["Method"]) -> Table:
+    """What each method does, and where it was published."""
+    table = _table('method = "NAME" in a configuration chooses one')
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("source")
+    for method in methods:
+        table.add_row(method.name, method.summary, method.source)
     return table
 
 

@@ -4,7 +4,8 @@
         manifest.json        versions, fingerprints, times, status
         events.jsonl         a line per client and round
         server/round-NNN/    adapter.safetensors and state.json: a round is there whole or not
-        clients/ID/          what stays on the site: ledger.jsonl, personalization.json, adapter/, evaluation-*.json
+        clients/ID/          what stays on the site: ledger.jsonl, personalization.json, adapter/, evaluation-*.json,
+                             memory/ where the method keeps something
         adapter/             the last aggregated adapter, as a PEFT folder
         predictions/ID.jsonl
         questions/SET/       what each adapter makes of a public multiple-choice set, and its figures
@@ -25,7 +26,7 @@ from typing import Any, TextIO
 
 from fedmide import adapters, ledger
 from fedmide.atomic import clear_errors, lines_of, to_json, write_file, write_folder
-from fedmide.client import ClientState
+from fedmide.client import ClientState, Memory
 from fedmide.config import Config, load, to_toml
 from fedmide.errors import RunFolderError
 from fedmide.ledger import Ledger
@@ -54,6 +55,7 @@ class RunFolder:
         files = {
             "adapter.safetensors": adapters.encode(state.adapter),
             "state.json": to_json({"next_round": state.round, "summary": asdict(summary)}),
+            **({"memory.safetensors": adapters.encode(state.memory)} if state.memory else {}),
         }
         write_folder(self.path / "server" / self.round_name(summary.round), files)
         self._append_events(summary)
@@ -66,7 +68,9 @@ class RunFolder:
         last = folders[-1]
         adapter = adapters.read(last / "adapter.safetensors", adapters.shapes(begin.adapter))
         next_round = _read_json(last / "state.json")["next_round"]
-        return ServerState(begin.federation, begin.clients, next_round, adapter)
+        kept = last / "memory.safetensors"
+        memory = adapters.read(kept) if kept.exists() else {}
+        return ServerState(begin.federation, begin.clients, next_round, adapter, memory)
 
     def rebuild_events(self, clients: Sequence[str]) -> None:
         """Writes events.jsonl anew from what is whole, so that it tells of that and of nothing else."""
@@ -87,6 +91,22 @@ class RunFolder:
     def site(self, client: str) -> Path:
         """The folder of what stays on a client's site."""
         return self.path / "clients" / client
+
+    def save_site(self, state: ClientState) -> None:
+        """Writes what the client keeps: its ledger, and its method's memory of the last rounds."""
+        self.save_ledger(state)
+        for memory in state.memory:
+            write_file(self._memory(state.name, memory.round), adapters.encode(memory.arrays))
+        kept = {self._memory(state.name, memory.round) for memory in state.memory}
+        for path in set(self._memories(state.name)) - kept:
+            path.unlink()
+
+    def read_memory(self, client: str, next_round: int) -> tuple[Memory, ...]:
+        """What the client's method kept of the rounds before this one."""
+        rounds = {int(path.stem): path for path in self._memories(client)}
+        return tuple(
+            Memory(number, adapters.read(path)) for number, path in sorted(rounds.items()) if number < next_round
+        )
 
     def save_ledger(self, state: ClientState) -> None:
         """Writes the client's ledger."""
@@ -173,6 +193,12 @@ class RunFolder:
         path = self.path / "events.jsonl"
         earlier = path.read_bytes() if path.exists() else b""
         write_file(path, earlier + "".join(_event_lines(asdict(summary))).encode())
+
+    def _memory(self, client: str, round_number: int) -> Path:
+        return self.site(client) / "memory" / f"{round_number:03d}.safetensors"
+
+    def _memories(self, client: str) -> list[Path]:
+        return sorted(self._memory(client, 0).parent.glob("*.safetensors"))
 
     def _evaluation(self, client: str, stage: str) -> Path:
         return self.site(client) / f"evaluation-{stage}.json"

@@ -13,7 +13,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,6 +33,7 @@ from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
 from fedmide import adapters, attention, fusion, passes
+from fedmide.basis import BaseWeights
 from fedmide.config import LoraConfig, ModelConfig
 from fedmide.decoder import Dropout
 from fedmide.errors import ModelError
@@ -44,6 +45,8 @@ from fedmide.workers import Workers
 
 TORCH_SEED_BITS = 63
 MODULES_MAX_PADDING = 64
+OURS = "ours.safetensors"
+"""The file in a PEFT folder with what PEFT would not read."""
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """What torch calls a processor's instructions for products in bfloat16, on x86 and ARM."""
@@ -74,6 +77,7 @@ class LoraModel:
     shapes: adapters.Shapes
     flat: Flat
     workers: Workers
+    base: BaseWeights
     prefixes: Prefixes | None
     chosen: Positions
     device: torch.device
@@ -91,19 +95,29 @@ class LoraModel:
         }
 
     def put(self, adapter: Adapter) -> None:
-        """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit."""
+        """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit.
+
+        A lower rank than the layers' is filled up with zeros. Changes of base weights beside the factors are made.
+        """
+        self.base.change(adapters.deltas(adapter))
+        with torch.no_grad():
+            self.flat.parameter.copy_(self.laid_out(adapter))
+
+    def laid_out(self, adapter: Adapter) -> Tensor:
+        """An adapter's values in the order of the flat parameter; raises `ModelError` where it does not fit."""
+        adapter = adapters.padded(adapters.without_deltas(adapter), self.shapes)
         if problems := adapters.shape_problems(adapter, self.shapes):
             raise ModelError([f"adapter: {problem}" for problem in problems])
         values = np.concatenate([adapter[name].reshape(-1) for name in self.shapes])
-        with torch.no_grad():
-            self.flat.parameter.copy_(torch.from_numpy(values))
+        return torch.from_numpy(values).to(self.device)
 
     def take(self) -> Adapter:
-        """A copy of what the LoRA layers hold now."""
+        """A copy of what the LoRA layers hold now, at their rank, with the changes of base weights."""
         values = self.flat.parameter.detach().to("cpu", copy=True).numpy()
         ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
         pieces = np.split(values, ends[:-1])
-        return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        factors = zip(self.shapes.items(), pieces, strict=True)
+        return {**{name: piece.reshape(shape) for (name, shape), piece in factors}, **self.base.changes}
 
     @property
     def prefix_bytes(self) -> int:
@@ -232,20 +246,32 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     workers = Workers(1 if prefixes is None or device.type != "cpu" else torch.get_num_threads())
-    return LoraModel(network, tokenizer, config, shapes, flat, workers, prefixes, chosen, device, num_positions)
+    held = flat, workers, BaseWeights(network), prefixes, chosen
+    return LoraModel(network, tokenizer, config, shapes, *held, device, num_positions)
 
 
 def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
-    """The files of a PEFT folder, which `PeftModel.from_pretrained` loads; equal adapters give equal bytes."""
-    return {
-        "adapter_config.json": _peft_json(lora).encode(),
-        "adapter_model.safetensors": adapters.encode(adapter),
+    """The files of a PEFT folder, which `PeftModel.from_pretrained` loads; equal adapters give equal bytes.
+
+    PEFT knows factors only, so changes of base weights become some. `ours.safetensors` has the arrays as they are where
+    the layers' rank is not theirs, or where there is more than factors.
+    """
+    scale = float(lora.lora_alpha) / lora.r
+    factors = adapters.as_factors(adapter, scale)
+    ranks = {layer: len(adapters.factors(factors, layer)[0]) for layer in adapters.layers(factors)}
+    files = {
+        "adapter_config.json": _peft_json(lora, ranks, scale).encode(),
+        "adapter_model.safetensors": adapters.encode(factors),
     }
+    return files if set(ranks.values()) <= {lora.r} else {**files, OURS: adapters.encode(adapter)}
 
 
-def _peft_json(lora: peft.LoraConfig) -> str:
+def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) -> str:
     """The configuration as PEFT writes it, but with sets in order: equal ones give equal bytes."""
     values = {**lora.to_dict(), "inference_mode": True, "peft_version": peft.__version__}
+    if not set(ranks.values()) <= {lora.r}:
+        own = {layer.removeprefix("base_model.model."): rank for layer, rank in ranks.items()}
+        values |= {"rank_pattern": own, "alpha_pattern": {layer: scale * rank for layer, rank in own.items()}}
     values.pop("runtime_config", None)
     return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"
 

@@ -7,12 +7,12 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from fedmide import adapters, generation, scoring, training
+from fedmide import adapters, generation, methods, scoring, training
 from fedmide.config import Config, Positions
 from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel, load
@@ -32,8 +32,12 @@ class Resident:
     heard: Callable[[str, int], None] = lambda kind, total: None
 
     def fresh(self, seed: int) -> Adapter:
-        """An adapter that changes nothing yet."""
-        return adapters.fresh(self.model.shapes, seed)
+        """An adapter that changes nothing yet, of the configured rank."""
+        shapes = {
+            name: (self.config.lora.r, inner) if ".lora_A." in name else (outer, self.config.lora.r)
+            for name, (outer, inner) in self.model.shapes.items()
+        }
+        return adapters.fresh(shapes, seed)
 
     def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
         """NLL of each example under the adapter."""
@@ -44,7 +48,8 @@ class Resident:
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
         """The states after each pass of a training that starts from the adapter."""
         self.model.put(adapter)  # only when the first state is asked for: until then another may be put in
-        yield from training.train(self.model, examples, plan, self._count("tokens trained"))
+        for epoch in training.train(self.model, examples, plan, self._count("tokens trained")):
+            yield replace(epoch, adapter=adapters.cut_like(epoch.adapter, adapter))
 
     def generate(self, adapter: Adapter, examples: Sequence[Example], max_new_tokens: int) -> tuple[str, ...]:
         """The responses to the examples' prompts under the adapter."""
@@ -63,7 +68,9 @@ class Resident:
 def open_model(config: Config, folder: Path, threads: int = 0) -> Resident:
     """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured."""
     torch.set_num_threads(threads or config.runtime.threads or available_cores())
-    return Resident(load(folder, config.model, config.lora, config.runtime.prefix_cache_mb * 10**6), config)
+    rank = methods.of(config).rank(config)  # the scale alpha / r is the same at any rank
+    lora = config.lora.model_copy(update={"r": rank, "alpha": config.lora.alpha * rank / config.lora.r})
+    return Resident(load(folder, config.model, lora, config.runtime.prefix_cache_mb * 10**6), config)
 
 
 def available_cores() -> int:

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from fedmide import adapters, server
+from fedmide import adapters, methods, server
 from fedmide.atomic import check_room, to_json, write_file, write_folder
 from fedmide.client import ClientState
 from fedmide.config import Config
@@ -29,7 +29,7 @@ from fedmide.journal import RunFolder, check_new, create, locked, reopen
 from fedmide.ledger import before, standing
 from fedmide.localmodel import Adapter
 from fedmide.messages import ClientTask, Metric
-from fedmide.model import peft_files
+from fedmide.model import OURS, peft_files
 from fedmide.records import RecordId
 from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
@@ -42,6 +42,9 @@ STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
 
 Sets = Mapping[SetName, Sequence[Question]]
 """Public multiple-choice questions by the set that they are from."""
+
+EVERYONE = "(all clients)"
+"""The client that has everyone's records, where a method trains in one place; no folder of a client is called so."""
 
 Advance = Callable[[int, str], None]
 """Tells how many units of work were done, and a word on the latest."""
@@ -113,9 +116,9 @@ def resume(path: Path, config: Config | None = None, tell: Tell = lambda message
 
 def train(run: Run, progress: Progress = silent) -> None:
     """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
-    state = run.folder.last_round(_begin(run))
-    sites = {name: _site(run, name, state.round) for name in run.inputs.clients}
-    runtime = InProcess(sites, run.inputs.resident, run.folder.save_ledger)
+    state = run.folder.last_round(_begin_training(run))
+    sites = {name: _site(run, name, state.round) for name in state.clients}
+    runtime = InProcess(sites, run.inputs.resident, run.folder.save_site)
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
     shown = _listening(run, progress("rounds", num_tasks, "client rounds"))
@@ -206,6 +209,12 @@ def _begin(run: Run) -> ServerState:
     return server.begin(federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
 
 
+def _begin_training(run: Run) -> ServerState:
+    """The state before the first round; where all train in one place, of a single client that has all records."""
+    begin = _begin(run)
+    return replace(begin, clients=(EVERYONE,)) if methods.of(run.config).in_one_place else begin
+
+
 def _trained(run: Run) -> ServerState:
     """The state after the last federated round; a run that is not there yet is refused."""
     state = run.folder.last_round(_begin(run))
@@ -220,6 +229,8 @@ def _check_ledgers(run: Run) -> None:
     """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
     state = run.folder.last_round(_begin(run))
     last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
+    if run.config.method != "fedmide":
+        return _check_memories(run, last, state.round)
     problems = []
     for name, event in last.items():
         if event["refused"]:
@@ -232,13 +243,26 @@ def _check_ledgers(run: Run) -> None:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
 
 
+def _check_memories(run: Run, last: Mapping[str, Mapping[str, Any]], next_round: int) -> None:
+    """The same for what a method keeps on the sites: it must be of the last round that each trained in."""
+    trained = {name: event["round"] for name, event in last.items() if "steps" in event["metrics"]}
+    kept = {name: run.folder.read_memory(name, next_round)[-1:] for name in trained}
+    problems = [
+        f"{run.folder.site(name)}: the memory of round {number} is missing"
+        for name, number in trained.items()
+        if methods.of(run.config).remembers and [memory.round for memory in kept[name]] != [number]
+    ]
+    if problems:
+        raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+
+
 def _troubles(run: Run, summary: RoundSummary) -> Iterator[str]:
     """What went wrong in a round that went on."""
     title = run.folder.round_name(summary.round)
     for row in summary.clients:
         if row.refused:
             yield f"{title}, client {row.client}: its reply does not count: {row.refused}"
-    if not summary.aggregated:
+    if not summary.aggregated and methods.of(run.config).travels:
         yield f"{title}: nobody's adapter counts, the aggregated one stays as it was"
 
 
@@ -258,21 +282,29 @@ def _is_personalized(run: Run) -> bool:
 
 
 def _site(run: Run, name: str, next_round: int) -> ClientState:
-    """A client's state before a round, out of its records and its ledger."""
-    examples = run.inputs.examples[name]
+    """A client's state before a round, out of its records and of what it kept."""
+    owners = run.inputs.examples if name == EVERYONE else {name: run.inputs.examples[name]}
+    training = {
+        RecordId(example.id if owner == name else f"{owner}/{example.id}"): example
+        for owner, examples in owners.items()
+        for example in examples.training
+    }
     return ClientState(
         name,
         config_fingerprint(run.config),
         run.config,
-        {example.id: example for example in examples.training},
-        examples.validation,
+        training,
+        [example for examples in owners.values() for example in examples.validation],
         before(run.folder.read_ledger(name), next_round),
+        run.folder.read_memory(name, next_round),
     )
 
 
 def _personal_adapter(run: Run, name: str) -> Adapter:
-    path = run.folder.personal_adapter(name) / "adapter_model.safetensors"
-    return adapters.read(path, run.inputs.resident.model.shapes)
+    folder = run.folder.personal_adapter(name)
+    if (folder / OURS).exists():
+        return adapters.read(folder / OURS)
+    return adapters.read(folder / "adapter_model.safetensors", run.inputs.resident.model.shapes)
 
 
 def _responses(run: Run, name: str) -> bytes:
