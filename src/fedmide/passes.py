@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmide.attention import Attended, Texts, attention, attention_backward, kept_attention, texts_of
-from fedmide.decoder import HEAD_ROWS, Block, Decoder, Dropout
+from fedmide.decoder import EXACT_ROWS, HEAD_ROWS, Block, Decoder, Dropout
 from fedmide.products import (
     Keep,
     Product,
@@ -149,14 +149,18 @@ def _chunk_losses(
     decoder: Decoder, normed: Tensor, targets: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """NLL (M,) of the targets after normed states (M, D); with `scale` the gradient of the states too."""
-    count, index = len(targets), targets[:, None]
-    logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[:count])
-    exact = decoder.room.exact[:count].copy_(logits)
+    logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[: len(targets)])
+    pairs = zip(logits.split(EXACT_ROWS), targets[:, None].split(EXACT_ROWS), strict=True)
+    nll = torch.cat([_exact_losses(decoder, *pair, scale is not None) for pair in pairs]).squeeze(1)
+    return (nll, normed) if scale is None else (nll, (logits @ decoder.head).mul_(scale))
+
+
+def _exact_losses(decoder: Decoder, logits: Tensor, index: Tensor, is_wanted: bool) -> Tensor:
+    """NLL (M, 1) of the indices (M, 1) under a few rows of logits, which become the gradient where one is wanted."""
+    exact = decoder.room.exact[: len(logits)].copy_(logits)
     exact.sub_(exact.amax(-1, keepdim=True))
     wanted = exact.gather(1, index)
     total = exact.exp_().sum(-1, keepdim=True)
-    nll = (total.log() - wanted).squeeze(1)
-    if scale is None:
-        return nll, normed
-    exact.div_(total).scatter_add_(1, index, torch.full_like(total, -1))
-    return nll, (logits.copy_(exact) @ decoder.head).mul_(scale)
+    if is_wanted:
+        logits.copy_(exact.div_(total).scatter_add_(1, index, torch.full_like(total, -1)))
+    return total.log() - wanted
