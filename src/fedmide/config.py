@@ -21,6 +21,9 @@ from fedmide.errors import ConfigError
 Positions = Literal["all", "response"]
 DataSource = Literal["published", "files", "table", "medical"]
 ThresholdRule = Literal["otsu-256", "otsu-exact", "median"]
+Quantization = Literal["none", "int8", "nf4"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -81,10 +84,12 @@ class ModelConfig(Section):
 
     name: str = "smollm2-135m"
     """A folder, a hub id, `smollm2-135m` (out of a package) or `tiny-random` (tests)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    dtype: Dtype = "auto"
     """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto": a GPU where there is one."""
+    quantization: Quantization = "none"
+    """"int8" or "nf4" (4 bits): the base's linear layers through bitsandbytes, for less memory, not for speed."""
+    device: Device = "auto"
+    """"auto": a CUDA GPU where there is one, else the processor."""
     cutoff: Annotated[int, Field(ge=8)] = 512
     """Longest record, in tokens, prompt and response together."""
 

@@ -175,7 +175,7 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
     return {
         "fedmide": __version__,
         "commit": _commit(),
-        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "versions": {name: metadata.version(name) for name in _versioned(config.model)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -197,6 +197,10 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
         "peak_memory_mb": 0,
         "status": "started",
     }
+
+
+def _versioned(model: ModelConfig) -> tuple[str, ...]:
+    return VERSIONED if model.quantization == "none" else (*VERSIONED, "bitsandbytes")
 
 
 def _data_fingerprint(client: ClientData) -> str:

@@ -9,6 +9,7 @@ works for any model whose logits are a function of each position alone.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# PEFT imports bitsandbytes wherever it is installed, which warns of each product whose input it casts
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import peft
 import transformers
@@ -32,8 +35,8 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
-from fedmide import adapters, attention, fusion, passes
-from fedmide.config import LoraConfig, ModelConfig
+from fedmide import adapters, attention, devices, fusion, passes, quantization
+from fedmide.config import LoraConfig, ModelConfig, Quantization
 from fedmide.decoder import Dropout
 from fedmide.errors import ModelError
 from fedmide.fusion import Flat
@@ -44,9 +47,6 @@ from fedmide.workers import Workers
 
 TORCH_SEED_BITS = 63
 MODULES_MAX_PADDING = 64
-
-CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""What torch calls a processor's instructions for products in bfloat16, on x86 and ARM."""
 
 
 class Positions(nn.Module):
@@ -79,6 +79,8 @@ class LoraModel:
     device: torch.device
     num_positions: int | None
     """The longest text that the model was made for, in tokens, where its configuration says so."""
+    quantization: Quantization = "none"
+    """How the base's linear layers are kept; into others than plain ones no adapter can be merged."""
     modules: threading.Lock = field(default_factory=threading.Lock)
     """The network's own modules are used by one worker at a time."""
 
@@ -214,8 +216,8 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = _device(model)
-    base, tokenizer = _load_base(folder, _dtype(model, device))
+    device = devices.device(model.device)
+    base, tokenizer = _load_base(folder, model.quantization, devices.dtype(model.dtype, device), device)
     config = _lora_config(base, model.name, lora)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
@@ -223,7 +225,11 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
     config.base_model_name_or_path = model.name  # PEFT puts the folder of this machine there
     chosen = Positions()
     network.get_output_embeddings().register_forward_pre_hook(chosen)
-    network.to(device).eval()
+    if model.quantization == "none":
+        network.to(device)
+    else:  # the base is there already
+        quantization.keep_in_training_mode(network)
+    network.eval()
     names = {id(parameter): name.replace(".default.", ".") for name, parameter in network.named_parameters()}
     trained = fusion.trained_parameters(network)
     shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in trained}
@@ -232,7 +238,8 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     workers = Workers(1 if prefixes is None or device.type != "cpu" else torch.get_num_threads())
-    return LoraModel(network, tokenizer, config, shapes, flat, workers, prefixes, chosen, device, num_positions)
+    facts = device, num_positions, model.quantization
+    return LoraModel(network, tokenizer, config, shapes, flat, workers, prefixes, chosen, *facts)
 
 
 def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
@@ -250,13 +257,20 @@ def _peft_json(lora: peft.LoraConfig) -> str:
     return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"
 
 
-def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any]:
+def _load_base(
+    folder: Path, kind: Quantization, dtype: torch.dtype, device: torch.device
+) -> tuple[transformers.PreTrainedModel, Any]:
+    """The frozen base and its tokenizer; a quantised one on the device already."""
+    how: dict[str, Any] = {}
+    if kind != "none":
+        config = transformers.BitsAndBytesConfig(**quantization.settings(kind, dtype))
+        how = {"quantization_config": config, "device_map": {"": device}}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             only_here = {"local_files_only": True, "trust_remote_code": False}
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here, **how
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **only_here)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -313,19 +327,3 @@ def _linear_names(base: transformers.PreTrainedModel, blocks: Iterable[int] | No
         inside = [part for part in name.split(".") if part.isdigit()]
         if isinstance(module, nn.Linear | Conv1D) and inside and (numbers is None or inside[0] in numbers):
             yield name
-
-
-def _device(model: ModelConfig) -> torch.device:
-    if model.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device = 'cuda': there is no such device here", "Say 'auto' or 'cpu'")
-    use_gpu = model.device == "cuda" or (model.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_gpu else "cpu")
-
-
-def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    if model.dtype != "auto":
-        return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    computes = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(computes.get(name) for name in CPU_BFLOAT16) else torch.float32
