@@ -180,6 +180,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "training.max_grad_norm": ([1.0], [0.0, INF, NAN]),
     "training.positions": (["all", "response"], ["prompt"]),
     "training.tokens_per_batch": ([16], [15]),
+    "training.checkpointing": ([True, False], [1, "true"]),
     "federation.rounds": ([0, 1], [-1]),
     "federation.participation": ([0.001, 1.0, 1], [0.0, 1.01, NAN, -0.5]),
     "warmup.rounds": ([0, 2], [-1]),

@@ -140,6 +140,8 @@ class TrainingConfig(Section):
     tokens_per_batch: Annotated[int, Field(ge=16)] = 1024
     """Tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
     rounding, but for the draws of dropout."""
+    checkpointing: bool = False
+    """Keep only each block's input and run the block again on the way back: less memory, a third more work."""
 
 
 class FederationConfig(Section):

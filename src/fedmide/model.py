@@ -81,6 +81,8 @@ class LoraModel:
     """The longest text that the model was made for, in tokens, where its configuration says so."""
     quantization: Quantization = "none"
     """How the base's linear layers are kept; into others than plain ones no adapter can be merged."""
+    checkpointing: bool = False
+    """Whether each block's activations are made again on the way back instead of being kept."""
     modules: threading.Lock = field(default_factory=threading.Lock)
     """The network's own modules are used by one worker at a time."""
 
@@ -146,9 +148,9 @@ class LoraModel:
         with torch.no_grad():
             states, rows, targets = self._inputs(self.prefixes, batch)
             gradient = torch.empty_like(self.flat.parameter)
-            given = states, batch.lengths, rows, targets, scale
             dropout = self.dropout and self.dropout.seeded(seed)
-            return passes.backpropagate(self.prefixes.decoder, *given, dropout, gradient), gradient
+            given = states, batch.lengths, rows, targets, scale, dropout, gradient
+            return passes.backpropagate(self.prefixes.decoder, *given, self.checkpointing), gradient
 
     def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
         self._switch(training=True)
@@ -209,16 +211,21 @@ class LoraModel:
             self.chosen.rows = None
 
 
-def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int = 0) -> LoraModel:
+def load(
+    folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int = 0, checkpointing: bool = False
+) -> LoraModel:
     """The model in a folder, frozen, with LoRA layers where the configuration wants them.
 
-    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. Raises `ModelError`.
+    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. `checkpointing`: activations are
+    made again on the way back. Raises `ModelError`.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     device = devices.device(model.device)
     base, tokenizer = _load_base(folder, model.quantization, devices.dtype(model.dtype, device), device)
     config = _lora_config(base, model.name, lora)
+    if checkpointing:
+        _checkpoint(base, model.name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
         network = peft.get_peft_model(base, config)
@@ -238,7 +245,7 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     workers = Workers(1 if prefixes is None or device.type != "cpu" else torch.get_num_threads())
-    facts = device, num_positions, model.quantization
+    facts = device, num_positions, model.quantization, checkpointing
     return LoraModel(network, tokenizer, config, shapes, flat, workers, prefixes, chosen, *facts)
 
 
@@ -283,6 +290,17 @@ def _load_base(
     # what a checkpoint would add to greedy decoding, such as a penalty of repetition, is left out
     base.generation_config = transformers.GenerationConfig()
     return base, tokenizer
+
+
+def _checkpoint(base: transformers.PreTrainedModel, name: str) -> None:
+    """Lets the modules make their activations again on the way back in training."""
+    if not base.supports_gradient_checkpointing:
+        raise ModelError(
+            f"training.checkpointing: the modules of {name} have none", "Say training.checkpointing = false"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # later versions of transformers have another name for it
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # the old way needs inputs with a gradient
 
 
 def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> peft.LoraConfig:

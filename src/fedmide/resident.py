@@ -63,7 +63,8 @@ class Resident:
 def open_model(config: Config, folder: Path, threads: int = 0) -> Resident:
     """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured."""
     torch.set_num_threads(threads or config.runtime.threads or available_cores())
-    return Resident(load(folder, config.model, config.lora, config.runtime.prefix_cache_mb * 10**6), config)
+    held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing
+    return Resident(load(folder, config.model, config.lora, *held), config)
 
 
 def available_cores() -> int:
