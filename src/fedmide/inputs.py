@@ -90,7 +90,7 @@ def read(config: Config, tell: Tell = lambda message: None, threads: int = 0, lo
         raise _together(errors)
     assert clients is not None and folder is not None  # no error
     tell(f"loading {config.model.name}")
-    resident = open_model(config, folder, threads)
+    resident = open_model(config, folder, threads, tell)
     _check_positions(config.model, resident.model.num_positions)
     encode = encoder(resident.model.tokenizer, config.model, config.prompt)
     examples = _encode_clients(encode, clients)

@@ -41,6 +41,7 @@ from fedmide.decoder import Dropout
 from fedmide.errors import ModelError
 from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
+from fedmide.memory import Room
 from fedmide.prefixes import Prefixes
 from fedmide.tokens import Batch
 from fedmide.workers import Workers
@@ -83,6 +84,10 @@ class LoraModel:
     """How the base's linear layers are kept; into others than plain ones no adapter can be merged."""
     checkpointing: bool = False
     """Whether each block's activations are made again on the way back instead of being kept."""
+    training_room: Room = field(default_factory=lambda: Room("training.tokens_per_batch"))
+    """What memory has room for in training; it shrinks where memory ends."""
+    scoring_room: Room = field(default_factory=lambda: Room("scoring.tokens_per_batch"))
+    """The same in scoring."""
     modules: threading.Lock = field(default_factory=threading.Lock)
     """The network's own modules are used by one worker at a time."""
 

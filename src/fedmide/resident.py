@@ -60,11 +60,19 @@ class Resident:
         return count
 
 
-def open_model(config: Config, folder: Path, threads: int = 0) -> Resident:
-    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured."""
+def open_model(
+    config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
+) -> Resident:
+    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured.
+
+    `tell` hears of what turns out otherwise than configured.
+    """
     torch.set_num_threads(threads or config.runtime.threads or available_cores())
     held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing
-    return Resident(load(folder, config.model, config.lora, *held), config)
+    model = load(folder, config.model, config.lora, *held)
+    for room in (model.training_room, model.scoring_room):
+        room.tell = tell
+    return Resident(model, config)
 
 
 def available_cores() -> int:

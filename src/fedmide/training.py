@@ -76,18 +76,27 @@ def _set_rate(optimizer: torch.optim.Optimizer, settings: TrainingConfig, step: 
 def _step(
     model: LoraModel, optimizer: torch.optim.Optimizer, examples: Sequence[Example], settings: TrainingConfig, seed: int
 ) -> Nll:
-    """One optimiser step on these examples; the loss before it. Dropout follows from the seed."""
+    """One optimiser step on these examples; the loss before it. Dropout follows from the seed.
+
+    Where memory has no room for a pass, the step is begun again with smaller ones.
+    """
     model.prepare(training=True)
-    optimizer.zero_grad(set_to_none=False)
     num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
-    loss_sum = 0.0
-    budget = settings.tokens_per_batch
-    parts = enumerate(batches(examples, settings.positions, budget, model.max_padding))
-    for losses, gradient in model.workers.each(
-        lambda part: model.backpropagate(part[1], 1 / num_tokens, seed + part[0]), parts
-    ):
-        model.flat.gradient.add_(gradient)
-        loss_sum += float(losses.double().sum())
+
+    def losses(most: int) -> float:
+        """The sum of the losses, in passes of so many tokens; leaves the gradient of their mean."""
+        optimizer.zero_grad(set_to_none=False)
+        loss_sum = 0.0
+        parts = enumerate(batches(examples, settings.positions, most, model.max_padding))
+        for found, gradient in model.workers.each(
+            lambda part: model.backpropagate(part[1], 1 / num_tokens, seed + part[0]), parts
+        ):
+            model.flat.gradient.add_(gradient)
+            loss_sum += float(found.cpu().double().sum())
+        return loss_sum
+
+    longest = max(len(example.ids) for example in examples)
+    loss_sum = model.training_room.within(settings.tokens_per_batch, longest, losses)
     torch.nn.utils.clip_grad_norm_(model.flat.parameter, settings.max_grad_norm)
     optimizer.step()
     return Nll(loss_sum, num_tokens)
