@@ -85,7 +85,8 @@ class ModelConfig(Section):
     name: str = "smollm2-135m"
     """A folder, a hub id, `smollm2-135m` (out of a package) or `tiny-random` (tests)."""
     dtype: Dtype = "auto"
-    """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32."""
+    """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32. float16 is for
+    GPUs without bfloat16."""
     quantization: Quantization = "none"
     """"int8" or "nf4" (4 bits): the base's linear layers through bitsandbytes, for less memory, not for speed."""
     device: Device = "auto"
@@ -221,7 +222,8 @@ class RuntimeConfig(Section):
     """The machine."""
 
     threads: Count = 0
-    """Processor threads; 0: as many as this process may use. Bytes repeat for the same number only."""
+    """Processor threads; 0: as many as are worth it on the cores that are free, measured at the start. Bytes repeat for
+    the same number only; a run goes on with as many as it began with."""
     prefix_cache_mb: Count = 2048
     """Memory for what the blocks below the lowest adapter make of a record, which never changes; in 10^6 bytes."""
 

@@ -171,7 +171,7 @@ def _parts(client: ClientData) -> tuple[tuple[str, Sequence[Record]], ...]:
 
 def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]:
     model = inputs.resident.model
-    dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     return {
         "fedmide": __version__,
         "commit": _commit(),

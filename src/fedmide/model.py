@@ -115,6 +115,12 @@ class LoraModel:
         return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type that the base computes in, whatever its weights are kept as."""
+        weight: Tensor = self.network.get_input_embeddings().weight
+        return weight.dtype
+
+    @property
     def prefix_bytes(self) -> int:
         """How much is kept of what the blocks below the adapters make of records."""
         return 0 if self.prefixes is None else self.prefixes.num_bytes
@@ -217,12 +223,18 @@ class LoraModel:
 
 
 def load(
-    folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int = 0, checkpointing: bool = False
+    folder: Path,
+    model: ModelConfig,
+    lora: LoraConfig,
+    prefix_bytes: int = 0,
+    checkpointing: bool = False,
+    num_workers: int = 0,
 ) -> LoraModel:
     """The model in a folder, frozen, with LoRA layers where the configuration wants them.
 
     Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. `checkpointing`: activations are
-    made again on the way back. Raises `ModelError`.
+    made again on the way back. `num_workers`: batches side by side on a processor, by the passes that are written out;
+    0: as many as torch has threads. Raises `ModelError`.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -249,7 +261,7 @@ def load(
     fused = fusion.fused(network, flat)
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    workers = Workers(1 if prefixes is None or device.type != "cpu" else torch.get_num_threads())
+    workers = Workers(1 if prefixes is None or device.type != "cpu" else num_workers or torch.get_num_threads())
     facts = device, num_positions, model.quantization, checkpointing
     return LoraModel(network, tokenizer, config, shapes, flat, workers, prefixes, chosen, *facts)
 

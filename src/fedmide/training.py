@@ -13,10 +13,14 @@ import torch
 from fedmide.config import TrainingConfig
 from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel
-from fedmide.tokens import Example, batches
+from fedmide.tokens import Batch, Example, batches
 
 PASSES = 2**20
 """More passes through the model than an optimiser step ever has: each pass has a seed of its own."""
+
+LOSS_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
+"""What the loss is multiplied with over a float16 base, whose smallest number most gradients are below; the next one
+where a gradient overflows (Micikevicius et al. 2018, arXiv:1710.03740)."""
 
 
 def train(
@@ -85,14 +89,11 @@ def _step(
 
     def losses(most: int) -> float:
         """The sum of the losses, in passes of so many tokens; leaves the gradient of their mean."""
-        optimizer.zero_grad(set_to_none=False)
-        loss_sum = 0.0
-        parts = enumerate(batches(examples, settings.positions, most, model.max_padding))
-        for found, gradient in model.workers.each(
-            lambda part: model.backpropagate(part[1], 1 / num_tokens, seed + part[0]), parts
-        ):
-            model.flat.gradient.add_(gradient)
-            loss_sum += float(found.cpu().double().sum())
+        parts = tuple(batches(examples, settings.positions, most, model.max_padding))
+        for scale in LOSS_SCALES if model.dtype == torch.float16 else (1.0,):
+            loss_sum = _pass(model, parts, scale / num_tokens, seed)
+            if scale == 1.0 or model.flat.unscale(scale):
+                break
         return loss_sum
 
     longest = max(len(example.ids) for example in examples)
@@ -100,3 +101,15 @@ def _step(
     torch.nn.utils.clip_grad_norm_(model.flat.parameter, settings.max_grad_norm)
     optimizer.step()
     return Nll(loss_sum, num_tokens)
+
+
+def _pass(model: LoraModel, parts: Sequence[Batch], scale: float, seed: int) -> float:
+    """The sum of the batches' losses; leaves the gradient of `scale` times it."""
+    model.flat.gradient.zero_()
+    loss_sum = 0.0
+    for losses, gradient in model.workers.each(
+        lambda part: model.backpropagate(part[1], scale, seed + part[0]), enumerate(parts)
+    ):
+        model.flat.gradient.add_(gradient)
+        loss_sum += float(losses.cpu().double().sum())
+    return loss_sum
