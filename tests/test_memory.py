@@ -32,6 +32,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     ),
     "numpy": lambda: np._core._exceptions._ArrayMemoryError((10**9,), np.dtype("float64")),  # type: ignore[attr-defined]
     "blas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "onednn": lambda: RuntimeError("could not create a primitive"),
     "apple": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
 }
 
@@ -122,7 +123,7 @@ def test_one_record_that_has_no_room_alone_is_told_in_plain_words(
     examples, told = random_examples(10, longest=40), listening(lora)
     limited(monkeypatch, 20, error)
     for act in (lambda: scoring.nll(lora, examples, "all", 400), lambda: trained(lora, examples, 400)):
-        with pytest.raises(ModelError, match=r"^memory has no room for one record alone\. Lower model\.cutoff"):
+        with pytest.raises(ModelError, match=r"^memory has no room for one record alone: .*Lower model\.cutoff"):
             act()
     assert told == []
 
@@ -167,12 +168,12 @@ def little_memory(num_bytes: int) -> Iterator[None]:
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for the size of this process")
 def test_memory_that_really_ends(lora: LoraModel, random_examples: MakeExamples) -> None:
-    examples, told = random_examples(100, shortest=200, longest=200), listening(lora)
+    examples, told = random_examples(200, shortest=200, longest=200), listening(lora)
     few = scoring.nll(lora, examples[:3], "all", 10**6)
-    with little_memory(24 * 10**6):
-        found = scoring.nll(lora, examples, "all", 20_000)
+    with little_memory(40 * 10**6):  # one tensor of the first pass has 82 MB, more than an allocator keeps for later
+        found = scoring.nll(lora, examples, "all", 40_000)
     assert [each.sum for each in found[:3]] == pytest.approx([each.sum for each in few], rel=1e-5)
-    assert len(told) == 1 and told[0].startswith("memory has no room for scoring.tokens_per_batch = 20000")
+    assert len(told) == 1 and told[0].startswith("memory has no room for scoring.tokens_per_batch = 40000")
 
 
 def test_a_run_tells_it_and_ends_well(small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

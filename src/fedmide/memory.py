@@ -17,8 +17,10 @@ SAYS = (
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
     "MPS backend out of memory",
+    "could not create a primitive",  # oneDNN, where its code or scratch found no room
+    "could not create a memory object",
 )
-"""What errors of torch say that are no `torch.OutOfMemoryError` and yet mean it."""
+"""What errors of torch say that are no `torch.OutOfMemoryError` and yet mean it, or may."""
 
 REMEDY = (
     "Lower model.cutoff, say training.checkpointing = true or model.quantization = 'int8', or take a smaller model.name"
@@ -51,7 +53,8 @@ class Room:
                 if not is_out_of_memory(error):
                     raise
                 if tokens <= longest:
-                    raise ModelError("memory has no room for one record alone", REMEDY) from None
+                    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+                    raise ModelError(f"memory has no room for one record alone: {said}", REMEDY) from None
             _release()  # here the error and what its frames held are gone
             tokens = max(tokens // 2, 1)
         if tokens < first:
