@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from fedmide import adapters
 from fedmide.checkpoints import locate
@@ -19,6 +20,9 @@ from fedmide.config import Config, Positions, apply_overrides, parse
 from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan, total
 from fedmide.records import RecordId
 from fedmide.tokens import Example
+
+settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
+settings.load_profile("untimed")
 
 SMALL = {
     "vocab_size": 260,

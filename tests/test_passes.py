@@ -2,9 +2,12 @@
 
 import copy
 import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,10 +16,12 @@ from peft.tuners.lora import Linear as LoraLinear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedmide import attention, model, passes
+from fedmide.attention import Attended
 from fedmide.config import LoraConfig, ModelConfig, Positions
 from fedmide.decoder import Dropout
 from fedmide.localmodel import Adapter
 from fedmide.model import LoraModel
+from fedmide.products import Product
 from fedmide.tokens import Batch, Example, batches, pad
 from fedmide.workers import Workers
 
@@ -253,6 +258,92 @@ def test_dropout_keeps_its_part(rate: float) -> None:
     assert not torch.equal(first, second)
     assert Dropout(1 - 1e-9, torch.device("cpu")).rate < 1
     assert (first ^ second).double().mean().item() == pytest.approx(2 * rate * (1 - rate), abs=0.01)
+
+
+# --- checkpointing
+
+
+class Counted:
+    """How many bytes of traces are there at most at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.most = 0
+        forward = passes._forward
+
+        def counting(*given: Any) -> Any:
+            states, trace = forward(*given)
+            size = sum(each.nbytes for each in tensors(trace))
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(trace, self.forget, size)
+            return states, trace
+
+        monkeypatch.setattr(passes, "_forward", counting)
+
+    def forget(self, size: int) -> None:
+        self.now -= size
+
+
+def tensors(kept: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a trace keeps beside its block's weights."""
+    if isinstance(kept, torch.Tensor):
+        yield kept
+    elif isinstance(kept, tuple):
+        yield from (each for part in kept for each in tensors(part))
+    elif isinstance(kept, passes.Trace | Product | Attended):
+        yield from (each for field in fields(kept) for each in tensors(getattr(kept, field.name)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("blocks", ["all", "top:3"])
+def test_checkpointing_gives_the_same_bits_and_keeps_less(
+    tiny_folder: Path,
+    random_examples: MakeExamples,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: Any,
+    rate: float,
+    blocks: str,
+) -> None:
+    place = LoraConfig(dropout=rate, targets="all-linear", blocks=blocks)
+    lora = ready(tiny_folder, place, ModelConfig(dtype=dtype, device="cpu"))
+    batch, found, most = one_batch(random_examples(7)), {}, {}
+    for checkpointing in (False, True):
+        how = replace(lora, checkpointing=checkpointing)
+        counted = Counted(monkeypatch)
+        found[checkpointing] = written_out(how, batch, 0.3, seed=11)
+        most[checkpointing] = counted.most
+        assert counted.now == 0
+    assert found[True][0].tobytes() == found[False][0].tobytes()
+    assert all(array.tobytes() == found[False][1][name].tobytes() for name, array in found[True][1].items())
+    assert most[True] * (4 if blocks == "all" else 3) == pytest.approx(most[False])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_checkpointing_of_modules_gives_the_same_numbers(
+    shape_folder: Path, random_examples: MakeExamples, rate: float
+) -> None:
+    batch = one_batch(random_examples(5), "all")
+    place = LoraConfig(dropout=rate, targets="all-linear")
+    found, kept = {}, {}
+    for checkpointing in (False, True):
+        lora = model.load(shape_folder, FLOAT32, place, 0, checkpointing)
+        draw = np.random.default_rng(0)
+        lora.put({name: draw.normal(0, 0.2, lora.shapes[name]).astype(np.float32) for name in sorted(lora.shapes)})
+        how = replace(lora, prefixes=None)
+        size = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            size += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found[checkpointing] = written_out(how, batch, 0.3, 11)
+        kept[checkpointing] = size
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+    assert far(found[True][1], found[False][1]) < 1e-5
+    assert kept[True] < 0.5 * kept[False]
 
 
 # --- the blocks below the adapters

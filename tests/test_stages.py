@@ -567,10 +567,11 @@ def test_a_run_goes_on_with_the_threads_it_began_with(
     wanted: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", wanted.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
-    monkeypatch.setattr(resident, "available_cores", lambda: 3)
+    monkeypatch.setattr(resident, "available_cores", lambda: 2)
+    monkeypatch.setattr(resident, "free_threads", lambda tell: 3)
     with stages.start(load(small_input.config, ["runtime.threads=0"]), tmp_path / "run"):
         pass
-    monkeypatch.setattr(resident, "available_cores", lambda: 64)
+    monkeypatch.setattr(resident, "free_threads", lambda tell: 64)
     with stages.resume(tmp_path / "run"):
         pass
     assert [number for number in wanted if number != 1] == [

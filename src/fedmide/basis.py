@@ -29,6 +29,8 @@ class BaseWeights:
             return
         for name in {**self.changes, **changes}:
             weight = self._weight(name)
+            if not weight.is_floating_point():
+                raise ModelError("nothing can be merged into a quantised base model", "Say model.quantization = 'none'")
             loaded = self._loaded.setdefault(name, weight.clone())
             if name not in changes:
                 weight.copy_(loaded)

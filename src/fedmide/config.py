@@ -42,6 +42,9 @@ MethodName = Literal[
     "flexlora",
 ]
 """The federated algorithms; what each does: `methods`, docs/methods.md."""
+Quantization = Literal["none", "int8", "nf4"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -102,10 +105,13 @@ class ModelConfig(Section):
 
     name: str = "smollm2-135m"
     """A folder, a hub id, `smollm2-135m` (out of a package) or `tiny-random` (tests)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto": a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32. float16 is for
+    GPUs without bfloat16."""
+    quantization: Quantization = "none"
+    """"int8" or "nf4" (4 bits): the base's linear layers through bitsandbytes, for less memory, not for speed."""
+    device: Device = "auto"
+    """"auto": a CUDA GPU where there is one, else the processor."""
     cutoff: Annotated[int, Field(ge=8)] = 512
     """Longest record, in tokens, prompt and response together."""
 
@@ -156,6 +162,8 @@ class TrainingConfig(Section):
     tokens_per_batch: Annotated[int, Field(ge=16)] = 1024
     """Tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
     rounding, but for the draws of dropout."""
+    checkpointing: bool = False
+    """Keep only each block's input and run the block again on the way back: less memory, a third more work."""
 
 
 class FederationConfig(Section):
@@ -294,7 +302,8 @@ class RuntimeConfig(Section):
     """The machine."""
 
     threads: Count = 0
-    """Processor threads; 0: as many as this process may use. Bytes repeat for the same number only."""
+    """Processor threads; 0: as many as are worth it on the cores that are free, measured at the start. Bytes repeat for
+    the same number only; a run goes on with as many as it began with."""
     prefix_cache_mb: Count = 2048
     """Memory for what the blocks below the lowest adapter make of a record, which never changes; in 10^6 bytes."""
 

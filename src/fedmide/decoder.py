@@ -4,6 +4,7 @@ Layers with one input are one: query, key and value, and gate and up. An adapter
 its layer's weight, so that it costs no pass of its own. What the passes are and why: `passes`.
 """
 
+import copy
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -39,6 +40,10 @@ class Dropout:
     def seeded(self, seed: int) -> "Dropout":
         """The same dropout, whose masks follow from the seed."""
         return Dropout(self.rate, self.device, seed)
+
+    def copy(self) -> "Dropout":
+        """The same dropout, about to draw the same masks."""
+        return copy.deepcopy(self)
 
     def draw(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
         """A mask (rows, columns) for `masked`: all bits of what is kept, in the integer type as wide as the values'."""

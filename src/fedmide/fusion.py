@@ -33,6 +33,10 @@ class Flat:
                 part[self.place([each])].view(each.shape) for part in (self.parameter.data, self.gradient)
             )
 
+    def unscale(self, scale: float) -> bool:
+        """Divides the gradient; whether all of it is finite."""
+        return bool(self.gradient.div_(scale).isfinite().all())
+
     @property
     def gradient(self) -> Tensor:
         """The gradient (P,), float32."""
@@ -74,9 +78,13 @@ def fused(network: Any, flat: Flat) -> Decoder | None:
 
 
 def is_llama_shaped(config: Any) -> bool:
-    """Whether a model's blocks are those that `decoder` writes out: no biases, SiLU, attention to all before."""
+    """Whether a model's blocks are those that `decoder` writes out: no biases, SiLU, attention to all before.
+
+    The passes need plain weights, which a quantised model has not.
+    """
     return (
         config.model_type in MODEL_TYPES
+        and getattr(config, "quantization_config", None) is None
         and config.hidden_act == "silu"
         and not getattr(config, "attention_bias", False)
         and not getattr(config, "mlp_bias", False)

@@ -90,7 +90,7 @@ def read(config: Config, tell: Tell = lambda message: None, threads: int = 0, lo
         raise _together(errors)
     assert clients is not None and folder is not None  # no error
     tell(f"loading {config.model.name}")
-    resident = open_model(config, folder, threads)
+    resident = open_model(config, folder, threads, tell)
     _check_positions(config.model, resident.model.num_positions)
     encode = encoder(resident.model.tokenizer, config.model, config.prompt)
     examples = _encode_clients(encode, clients)
@@ -171,11 +171,11 @@ def _parts(client: ClientData) -> tuple[tuple[str, Sequence[Record]], ...]:
 
 def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]:
     model = inputs.resident.model
-    dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     return {
         "fedmide": __version__,
         "commit": _commit(),
-        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "versions": {name: metadata.version(name) for name in _versioned(config.model)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -197,6 +197,10 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
         "peak_memory_mb": 0,
         "status": "started",
     }
+
+
+def _versioned(model: ModelConfig) -> tuple[str, ...]:
+    return VERSIONED if model.quantization == "none" else (*VERSIONED, "bitsandbytes")
 
 
 def _data_fingerprint(client: ClientData) -> str:

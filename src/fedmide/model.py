@@ -9,6 +9,7 @@ works for any model whose logits are a function of each position alone.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import threading
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# PEFT imports bitsandbytes wherever it is installed, which warns of each product whose input it casts
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import peft
 import transformers
@@ -32,13 +35,14 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
-from fedmide import adapters, attention, fusion, passes
+from fedmide import adapters, attention, devices, fusion, passes, quantization
 from fedmide.basis import BaseWeights
-from fedmide.config import LoraConfig, ModelConfig
+from fedmide.config import LoraConfig, ModelConfig, Quantization
 from fedmide.decoder import Dropout
 from fedmide.errors import ModelError
 from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
+from fedmide.memory import Room
 from fedmide.prefixes import Prefixes
 from fedmide.tokens import Batch
 from fedmide.workers import Workers
@@ -47,9 +51,6 @@ TORCH_SEED_BITS = 63
 MODULES_MAX_PADDING = 64
 OURS = "ours.safetensors"
 """The file in a PEFT folder with what PEFT would not read."""
-
-CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""What torch calls a processor's instructions for products in bfloat16, on x86 and ARM."""
 
 
 class Positions(nn.Module):
@@ -83,6 +84,14 @@ class LoraModel:
     device: torch.device
     num_positions: int | None
     """The longest text that the model was made for, in tokens, where its configuration says so."""
+    quantization: Quantization = "none"
+    """How the base's linear layers are kept; into others than plain ones no adapter can be merged."""
+    checkpointing: bool = False
+    """Whether each block's activations are made again on the way back instead of being kept."""
+    training_room: Room = field(default_factory=lambda: Room("training.tokens_per_batch"))
+    """What memory has room for in training; it shrinks where memory ends."""
+    scoring_room: Room = field(default_factory=lambda: Room("scoring.tokens_per_batch"))
+    """The same in scoring."""
     modules: threading.Lock = field(default_factory=threading.Lock)
     """The network's own modules are used by one worker at a time."""
 
@@ -118,6 +127,12 @@ class LoraModel:
         pieces = np.split(values, ends[:-1])
         factors = zip(self.shapes.items(), pieces, strict=True)
         return {**{name: piece.reshape(shape) for (name, shape), piece in factors}, **self.base.changes}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the base computes in, whatever its weights are kept as."""
+        weight: Tensor = self.network.get_input_embeddings().weight
+        return weight.dtype
 
     @property
     def prefix_bytes(self) -> int:
@@ -158,9 +173,9 @@ class LoraModel:
         with torch.no_grad():
             states, rows, targets = self._inputs(self.prefixes, batch)
             gradient = torch.empty_like(self.flat.parameter)
-            given = states, batch.lengths, rows, targets, scale
             dropout = self.dropout and self.dropout.seeded(seed)
-            return passes.backpropagate(self.prefixes.decoder, *given, dropout, gradient), gradient
+            given = states, batch.lengths, rows, targets, scale, dropout, gradient
+            return passes.backpropagate(self.prefixes.decoder, *given, self.checkpointing), gradient
 
     def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
         self._switch(training=True)
@@ -221,23 +236,38 @@ class LoraModel:
             self.chosen.rows = None
 
 
-def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int = 0) -> LoraModel:
+def load(
+    folder: Path,
+    model: ModelConfig,
+    lora: LoraConfig,
+    prefix_bytes: int = 0,
+    checkpointing: bool = False,
+    num_workers: int = 0,
+) -> LoraModel:
     """The model in a folder, frozen, with LoRA layers where the configuration wants them.
 
-    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. Raises `ModelError`.
+    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. `checkpointing`: activations are
+    made again on the way back. `num_workers`: batches side by side on a processor, by the passes that are written out;
+    0: as many as torch has threads. Raises `ModelError`.
     """
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    device = _device(model)
-    base, tokenizer = _load_base(folder, _dtype(model, device))
+    device = devices.device(model.device)
+    base, tokenizer = _load_base(folder, model.quantization, devices.dtype(model.dtype, device), device)
     config = _lora_config(base, model.name, lora)
+    if checkpointing:
+        _checkpoint(base, model.name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
         network = peft.get_peft_model(base, config)
     config.base_model_name_or_path = model.name  # PEFT puts the folder of this machine there
     chosen = Positions()
     network.get_output_embeddings().register_forward_pre_hook(chosen)
-    network.to(device).eval()
+    if model.quantization == "none":
+        network.to(device)
+    else:  # the base is there already
+        quantization.keep_in_training_mode(network)
+    network.eval()
     names = {id(parameter): name.replace(".default.", ".") for name, parameter in network.named_parameters()}
     trained = fusion.trained_parameters(network)
     shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in trained}
@@ -245,9 +275,10 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
     fused = fusion.fused(network, flat)
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    workers = Workers(1 if prefixes is None or device.type != "cpu" else torch.get_num_threads())
+    workers = Workers(1 if prefixes is None or device.type != "cpu" else num_workers or torch.get_num_threads())
     held = flat, workers, BaseWeights(network), prefixes, chosen
-    return LoraModel(network, tokenizer, config, shapes, *held, device, num_positions)
+    facts = device, num_positions, model.quantization, checkpointing
+    return LoraModel(network, tokenizer, config, shapes, *held, *facts)
 
 
 def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
@@ -276,13 +307,20 @@ def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) ->
     return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"
 
 
-def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any]:
+def _load_base(
+    folder: Path, kind: Quantization, dtype: torch.dtype, device: torch.device
+) -> tuple[transformers.PreTrainedModel, Any]:
+    """The frozen base and its tokenizer; a quantised one on the device already."""
+    how: dict[str, Any] = {}
+    if kind != "none":
+        config = transformers.BitsAndBytesConfig(**quantization.settings(kind, dtype))
+        how = {"quantization_config": config, "device_map": {"": device}}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             only_here = {"local_files_only": True, "trust_remote_code": False}
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here, **how
             )
             tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **only_here)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
@@ -295,6 +333,17 @@ def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTraine
     # what a checkpoint would add to greedy decoding, such as a penalty of repetition, is left out
     base.generation_config = transformers.GenerationConfig()
     return base, tokenizer
+
+
+def _checkpoint(base: transformers.PreTrainedModel, name: str) -> None:
+    """Lets the modules make their activations again on the way back in training."""
+    if not base.supports_gradient_checkpointing:
+        raise ModelError(
+            f"training.checkpointing: the modules of {name} have none", "Say training.checkpointing = false"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # later versions of transformers have another name for it
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # the old way needs inputs with a gradient
 
 
 def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> peft.LoraConfig:
@@ -339,19 +388,3 @@ def _linear_names(base: transformers.PreTrainedModel, blocks: Iterable[int] | No
         inside = [part for part in name.split(".") if part.isdigit()]
         if isinstance(module, nn.Linear | Conv1D) and inside and (numbers is None or inside[0] in numbers):
             yield name
-
-
-def _device(model: ModelConfig) -> torch.device:
-    if model.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device = 'cuda': there is no such device here", "Say 'auto' or 'cpu'")
-    use_gpu = model.device == "cuda" or (model.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_gpu else "cpu")
-
-
-def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    if model.dtype != "auto":
-        return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    computes = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(computes.get(name) for name in CPU_BFLOAT16) else torch.float32

@@ -58,16 +58,20 @@ def backpropagate(
     scale: float,
     dropout: Dropout | None,
     into: Tensor,
+    checkpointing: bool = False,
 ) -> Tensor:
     """NLL (M,) of the targets; writes the gradients of `scale` times their sum `into` those of the flat parameters.
 
-    `states` (N, D) are those before the lowest block with an adapter.
+    `states` (N, D) are those before the lowest block with an adapter. With checkpointing only each block's input is
+    kept, and the block is run again on the way back (Chen et al. 2016, arXiv:1604.06174): the same bits.
     """
     view = texts_of(decoder, lengths, states.device)
-    traces = []
+    traces: list[Trace | Checkpoint] = []
     for block in decoder.blocks[decoder.first_trained :]:
+        before = Checkpoint(block, states, dropout and dropout.copy()) if checkpointing else None
         states, trace = _forward(block, states, view, Keep(dropout))
-        traces.append(trace)
+        traces.append(before or trace)
+        del trace  # or it would be kept during the next block
     chosen = states[rows]
     normed, factor = norm(chosen, decoder.norm, decoder.epsilon)
     made = [_chunk_losses(decoder, *chunk, scale) for chunk in _chunks(normed.to(states.dtype), targets)]
@@ -75,7 +79,7 @@ def backpropagate(
     wanted = torch.cat([each for _, each in made])
     gradient[rows] = norm_backward(wanted, chosen, decoder.norm, factor).to(states.dtype)
     while traces:
-        gradient = _backward(traces.pop(), gradient, view, into, is_lowest=not traces)
+        gradient = _backward(_trace(traces.pop(), view), gradient, view, into, is_lowest=not traces)
     return torch.cat([each for each, _ in made])
 
 
@@ -95,6 +99,22 @@ class Trace:
     gate: Tensor  # (N, 2 F)
     opened: Tensor  # (N, F), what SiLU makes of the gate
     down: Product
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a block's trace is made of again."""
+
+    block: Block
+    states: Tensor
+    dropout: Dropout | None  # as it stood before the block
+
+
+def _trace(kept: Trace | Checkpoint, view: Texts) -> Trace:
+    """What the backward pass needs of a block, made again where only a checkpoint was kept."""
+    if isinstance(kept, Trace):
+        return kept
+    return _forward(kept.block, kept.states, view, Keep(kept.dropout))[1]
 
 
 def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tuple[Tensor, Trace]:

@@ -3,10 +3,8 @@
 This is the `LocalModel` that clients train with, and what evaluation and generation use.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -16,10 +14,8 @@ from fedmide import adapters, generation, methods, scoring, training
 from fedmide.config import Config, Positions
 from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel, load
+from fedmide.threads import available_cores, free_threads
 from fedmide.tokens import Example
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""What a container may use of the processor: microseconds in so many microseconds, or "max"."""
 
 
 @dataclass
@@ -65,18 +61,20 @@ class Resident:
         return count
 
 
-def open_model(config: Config, folder: Path, threads: int = 0) -> Resident:
-    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured."""
-    torch.set_num_threads(threads or config.runtime.threads or available_cores())
+def open_model(
+    config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
+) -> Resident:
+    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured.
+
+    `tell` hears of what turns out otherwise than configured.
+    """
+    torch.set_num_threads(threads or config.runtime.threads or free_threads(tell))
+    # batches side by side do not wait for each other at every product, and change no bit: every core is worth it
+    num_workers = config.runtime.threads or available_cores()
+    held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing, num_workers
     rank = methods.of(config).rank(config)  # the scale alpha / r is the same at any rank
     lora = config.lora.model_copy(update={"r": rank, "alpha": config.lora.alpha * rank / config.lora.r})
-    return Resident(load(folder, config.model, lora, config.runtime.prefix_cache_mb * 10**6), config)
-
-
-def available_cores() -> int:
-    """How many cores this process may use: those it is bound to, and no more than its control group is granted."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no Linux, no control group, or "max": no limit
-        quota, period = (int(each) for each in CPU_QUOTA.read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores
+    model = load(folder, config.model, lora, *held)
+    for room in (model.training_room, model.scoring_room):
+        room.tell = tell
+    return Resident(model, config)

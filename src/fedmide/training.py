@@ -14,10 +14,14 @@ from torch import Tensor
 from fedmide.config import TrainingConfig
 from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan, rate_at
 from fedmide.model import LoraModel
-from fedmide.tokens import Example, batches
+from fedmide.tokens import Batch, Example, batches
 
 PASSES = 2**20
 """More passes through the model than an optimiser step ever has: each pass has a seed of its own."""
+
+LOSS_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
+"""What the loss is multiplied with over a float16 base, whose smallest number most gradients are below; the next one
+where a gradient overflows (Micikevicius et al. 2018, arXiv:1710.03740)."""
 
 
 def train(
@@ -108,17 +112,34 @@ def _whole(seen: Tensor, share: Tensor) -> Tensor:
 
 
 def _gradient(model: LoraModel, examples: Sequence[Example], settings: TrainingConfig, seed: int) -> Nll:
-    """The loss of these examples, whose mean's gradient is left in the model. Dropout follows from the seed."""
+    """The loss of these examples, whose mean's gradient is left in the model. Dropout follows from the seed.
+
+    Where memory has no room for a pass, it is begun again with smaller ones.
+    """
     model.prepare(training=True)
-    assert model.flat.parameter.grad is not None
-    model.flat.parameter.grad.zero_()
     num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
+
+    def losses(most: int) -> float:
+        """The sum of the losses, in passes of so many tokens; leaves the gradient of their mean."""
+        parts = tuple(batches(examples, settings.positions, most, model.max_padding))
+        for scale in LOSS_SCALES if model.dtype == torch.float16 else (1.0,):
+            loss_sum = _pass(model, parts, scale / num_tokens, seed)
+            if scale == 1.0 or model.flat.unscale(scale):
+                break
+        return loss_sum
+
+    longest = max(len(example.ids) for example in examples)
+    loss_sum = model.training_room.within(settings.tokens_per_batch, longest, losses)
+    return Nll(loss_sum, num_tokens)
+
+
+def _pass(model: LoraModel, parts: Sequence[Batch], scale: float, seed: int) -> float:
+    """The sum of the batches' losses; leaves the gradient of `scale` times it."""
+    model.flat.gradient.zero_()
     loss_sum = 0.0
-    budget = settings.tokens_per_batch
-    parts = enumerate(batches(examples, settings.positions, budget, model.max_padding))
     for losses, gradient in model.workers.each(
-        lambda part: model.backpropagate(part[1], 1 / num_tokens, seed + part[0]), parts
+        lambda part: model.backpropagate(part[1], scale, seed + part[0]), enumerate(parts)
     ):
         model.flat.gradient.add_(gradient)
-        loss_sum += float(losses.double().sum())
-    return Nll(loss_sum, num_tokens)
+        loss_sum += float(losses.cpu().double().sum())
+    return loss_sum

@@ -50,3 +50,4 @@ class Workers:
         finally:
             for each in waiting:
                 each.cancel()
+            wait(waiting)  # what is under way holds memory
