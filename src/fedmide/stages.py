@@ -200,6 +200,7 @@ def evaluate(run: Run, progress: Progress = silent, questions: Sets = MappingPro
             run.inputs.prompt_hash,
         )
         metrics |= {"questions": figures} if (figures := run.folder.question_figures()) else {}
+        metrics["method"] = _method_figures(run)
         write_file(run.folder.path / "metrics.json", to_json(metrics))
     return metrics
 
@@ -366,6 +367,11 @@ def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter)
     if stage == "personalized":
         return _personal_adapter(run, name)
     return aggregated if stage == "aggregated" else run.inputs.fresh_adapter()
+
+
+def _method_figures(run: Run) -> dict[str, Any]:
+    method = methods.of(run.config)
+    return {"name": method.name, "source": method.source, **asdict(method.sizes(run.inputs.fresh_adapter()))}
 
 
 def _set_figures(run: Run, name: str) -> dict[str, Any]:

@@ -81,7 +81,8 @@ class Stepped:
         )
         self.values = self.flat if self.share is None else torch.nn.Parameter(_whole(self.flat.detach(), self.share))
         make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[terms.optimizer]
-        self.optimizer = make([self.values], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.stepped = [self.values, *model.beside]
+        self.optimizer = make(self.stepped, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -94,7 +95,7 @@ class Stepped:
         assert self.values.grad is not None
         if self.pull and self.towards is not None:
             self.values.grad.add_(self.values - self.towards, alpha=self.pull)
-        torch.nn.utils.clip_grad_norm_(self.values, self.max_norm)
+        torch.nn.utils.clip_grad_norm_(self.stepped, self.max_norm)
         if self.push is not None:
             self.values.grad.add_(self.push)
         self.optimizer.step()
@@ -110,8 +111,9 @@ def _whole(seen: Tensor, share: Tensor) -> Tensor:
 def _gradient(model: LoraModel, examples: Sequence[Example], settings: TrainingConfig, seed: int) -> Nll:
     """The loss of these examples, whose mean's gradient is left in the model. Dropout follows from the seed."""
     model.prepare(training=True)
-    assert model.flat.parameter.grad is not None
-    model.flat.parameter.grad.zero_()
+    for parameter in (model.flat.parameter, *model.beside):
+        assert parameter.grad is not None
+        parameter.grad.zero_()
     num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
     loss_sum = 0.0
     budget = settings.tokens_per_batch
