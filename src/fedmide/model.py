@@ -167,10 +167,14 @@ class LoraModel:
             dropout = self.dropout and self.dropout.seeded(seed)
             return passes.backpropagate(self.prefixes.decoder, *given, dropout, gradient), gradient
 
-    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+    def _training_losses(self, batch: Batch, seed: int) -> Tensor:
+        """NLL of each predicted token through the modules, with dropout."""
         self._switch(training=True)
         torch.manual_seed(seed % 2**TORCH_SEED_BITS)
-        losses = self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+        return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+
+    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+        losses = self._training_losses(batch, seed)
         parameters = self.parameters()
         gradients = torch.autograd.grad(losses.sum() * scale, [parameters[name] for name in self.shapes])
         return losses.detach(), torch.cat([each.reshape(-1) for each in gradients])

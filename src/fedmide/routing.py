@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -20,14 +20,15 @@ from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
 from fedmide.model import LoraModel
 from fedmide.tokens import Batch
+from fedmide.workers import Workers
 
 
 @dataclass(frozen=True, eq=False)
 class RoutedModel(LoraModel):
     """A model with routers, which are trained beside the adapters."""
 
-    routers: dict[str, nn.Parameter]
-    flat_routers: Flat
+    routers: dict[str, nn.Parameter] = field(kw_only=True)
+    flat_routers: Flat = field(kw_only=True)
 
     @property
     def beside(self) -> tuple[nn.Parameter, ...]:
@@ -51,10 +52,17 @@ class RoutedModel(LoraModel):
         with self._routed():
             return super().nll(batch)
 
-    def backpropagate(self, batch: Batch, scale: float, seed: int) -> Tensor:
-        """As without routers; adds their gradient too."""
+    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+        """As without routers; adds their own gradient to theirs."""
         with self._routed():
-            return super().backpropagate(batch, scale, seed)
+            losses = self._training_losses(batch, seed)
+        own, parameters = list(self.routers.values()), self.parameters()
+        factors = [parameters[name] for name in self.shapes]
+        gradients = torch.autograd.grad(losses.sum() * scale, [*factors, *own])
+        for router, gradient in zip(own, gradients[len(factors) :], strict=True):
+            assert router.grad is not None
+            router.grad.add_(gradient)
+        return losses.detach(), torch.cat([each.reshape(-1) for each in gradients[: len(factors)]])
 
     def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """As without routers."""
@@ -92,7 +100,8 @@ def routed(model: LoraModel, names: Sequence[str]) -> RoutedModel:
     inner = {name: model.shapes[name.removesuffix(ROUTER) + A][1] for name in names}
     routers = {name: nn.Parameter(torch.zeros(2, size, device=model.device)) for name, size in inner.items()}
     parts = {each.name: getattr(model, each.name) for each in fields(LoraModel)}
-    return RoutedModel(**{**parts, "prefixes": None}, routers=routers, flat_routers=Flat(list(routers.values())))
+    changes = {"prefixes": None, "workers": Workers(1)}  # what a hook sees is one batch at a time
+    return RoutedModel(**{**parts, **changes}, routers=routers, flat_routers=Flat(list(routers.values())))
 
 
 def without_routers(adapter: Adapter) -> Adapter:

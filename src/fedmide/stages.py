@@ -85,7 +85,9 @@ def start(config: Config, path: Path, tell: Tell = lambda message: None) -> Iter
     check_new(path, config)
     inputs = read(config, tell)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    check_room(path, num_adapters * len(adapters.encode(inputs.fresh_adapter())))
+    num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers else 0
+    begin = server.begin("", inputs.clients, inputs.fresh_adapter(), config)
+    check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
     with locked(path):
         tell(f"the run is in {path}")
         folder = create(path, config, inputs.manifest)
