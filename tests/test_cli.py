@@ -77,9 +77,24 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
     for args in (["--help"], []):
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
-        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "split", "data"):
+        verbs = ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "split", "methods", "data")
+        for verb in verbs:
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
+
+
+def test_the_methods_are_listed(fedmide: Callable[..., Outcome]) -> None:
+    shown, listed = fedmide("methods"), fedmide("methods", "--json")
+    assert (shown.code, listed.code) == (0, 0)
+    found = listed.json
+    assert list(found) == list(typing.get_args(config.MethodName))
+    assert all(name in shown.out and each["summary"] and each["source"] for name, each in found.items())
+
+
+def test_a_table_of_another_method_is_one_clear_message(fedmide: Callable[..., Outcome], small_input: Any) -> None:
+    refused = fedmide("run", str(small_input.config), "--set", "method=fedavg", "--set", "fedprox.mu=1.0")
+    assert refused.code == 2
+    assert "method 'fedavg' has no use for this table" in refused.err
 
 
 def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:

@@ -22,6 +22,11 @@ Array = NDArray[np.float32]
 A, B = ".lora_A.weight", ".lora_B.weight"
 DELTA = ".base_delta.weight"
 """How the name of a change of a layer's base weights ends; a few methods have such arrays beside the factors."""
+ROUTER = ".router.weight"
+"""How the name of a layer's router (2, in) ends: softmax(router x) weights the halves of the ranks, per token."""
+OWN, COMMON, REFERENCES, MOST = "own", "common", "references", "most"
+"""Parts of two adapters that are weighted per record: the factors of each, states (N, D) to compare with, the highest
+weight of the own one."""
 
 
 def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -110,11 +115,40 @@ def _padded(array: Array, shape: tuple[int, ...], axis: int) -> Array:
     return np.pad(array, [(0, missing if each == axis else 0) for each in range(array.ndim)])
 
 
+def stacked(own: Adapter, other: Adapter, weight: float = 1.0, other_weight: float = 1.0) -> Adapter:
+    """Two adapters as one of both ranks, the own ranks first: its product is the weighted sum of theirs."""
+    result = {}
+    for name, array in own.items():
+        pair = [array, other[name]]
+        if name.endswith(B):
+            pair = [array * np.float32(weight), other[name] * np.float32(other_weight)]
+        result[name] = np.concatenate(pair, axis=rank_axis(name))
+    return result
+
+
+def unstacked(stack: Adapter, like: Adapter, weight: float = 1.0, other_weight: float = 1.0) -> tuple[Adapter, Adapter]:
+    """The two adapters that `stacked` made one of, the first of the ranks of another."""
+    halves: tuple[dict[str, Array], dict[str, Array]] = {}, {}
+    for name in like:
+        axis = rank_axis(name)
+        parts = np.split(stack[name], [like[name].shape[axis]], axis)
+        for half, part, share in zip(halves, parts, (weight, other_weight), strict=True):
+            half[name] = part / np.float32(share) if name.endswith(B) else part
+    return halves
+
+
 def as_factors(adapter: Adapter, scale: float) -> Adapter:
     """The same model as factors alone: a change of base weights becomes ranks of its own, as many as it can have.
 
-    `scale` is what the product of the factors counts in the model.
+    `scale` is what the product of the factors counts in the model. Of two adapters whose weights depend on the record
+    the own one gets the highest that it can have; a router is left out, which leaves half of each.
     """
+    if MOST in adapter:
+        most = float(adapter[MOST][0])
+        return stacked(under(OWN, adapter), under(COMMON, adapter), most, 1 - most)
+    if any(name.endswith(ROUTER) for name in adapter):
+        kept = {name: array for name, array in adapter.items() if not name.endswith(ROUTER)}
+        return {name: array * np.float32(0.5 if name.endswith(B) else 1) for name, array in kept.items()}
     result = dict(without_deltas(adapter))
     for name, delta in deltas(adapter).items():
         layer = name.removesuffix(DELTA)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from fedmide import methods
 from fedmide.adapters import is_finite
 from fedmide.config import Config
-from fedmide.enrollment import enroll, split
+from fedmide.enrollment import Verdict, enroll, rearranged, split
 from fedmide.errors import MessageError
 from fedmide.ledger import Ledger, Standing, before, measurements, scores, standing, verdicts
 from fedmide.localmodel import (
@@ -34,6 +34,7 @@ from fedmide.localmodel import (
 from fedmide.messages import ClientReply, ClientTask, Metric, MetricName
 from fedmide.methods.method import Visit
 from fedmide.records import RecordId
+from fedmide.seeds import stream
 from fedmide.tokens import Example
 
 
@@ -151,7 +152,7 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     chosen = {"all": tuple(state.training), "shared": now.shared, "personal": now.personal}
     records = chosen[state.config.personalization.records]
     if method.tuning is None or not records or state.config.personalization.epochs == 0:
-        return _reply(task, None, 0, {}), replace(state, adapter=start)
+        return _reply(task, None, 0, {}), replace(state, adapter=method.finish(visit, model, start))
     plan = personalization_plan(state.config, state.name, method.tuning(visit))
     examples = [state.training[record] for record in records]
     kept, adapter, validated = 0, start, ZERO
@@ -170,7 +171,7 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     }
     if len(state.validation) > 1 and kept:
         metrics["validation_loss"] = Metric(validated.sum, validated.num_tokens)
-    return _reply(task, None, 0, metrics), replace(state, adapter=adapter)
+    return _reply(task, None, 0, metrics), replace(state, adapter=method.finish(visit, model, adapter))
 
 
 def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standing) -> Ledger:
@@ -181,8 +182,17 @@ def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standin
     candidates = [record for record in (now.personal if now.is_split else now.sets) if record in now.own]
     aggregated = _nll(task.adapter, candidates, state, model)
     values = scores(aggregated, now.own)
-    judged = enroll(values, enrollment.threshold) if now.is_split else split(values, enrollment.rule)
+    judged = enroll(values, enrollment.threshold) if now.is_split else _split(values, state)
     return verdicts(task.round, aggregated, now.own, judged)
+
+
+def _split(values: Mapping[RecordId, float], state: ClientState) -> dict[RecordId, Verdict]:
+    """The split by the scores, or otherwise where that is to be compared with."""
+    enrollment = state.config.enrollment
+    by_score = split(values, enrollment.rule)
+    lengths = {record: len(state.training[record].ids) for record in values}
+    draw = stream(state.config.seed, "split", 0, state.name)
+    return rearranged(by_score, values, lengths, enrollment.split, draw)
 
 
 def _train(task: ClientTask, state: ClientState, model: LocalModel, records: Sequence[RecordId]) -> Epoch | None:

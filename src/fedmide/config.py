@@ -22,6 +22,7 @@ from fedmide.errors import ConfigError
 Positions = Literal["all", "response"]
 DataSource = Literal["published", "files", "table", "medical"]
 ThresholdRule = Literal["otsu-256", "otsu-exact", "median"]
+SplitRule = Literal["score", "random", "reversed", "length-matched"]
 MethodName = Literal[
     "fedmide",
     "local",
@@ -40,6 +41,9 @@ MethodName = Literal[
     "flora",
     "fedex-lora",
     "flexlora",
+    "feddpa-t",
+    "feddpa-f",
+    "fedalt",
 ]
 """The federated algorithms; what each does: `methods`, docs/methods.md."""
 Quantization = Literal["none", "int8", "nf4"]
@@ -198,6 +202,10 @@ class EnrollmentConfig(Section):
 
     rule: ThresholdRule = "otsu-256"
     """Threshold of the split after the warm-up."""
+    split: SplitRule = "score"
+    """Which records the split makes shared, as many as score below the threshold: "score", those; the others are there
+    to show what the score is good for: "random"; "reversed", those with the highest scores; "length-matched", drawn
+    among records of like length, so that both sets are as long as the score's."""
     enabled: bool = True
     """false: the split after the warm-up stands."""
     threshold: Rate = 1.0
@@ -276,6 +284,17 @@ class FlexLoraConfig(Section):
     scale is `lora.alpha / lora.r`."""
 
 
+class FedDpaConfig(Section):
+    """FedDPA's own knobs, of both variants."""
+
+    weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Of the local adapter's output while it is trained; the common one has the rest."""
+    most: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Highest weight of the local adapter at inference; a record's own is so much times its likeness."""
+    references: Positive = 5
+    """Training records that a record is compared with."""
+
+
 class GenerationConfig(Section):
     """Decoding of the test records' responses: greedy, batched, masked."""
 
@@ -318,6 +337,7 @@ METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
         "fedyogi": ("fedyogi",),
         "ditto": ("ditto",),
         "flexlora": ("flexlora",),
+        "feddpa": ("feddpa-t", "feddpa-f"),
     }
 )
 """The methods' own tables, and which methods use each. Any other method refuses it."""
@@ -367,6 +387,8 @@ class Config(Section):
     """Ditto."""
     flexlora: FlexLoraConfig = FlexLoraConfig()
     """FlexLoRA."""
+    feddpa: FedDpaConfig = FedDpaConfig()
+    """FedDPA."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
     evaluation: EvaluationConfig = EvaluationConfig()

@@ -33,10 +33,6 @@ class Flat:
                 part[self.place([each])].view(each.shape) for part in (self.parameter.data, self.gradient)
             )
 
-    def unscale(self, scale: float) -> bool:
-        """Divides the gradient; whether all of it is finite."""
-        return bool(self.gradient.div_(scale).isfinite().all())
-
     @property
     def gradient(self) -> Tensor:
         """The gradient (P,), float32."""

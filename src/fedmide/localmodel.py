@@ -121,3 +121,6 @@ class LocalModel(Protocol):
 
     def fresh(self, seed: int) -> Adapter:
         """An adapter that changes nothing yet."""
+
+    def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
+        """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""

@@ -135,6 +135,11 @@ class LoraModel:
         return weight.dtype
 
     @property
+    def beside(self) -> tuple[nn.Parameter, ...]:
+        """What is trained beside the flat parameter."""
+        return ()
+
+    @property
     def prefix_bytes(self) -> int:
         """How much is kept of what the blocks below the adapters make of records."""
         return 0 if self.prefixes is None else self.prefixes.num_bytes
@@ -177,10 +182,14 @@ class LoraModel:
             given = states, batch.lengths, rows, targets, scale, dropout, gradient
             return passes.backpropagate(self.prefixes.decoder, *given, self.checkpointing), gradient
 
-    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+    def _training_losses(self, batch: Batch, seed: int) -> Tensor:
+        """NLL of each predicted token through the modules, with dropout."""
         self._switch(training=True)
         torch.manual_seed(seed % 2**TORCH_SEED_BITS)
-        losses = self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+        return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+
+    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+        losses = self._training_losses(batch, seed)
         parameters = self.parameters()
         gradients = torch.autograd.grad(losses.sum() * scale, [parameters[name] for name in self.shapes])
         return losses.detach(), torch.cat([each.reshape(-1) for each in gradients])
@@ -208,6 +217,19 @@ class LoraModel:
         with self._only(predicts.reshape(-1).nonzero().squeeze(1)):
             logits = self.network(input_ids=ids, use_cache=False).logits[0]  # (N, V)
         return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def last_state(self, ids: Tensor) -> Tensor:
+        """The last layer's normed state at the last of these tokens (T,), float32 (D,)."""
+        self._switch(training=False)
+        seen: list[Tensor] = []
+        head = self.network.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0, -1]))
+        try:
+            with torch.inference_mode(), self._only(torch.tensor([len(ids) - 1], device=self.device)):
+                self.network(input_ids=ids[None].to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0].float().cpu()
 
     def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T)."""
@@ -294,7 +316,8 @@ def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
         "adapter_config.json": _peft_json(lora, ranks, scale).encode(),
         "adapter_model.safetensors": adapters.encode(factors),
     }
-    return files if set(ranks.values()) <= {lora.r} else {**files, OURS: adapters.encode(adapter)}
+    as_it_is = factors.keys() == adapter.keys() and set(ranks.values()) <= {lora.r}
+    return files if as_it_is else {**files, OURS: adapters.encode(adapter)}
 
 
 def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) -> str:

@@ -8,12 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from fedmide import adapters, generation, methods, scoring, training
 from fedmide.config import Config, Positions
-from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan
+from fedmide.localmodel import ZERO, Adapter, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel, load
+from fedmide.routing import routed
 from fedmide.threads import available_cores, free_threads
 from fedmide.tokens import Example
 
@@ -37,21 +40,59 @@ class Resident:
 
     def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
         """NLL of each example under the adapter."""
-        self.model.put(adapter)
-        budget = self.config.scoring.tokens_per_batch
-        return scoring.nll(self.model, examples, positions, budget, self._count("tokens scored"))
+        budget, count = self.config.scoring.tokens_per_batch, self._count("tokens scored")
+        found: list[Nll] = [ZERO] * len(examples)
+        for rows, each in self._by_record(adapter, examples):
+            model = self._holding(each)
+            for row, value in zip(
+                rows, scoring.nll(model, [examples[row] for row in rows], positions, budget, count), strict=True
+            ):
+                found[row] = value
+        return tuple(found)
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
         """The states after each pass of a training that starts from the adapter."""
-        self.model.put(adapter)  # only when the first state is asked for: until then another may be put in
-        for epoch in training.train(self.model, examples, plan, self._count("tokens trained")):
+        model = self._holding(adapter)  # only when the first state is asked for: until then another may be put in
+        for epoch in training.train(model, examples, plan, self._count("tokens trained")):
             yield replace(epoch, adapter=adapters.cut_like(epoch.adapter, adapter))
+
+    def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
+        """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""
+        model = self._holding(adapter)
+        found = [model.last_state(torch.from_numpy(each.ids[: each.prompt_length])).numpy() for each in examples]
+        return np.stack(found) if found else np.zeros((0, 1), np.float32)
 
     def generate(self, adapter: Adapter, examples: Sequence[Example], max_new_tokens: int) -> tuple[str, ...]:
         """The responses to the examples' prompts under the adapter."""
-        self.model.put(adapter)
-        batch_size = self.config.generation.batch_size
-        return generation.generate(self.model, examples, max_new_tokens, batch_size, self._count("responses generated"))
+        batch_size, count = self.config.generation.batch_size, self._count("responses generated")
+        found = [""] * len(examples)
+        for rows, each in self._by_record(adapter, examples):
+            model = self._holding(each)
+            texts = generation.generate(model, [examples[row] for row in rows], max_new_tokens, batch_size, count)
+            for row, text in zip(rows, texts, strict=True):
+                found[row] = text
+        return tuple(found)
+
+    def _holding(self, adapter: Adapter) -> LoraModel:
+        """The model with the adapter in it."""
+        routers = [name for name in adapter if name.endswith(adapters.ROUTER)]
+        model = routed(self.model, routers) if routers else self.model
+        model.put(adapter)
+        return model
+
+    def _by_record(self, adapter: Adapter, examples: Sequence[Example]) -> Iterator[tuple[Sequence[int], Adapter]]:
+        """Which examples have which adapter: all the same, but where two are weighted per record."""
+        if adapters.MOST not in adapter:
+            yield range(len(examples)), adapter
+            return
+        own, common = adapters.under(adapters.OWN, adapter), adapters.under(adapters.COMMON, adapter)
+        prompts: dict[bytes, list[int]] = {}
+        for row, example in enumerate(examples):
+            prompts.setdefault(example.ids[: example.prompt_length].tobytes(), []).append(row)
+        states = self.states(own, [examples[rows[0]] for rows in prompts.values()])
+        for rows, state in zip(prompts.values(), states, strict=True):
+            weight = float(adapter[adapters.MOST][0]) * likeness(state, adapter[adapters.REFERENCES])
+            yield rows, adapters.stacked(own, common, weight, 1 - weight)
 
     def _count(self, kind: str) -> Callable[[int], None]:
         def count(number: int) -> None:
@@ -78,3 +119,15 @@ def open_model(
     for room in (model.training_room, model.scoring_room):
         room.tell = tell
     return Resident(model, config)
+
+
+def likeness(state: NDArray[np.float32], references: NDArray[np.float32]) -> float:
+    """The mean cosine of a state (D,) with others (N, D), not below 0; 0 where there are none.
+
+    >>> likeness(np.array([1.0, 0.0]), np.array([[2.0, 0.0], [0.0, 3.0]]))
+    0.5
+    """
+    if not len(references):
+        return 0.0
+    norms = np.linalg.norm(references, axis=1) * np.linalg.norm(state)
+    return max(0.0, float(np.mean(references @ state / norms)))

@@ -85,7 +85,9 @@ def start(config: Config, path: Path, tell: Tell = lambda message: None) -> Iter
     check_new(path, config)
     inputs = read(config, tell)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    check_room(path, num_adapters * len(adapters.encode(inputs.fresh_adapter())))
+    num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers else 0
+    begin = server.begin("", inputs.clients, inputs.fresh_adapter(), config)
+    check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
     with locked(path):
         tell(f"the run is in {path}")
         folder = create(path, config, inputs.manifest)
@@ -200,6 +202,7 @@ def evaluate(run: Run, progress: Progress = silent, questions: Sets = MappingPro
             run.inputs.prompt_hash,
         )
         metrics |= {"questions": figures} if (figures := run.folder.question_figures()) else {}
+        metrics["method"] = _method_figures(run)
         write_file(run.folder.path / "metrics.json", to_json(metrics))
     return metrics
 
@@ -366,6 +369,11 @@ def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter)
     if stage == "personalized":
         return _personal_adapter(run, name)
     return aggregated if stage == "aggregated" else run.inputs.fresh_adapter()
+
+
+def _method_figures(run: Run) -> dict[str, Any]:
+    method = methods.of(run.config)
+    return {"name": method.name, "source": method.source, **asdict(method.sizes(run.inputs.fresh_adapter()))}
 
 
 def _set_figures(run: Run, name: str) -> dict[str, Any]:

@@ -85,7 +85,8 @@ class Stepped:
         )
         self.values = self.flat if self.share is None else torch.nn.Parameter(_whole(self.flat.detach(), self.share))
         make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[terms.optimizer]
-        self.optimizer = make([self.values], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        self.stepped = [self.values, *model.beside]
+        self.optimizer = make(self.stepped, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
     @torch.no_grad()
     def step(self, rate: float) -> None:
@@ -98,7 +99,7 @@ class Stepped:
         assert self.values.grad is not None
         if self.pull and self.towards is not None:
             self.values.grad.add_(self.values - self.towards, alpha=self.pull)
-        torch.nn.utils.clip_grad_norm_(self.values, self.max_norm)
+        torch.nn.utils.clip_grad_norm_(self.stepped, self.max_norm)
         if self.push is not None:
             self.values.grad.add_(self.push)
         self.optimizer.step()
@@ -124,7 +125,7 @@ def _gradient(model: LoraModel, examples: Sequence[Example], settings: TrainingC
         parts = tuple(batches(examples, settings.positions, most, model.max_padding))
         for scale in LOSS_SCALES if model.dtype == torch.float16 else (1.0,):
             loss_sum = _pass(model, parts, scale / num_tokens, seed)
-            if scale == 1.0 or model.flat.unscale(scale):
+            if scale == 1.0 or _unscale(model, scale):
                 break
         return loss_sum
 
@@ -133,9 +134,20 @@ def _gradient(model: LoraModel, examples: Sequence[Example], settings: TrainingC
     return Nll(loss_sum, num_tokens)
 
 
+def _unscale(model: LoraModel, scale: float) -> bool:
+    """Divides the gradients; whether all of them are finite."""
+    return all([bool(each.div_(scale).isfinite().all()) for each in _gradients(model)])
+
+
+def _gradients(model: LoraModel) -> list[Tensor]:
+    """The gradients of what is trained."""
+    return [each.grad for each in (model.flat.parameter, *model.beside) if each.grad is not None]
+
+
 def _pass(model: LoraModel, parts: Sequence[Batch], scale: float, seed: int) -> float:
     """The sum of the batches' losses; leaves the gradient of `scale` times it."""
-    model.flat.gradient.zero_()
+    for gradient in _gradients(model):
+        gradient.zero_()
     loss_sum = 0.0
     for losses, gradient in model.workers.each(
         lambda part: model.backpropagate(part[1], scale, seed + part[0]), enumerate(parts)

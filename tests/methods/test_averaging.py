@@ -98,7 +98,7 @@ def test_the_pull_is_mu_times_the_distance_on_the_gradient(run_federation: Any, 
         adapter: Adapter = last.adapter
         return adapter
 
-    resident.put(start) if hasattr(resident, "put") else resident.model.put(start)
+    resident.model.put(start)
     resident.model.prepare(training=True)
     resident.model.flat.parameter.grad.zero_()
     from fedmide.tokens import batches

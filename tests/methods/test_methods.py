@@ -1,6 +1,8 @@
 """What every method has to survive: one client, sampled participation, a client that fails, a round handled again."""
 
+import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, get_args
 
 import numpy as np
@@ -21,6 +23,12 @@ def test_every_method_says_what_it_is() -> None:
     for name, method in methods.METHODS.items():
         assert method.name == name
         assert method.summary and method.source and len(method.summary) < 110
+
+
+def test_every_method_has_its_box_in_the_documents() -> None:
+    text = (Path(__file__).resolve().parents[2] / "docs" / "methods.md").read_text("utf-8")
+    titles = re.findall(r"^## (.+)$", text, re.MULTILINE)
+    assert {name for title in titles for name in title.split(", ")} == set(get_args(MethodName))
 
 
 def test_a_table_of_another_method_is_refused() -> None:

@@ -8,6 +8,8 @@ from fedmide.config import Config, MethodName
 from fedmide.methods.adaptive import FEDADAGRAD, FEDADAM, FEDAVGM, FEDYOGI
 from fedmide.methods.averaging import CENTRAL, FEDAVG, FEDAVG_FT, FEDMIDE, FEDPROX, LOCAL
 from fedmide.methods.ditto import DITTO
+from fedmide.methods.fedalt import FEDALT
+from fedmide.methods.feddpa import FEDDPA_F, FEDDPA_T
 from fedmide.methods.flexlora import FLEXLORA
 from fedmide.methods.halves import FEDSA_LORA, FFA_LORA
 from fedmide.methods.method import Method
@@ -21,6 +23,8 @@ _ALL = (
     *(FFA_LORA, FEDSA_LORA),
     DITTO,
     *(FLORA, FEDEX_LORA, FLEXLORA),
+    *(FEDDPA_T, FEDDPA_F),
+    FEDALT,
 )
 
 METHODS: Mapping[MethodName, Method] = MappingProxyType({method.name: method for method in _ALL})

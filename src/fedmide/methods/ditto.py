@@ -7,7 +7,7 @@ Li et al. 2021, arXiv:2012.04221, Algorithm 1. v_k begins at the first received 
 """
 
 from fedmide.localmodel import Adapter, LocalModel, Terms
-from fedmide.methods.method import Method, Trained, Visit, learn
+from fedmide.methods.method import Method, Trained, Visit, learn, two_adapters
 
 
 def _local(visit: Visit, model: LocalModel) -> Trained:
@@ -29,4 +29,5 @@ DITTO = Method(
     local=_local,
     remembers=True,
     own=_own,
+    sizes=two_adapters,
 )

@@ -15,7 +15,7 @@ from fedmide.adapters import Shapes, named, shapes
 from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel, Terms
-from fedmide.methods.method import Answer, Common, Method, Trained, Visit, learn
+from fedmide.methods.method import Answer, Common, Method, Sizes, Trained, Visit, learn, num_values
 
 A, B = ".lora_A.", ".lora_B."
 
@@ -77,6 +77,7 @@ FFA_LORA = Method(
     "A is frozen, B is trained and averaged: the mean is exact, half of the traffic",
     "Sun et al. 2024, arXiv:2403.12313",
     local=_train_b,
+    sizes=lambda adapter: Sizes(num_values(named(adapter, B))),
     own=_with_received,
     down=_b_down,
     up=_b_up,

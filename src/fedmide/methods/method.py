@@ -64,6 +64,30 @@ class Answer:
     num_records: int
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How many values a client trains in a round, and how many it needs at inference that can't be merged into the
+    base weights."""
+
+    trained_parameters: int
+    extra_parameters: int = 0
+
+
+def num_values(adapter: Adapter) -> int:
+    """How many values the arrays hold together."""
+    return sum(array.size for array in adapter.values())
+
+
+def one_adapter(adapter: Adapter) -> Sizes:
+    """One adapter is trained; at inference it can be merged."""
+    return Sizes(num_values(adapter))
+
+
+def two_adapters(adapter: Adapter) -> Sizes:
+    """Two are trained, one is used."""
+    return Sizes(2 * num_values(adapter))
+
+
 def learn(
     visit: Visit,
     model: LocalModel,
@@ -93,6 +117,11 @@ def train_received(visit: Visit, model: LocalModel) -> Trained:
 def received(visit: Visit, model: LocalModel) -> Adapter:
     """The client's model is the common one."""
     return visit.received
+
+
+def as_it_is(visit: Visit, model: LocalModel, adapter: Adapter) -> Adapter:
+    """The same adapter."""
+    return adapter
 
 
 def rank_of_lora(config: Config) -> int:
@@ -143,6 +172,8 @@ class Method:
     """The client's model after the last round, in which `visit.received` is what came with the last task."""
     tuning: Callable[[Visit], Terms] | None = None
     """How that is then tuned for `personalization.epochs`; None: it isn't."""
+    finish: Callable[[Visit, LocalModel, Adapter], Adapter] = as_it_is
+    """What is kept of that, tuned or not, for inference."""
     begin: Callable[[Adapter, Sequence[str], Config], Common] = only_the_adapter
     """What the server holds before the first round, out of a fresh adapter."""
     down: Callable[[Common, str, Config], Adapter] = whole_adapter
@@ -153,6 +184,8 @@ class Method:
     """The server's state after the replies; None where they have no weight at all, then it stays as it was."""
     travels: bool = True
     """Whether anything does."""
+    sizes: Callable[[Adapter], Sizes] = one_adapter
+    """How many values it works with, out of an adapter of the configured rank."""
     rank: Callable[[Config], int] = rank_of_lora
     """The rank that the network's layers need to have."""
     in_one_place: bool = False
