@@ -19,6 +19,8 @@ from fedmide.atomic import without_nan
 from fedmide.errors import UsageError, UserError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from fedmide.stages import Run, Sets
 
 app = typer.Typer(
@@ -183,6 +185,44 @@ def identify(
 
 
 @app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A configuration (TOML); it may have tables [variants.NAME].")],
+    methods: Annotated[str, typer.Option(help="Methods and variants, with commas between.")],
+    seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
+    learning_rates: Annotated[str, typer.Option(help="Rates to choose from on validation; otherwise as set.")] = "",
+    against: Annotated[str, typer.Option(help="Whom all others are held against.")] = "fedavg-ft,fedmide",
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; otherwise comparisons/NAME. It goes on where it is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on the same records, with the same budget of local steps.
+
+    Does the runs that are missing in the folder, then tells of all of them: a comparison that was stopped goes on.
+    """
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, read_toml
+
+    values = apply_overrides(read_toml(config), overrides)
+    numbers = [int(each) for each in _listed("seeds", seeds, str.isdecimal)]
+    rates = [float(each) for each in _listed("learning-rates", learning_rates, _is_number)]
+    from fedmide import compare as comparing
+    from fedmide.console import bars, sheet_table, tell
+    from fedmide.evaluation.tables import sheets
+
+    folder = out or Path("comparisons") / config.stem
+    plan = comparing.planned(values, _names(methods), numbers, folder, rates, _names(against))
+    figures = comparing.run(plan, tell, bars)
+    if as_json:
+        _print_json(figures)
+        return
+    Console().print(*(sheet_table(each) for each in sheets(figures)))
+    sys.stdout.write(f"{folder / 'comparison.html'}\n")
+
+
+@app.command()
 def split(
     path: Annotated[Path, typer.Argument(help="Scored records, JSON or JSONL.")],
     rule: Annotated[Rule, typer.Option(help="How the threshold is found.")] = "otsu-256",
@@ -309,6 +349,26 @@ def data_partition(
     else:
         Console().print(partition_table(dealt))
         sys.stdout.write(f"{len(dealt)} clients in {out}; how they differ: {out / 'partition.svg'}\n")
+
+
+def _names(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [name for each in text.split(",") if (name := each.strip())]
+
+
+def _listed(option: str, text: str, is_right: "Callable[[str], bool]") -> list[str]:
+    """The numbers between the commas; refused where one is none."""
+    names = _names(text)
+    if wrong := [name for name in names if not is_right(name)]:
+        raise UsageError(f"--{option} {text!r}: {wrong[0]!r} is no number of this kind", "Put commas between numbers")
+    return names
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
 
 
 def _work(

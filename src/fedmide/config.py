@@ -102,6 +102,8 @@ class DataConfig(Section):
     """Part of the training records held out to choose the personalisation epoch, where no validation is given."""
     test_fraction: Fraction = 0.2
     """Part of the records held out for testing, where no test is given."""
+    seed: Annotated[int, Field(ge=-1)] = -1
+    """What the draws and parts of the records, and the choices of the evaluation, follow from; -1: the run's seed."""
 
 
 class ModelConfig(Section):
@@ -223,6 +225,8 @@ class PersonalizationConfig(Section):
     """AdamW's rate at the start; where it isn't given, `training.learning_rate`."""
     records: Literal["all", "personal", "shared"] = "all"
     """Which of the client's training records to tune on."""
+    max_steps: Count = 0
+    """At most so many optimiser steps; 0: as the epochs give."""
 
 
 class FedProxConfig(Section):
@@ -311,8 +315,9 @@ class GenerationConfig(Section):
 class EvaluationConfig(Section):
     """What is measured on the test records."""
 
-    choices: Annotated[int, Field(ge=2)] = 4
-    """Responses in the choice by likelihood: the reference and choices - 1 others of the same client."""
+    choices: Count = 4
+    """Responses in the choice by likelihood: the reference and choices - 1 others of the same client. Below 2: no
+    choice is scored, nor the options that instructions list."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """Resamples for the 95 % intervals."""
 
@@ -395,6 +400,11 @@ class Config(Section):
     """Measures."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Machine."""
+
+    @property
+    def data_seed(self) -> int:
+        """What the records' draws and parts follow from."""
+        return self.seed if self.data.seed < 0 else self.data.seed
 
     @model_validator(mode="before")
     @classmethod

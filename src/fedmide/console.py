@@ -23,6 +23,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # what is said about records needs no model's libraries
+    from fedmide.evaluation.tables import Sheet
     from fedmide.methods.method import Method
     from fedmide.sources.check import PartReport, Report
     from fedmide.sources.partition import Dealt
@@ -156,6 +157,16 @@ def sets_table(scenario: str, figures: Mapping[str, Any]) -> Table:
         sets = (site[moment]["personal"] for moment in ("after_warmup", "after_rounds"))
         cells = (" ".join(_number(each, key) for key in ("precision", "recall", "f1")) for each in sets)
         table.add_row(name, *cells, f"{site['enrolled']['number']:.4g}, {site['enrolled']['right']:.4g}")
+    return table
+
+
+def sheet_table(sheet: "Sheet") -> Table:
+    """A table of a comparison."""
+    table = _table(sheet.title)
+    for number, title in enumerate(sheet.header):
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*row)
     return table
 
 

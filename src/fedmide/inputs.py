@@ -22,7 +22,7 @@ from fedmide.errors import ModelError, UserError
 from fedmide.localmodel import Adapter
 from fedmide.prompts import prompt_hash, resolve
 from fedmide.records import ClientData, Record
-from fedmide.resident import Resident, open_model
+from fedmide.resident import Opener, Resident, open_model
 from fedmide.sources import load as load_data
 from fedmide.tokens import Encoder, Example, encode_all, encoder
 
@@ -71,17 +71,23 @@ class Inputs:
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
 
 
-def read(config: Config, tell: Tell = lambda message: None, threads: int = 0, load: LoadData = load_data) -> Inputs:
+def read(
+    config: Config,
+    tell: Tell = lambda message: None,
+    threads: int = 0,
+    load: LoadData = load_data,
+    opener: Opener = open_model,
+) -> Inputs:
     """All that the configuration points at; `tell` hears what is being waited for.
 
-    `threads` of the processor are used, 0: as the configuration says. `load` gives the records.
+    `threads` of the processor are used, 0: as the configuration says. `load` gives the records, `opener` the model.
 
     What is wrong with the records, the prompt and a model's folder is raised together, then what is wrong with the
     model, then which records do not fit it.
     """
     tell("reading the records")
     errors: list[UserError] = []
-    clients = _attempt(errors, lambda: load(config.data, config.seed))
+    clients = _attempt(errors, lambda: load(config.data, config.data_seed))
     _attempt(errors, lambda: resolve(config.prompt.template))
     folder = None
     if not errors or Path(config.model.name).expanduser().is_dir():  # anything else may be a long download
@@ -90,7 +96,7 @@ def read(config: Config, tell: Tell = lambda message: None, threads: int = 0, lo
         raise _together(errors)
     assert clients is not None and folder is not None  # no error
     tell(f"loading {config.model.name}")
-    resident = open_model(config, folder, threads, tell)
+    resident = opener(config, folder, threads, tell)
     _check_positions(config.model, resident.model.num_positions)
     encode = encoder(resident.model.tokenizer, config.model, config.prompt)
     examples = _encode_clients(encode, clients)

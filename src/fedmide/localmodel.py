@@ -96,7 +96,7 @@ def rate_at(step: int, num_steps: int, settings: TrainingConfig) -> float:
 def personalization_plan(config: Config, client: str, terms: Terms = PLAIN) -> TrainingPlan:
     """The plan of the last stage: the training's settings with its own epochs and rate."""
     own: PersonalizationConfig = config.personalization
-    changes = {"epochs": max(1, own.epochs), "learning_rate": own.learning_rate, "max_steps": 0}
+    changes = {"epochs": max(1, own.epochs), "learning_rate": own.learning_rate, "max_steps": own.max_steps}
     settings = config.training.model_copy(update=changes)
     return TrainingPlan(settings, config.seed, config.federation.rounds, client, terms)
 

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from fedmide import adapters, generation, methods, scoring, training
-from fedmide.config import Config, Positions
+from fedmide.config import Config, LoraConfig, Positions
 from fedmide.localmodel import ZERO, Adapter, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel, load
 from fedmide.routing import routed
@@ -113,12 +113,44 @@ def open_model(
     # batches side by side do not wait for each other at every product, and change no bit: every core is worth it
     num_workers = config.runtime.threads or available_cores()
     held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing, num_workers
-    rank = methods.of(config).rank(config)  # the scale alpha / r is the same at any rank
-    lora = config.lora.model_copy(update={"r": rank, "alpha": config.lora.alpha * rank / config.lora.r})
-    model = load(folder, config.model, lora, *held)
+    model = load(folder, config.model, _lora(config), *held)
     for room in (model.training_room, model.scoring_room):
         room.tell = tell
     return Resident(model, config)
+
+
+Opener = Callable[[Config, Path, int, Callable[[str], None]], Resident]
+"""What opens the model in a folder, as `open_model` does."""
+
+
+@dataclass
+class Kept:
+    """Opens models, and keeps the last one with its prefixes: the next run that needs the same one has it at once.
+
+    All runs have as many threads as the first, unless they say how many.
+    """
+
+    key: tuple[object, ...] = ()
+    model: LoraModel | None = None
+    threads: int = 0
+
+    def __call__(
+        self, config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
+    ) -> Resident:
+        """The resident model, its work counted from nothing."""
+        wanted = threads or config.runtime.threads or self.threads
+        key = (folder, config.model, _lora(config), config.runtime, config.training.checkpointing)
+        if self.model is None or key != self.key or wanted != self.threads:
+            self.model = None  # let go before another is loaded
+            self.key, self.model = key, open_model(config, folder, wanted, tell).model
+            self.threads = torch.get_num_threads()
+        return Resident(self.model, config)
+
+
+def _lora(config: Config) -> LoraConfig:
+    """What the network's layers are made for; the scale alpha / r is the same at any rank."""
+    rank = methods.of(config).rank(config)
+    return config.lora.model_copy(update={"r": rank, "alpha": config.lora.alpha * rank / config.lora.r})
 
 
 def likeness(state: NDArray[np.float32], references: NDArray[np.float32]) -> float:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -27,10 +28,11 @@ from fedmide.generation import default_max_new_tokens
 from fedmide.inputs import Inputs, Tell, changed, now, other_versions, read
 from fedmide.journal import RunFolder, check_new, create, locked, reopen
 from fedmide.ledger import before, standing
-from fedmide.localmodel import Adapter
+from fedmide.localmodel import Adapter, Nll, total
 from fedmide.messages import ClientTask, Metric
 from fedmide.model import OURS, peft_files
 from fedmide.records import RecordId
+from fedmide.resident import Opener, open_model
 from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
@@ -77,26 +79,28 @@ class Run:
 
 
 @contextmanager
-def start(config: Config, path: Path, tell: Tell = lambda message: None) -> Iterator[Run]:
+def start(config: Config, path: Path, tell: Tell = lambda message: None, opener: Opener = open_model) -> Iterator[Run]:
     """A new run in a new folder, which no other process gets at meanwhile.
 
     All input is read and checked before anything is written.
     """
     check_new(path, config)
-    inputs = read(config, tell)
+    inputs = read(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
     num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers else 0
     begin = server.begin("", inputs.clients, inputs.fresh_adapter(), config)
     check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
     with locked(path):
         tell(f"the run is in {path}")
-        folder = create(path, config, inputs.manifest)
+        folder = create(path, config, {**inputs.manifest, "parameters_trained": _parameters_trained(config, inputs)})
         folder.rebuild_events(())
         yield Run(folder, inputs, tell)
 
 
 @contextmanager
-def resume(path: Path, config: Config | None = None, tell: Tell = lambda message: None) -> Iterator[Run]:
+def resume(
+    path: Path, config: Config | None = None, tell: Tell = lambda message: None, opener: Opener = open_model
+) -> Iterator[Run]:
     """An earlier run, to go on with, which no other process gets at meanwhile, on as many threads as it began with.
 
     Refused where its configuration, its data, its model or its ledgers are no longer the same.
@@ -105,7 +109,7 @@ def resume(path: Path, config: Config | None = None, tell: Tell = lambda message
     with locked(path):
         tell(f"going on with {path}")
         earlier = folder.read_manifest()
-        inputs = read(folder.config, tell, earlier["threads"])
+        inputs = read(folder.config, tell, earlier["threads"], opener=opener)
         if problems := list(changed(earlier, inputs.manifest)):
             raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
         for difference in other_versions(earlier, inputs.manifest):
@@ -174,18 +178,39 @@ def generate(run: Run, progress: Progress = silent) -> None:
             advance(1, f"client {name}")
 
 
-def evaluate(run: Run, progress: Progress = silent, questions: Sets = MappingProxyType({})) -> dict[str, Any]:
+def validate(run: Run) -> dict[str, Nll]:
+    """The response NLL of each client's validation records under its personalised adapter; kept in validation.json.
+
+    Test records are not looked at: this is what settings may be chosen by.
+    """
+    _trained(run)
+    measured = {
+        name: total(run.inputs.resident.nll(_personal_adapter(run, name), examples.validation, "response"))
+        for name, examples in run.inputs.examples.items()
+    }
+    write_file(run.folder.path / "validation.json", to_json({name: asdict(nll) for name, nll in measured.items()}))
+    return measured
+
+
+def evaluate(
+    run: Run,
+    progress: Progress = silent,
+    questions: Sets = MappingProxyType({}),
+    wanted: Sequence[summary.StageName] = summary.STAGES,
+) -> dict[str, Any]:
     """What metrics.json holds: likelihood, choice and text metrics of each client's test records.
 
-    Under the base model, the aggregated adapter and, where there is one, the client's personalised one. What a client
+    Under the base model, the aggregated adapter and, where there is one, the client's personalised one; or under the
+    `wanted` ones of these. What a client
     measured is kept on its site, so that an evaluation that was stopped goes on. Public `questions` are asked too; the
     figures of those that were asked before stay.
     """
     aggregated = _trained(run).adapter
-    stages = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
+    present = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
+    stages = [stage for stage in present if stage in wanted]
     work = [(name, stage) for name in run.inputs.clients for stage in stages]
     measured: dict[str, dict[summary.StageName, Measured]] = {name: {} for name in run.inputs.clients}
-    num_asked = len(questions) * (2 + (len(stages) > 2) * len(run.inputs.clients))
+    num_asked = len(questions) * (2 + (len(present) > 2) * len(run.inputs.clients))
     shown = _listening(run, progress("evaluation", len(work) + num_asked, "adapters"))
     with _timed(run, "evaluated", len(work) + num_asked), shown as advance:
         for asked in questions:
@@ -208,8 +233,21 @@ def evaluate(run: Run, progress: Progress = silent, questions: Sets = MappingPro
 
 
 def _begin(run: Run) -> ServerState:
-    federation = config_fingerprint(run.config)
-    return server.begin(federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
+    return _begun(run.config, run.inputs)
+
+
+def _begun(config: Config, inputs: Inputs) -> ServerState:
+    return server.begin(config_fingerprint(config), inputs.clients, inputs.fresh_adapter(), config)
+
+
+def _parameters_trained(config: Config, inputs: Inputs) -> int:
+    """How many values a client trains, mean over clients."""
+    method, common = methods.of(config), _begun(config, inputs).common
+    sizes = [
+        method.trainings * sum(prod(shape) for shape in method.trains(common, client, config).values())
+        for client in common.clients
+    ]
+    return round(sum(sizes) / len(sizes))
 
 
 def _begin_training(run: Run) -> ServerState:

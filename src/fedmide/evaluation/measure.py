@@ -62,7 +62,8 @@ def measure(
     references = [encode.encode(record) for record in records]
     answers = _answers(records, config, client.name)
     choices = [_options(encode, record, row) for record, row in zip(records, answers, strict=True)]
-    listing = [(record, _right_first(found)) for record in records if (found := listed(record))]
+    has_choices = config.evaluation.choices > 1
+    listing = [(record, _right_first(found)) for record in records if has_choices and (found := listed(record))]
     options = [_continued(_options(encode, record, row)) for record, row in listing]
     # the reference is mostly one of the choices as it is, and is measured once
     distinct = {_key(example): example for example in chain(references, *choices, *options)}
@@ -81,8 +82,10 @@ def measure(
 
 
 def _answers(records: Sequence[Record], config: Config, client: str) -> list[list[str]]:
-    """For each record its reference and the responses that it is to be told from."""
-    draws = draw_choices([record.response for record in records], config.evaluation.choices, config.seed, client)
+    """For each record its reference and the responses that it is to be told from; nothing where none are wanted."""
+    if config.evaluation.choices < 2:
+        return [[] for _ in records]
+    draws = draw_choices([record.response for record in records], config.evaluation.choices, config.data_seed, client)
     return [
         [record.response, *(records[other].response for other in drawn)]
         for record, drawn in zip(records, draws, strict=True)

@@ -74,5 +74,6 @@ FLEXLORA = Method(
     rank=highest_rank,
     down=_down,
     up=_up,
+    trains=_up,
     combine=_combine,
 )
