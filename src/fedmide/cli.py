@@ -223,6 +223,42 @@ def compare(
 
 
 @app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A configuration (TOML).")],
+    knob: Annotated[list[str], typer.Option(help="KNOB=VALUE,VALUE,...; may be given again.")],
+    methods: Annotated[str, typer.Option(help="Methods, with commas between; otherwise the configuration's.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Folder; otherwise sweeps/NAME. It goes on where it is.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a knob, and see what the mean and the worst client make of it.
+
+    Does the runs that are missing in the folder, then draws a picture of each knob.
+    """
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, read_toml
+
+    values = apply_overrides(read_toml(config), overrides)
+    values.pop("variants", None)  # a comparison's
+    numbers = [int(each) for each in _listed("seeds", seeds, str.isdecimal)]
+    from fedmide import sweep as sweeping
+    from fedmide.console import bars, sweep_table, tell
+
+    names = _names(methods) or [str(values.get("method", "fedmide"))]
+    folder = out or Path("sweeps") / config.stem
+    plans = [sweeping.planned(values, each, names, numbers, folder) for each in knob]
+    results = {plan.knob: sweeping.run(plan, tell, bars) for plan in plans}
+    if as_json:
+        _print_json({"knobs": results})
+        return
+    for plan in plans:
+        Console().print(sweep_table(results[plan.knob]))
+        sys.stdout.write(f"{plan.out / 'sweep.svg'}\n")
+
+
+@app.command()
 def split(
     path: Annotated[Path, typer.Argument(help="Scored records, JSON or JSONL.")],
     rule: Annotated[Rule, typer.Option(help="How the threshold is found.")] = "otsu-256",

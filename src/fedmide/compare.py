@@ -79,9 +79,9 @@ class Plan:
 
 @dataclass
 class Work:
-    """The work on a plan: one model for all runs, and word of how far it is."""
+    """So many runs, done with one model, and word of how far they are."""
 
-    plan: Plan
+    num_runs: int
     tell: Tell
     progress: Progress
     opener: Kept = field(default_factory=Kept)
@@ -94,7 +94,7 @@ class Work:
         self.done += 1
         if has is not None and set(wanted) <= has:
             return
-        self.tell(f"{_title(attempt)}: run {self.done} of {self.plan.num_runs}{self._left()}")
+        self.tell(f"{_title(attempt)}: run {self.done} of {self.num_runs}{self._left()}")
         begun = time.monotonic()
         with self._opened(attempt) as run:
             stages.train(run, self.progress)
@@ -114,7 +114,7 @@ class Work:
     def _left(self) -> str:
         if not self.worked:
             return ""
-        seconds = sum(self.worked) / len(self.worked) * (self.plan.num_runs - self.done + 1)
+        seconds = sum(self.worked) / len(self.worked) * (self.num_runs - self.done + 1)
         return f", about {seconds / 60:.0f} min left"
 
 
@@ -140,8 +140,10 @@ def planned(
 def run(plan: Plan, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:
     """What comparison.json holds, after every run that was missing."""
     with locked(plan.out):
-        work = Work(plan, tell, progress)
-        chosen = {entrant.name: _chosen(work, entrant, number == 0) for number, entrant in enumerate(plan.entrants)}
+        work = Work(plan.num_runs, tell, progress)
+        chosen = {
+            entrant.name: _chosen(work, plan, entrant, number == 0) for number, entrant in enumerate(plan.entrants)
+        }
         attempts = {
             entrant.name: {seed: plan.attempt(entrant, chosen[entrant.name]["rate"], seed) for seed in plan.seeds}
             for entrant in plan.entrants
@@ -157,9 +159,8 @@ def run(plan: Plan, tell: Tell = lambda message: None, progress: Progress = sile
     return figures
 
 
-def _chosen(work: Work, entrant: Entrant, first: bool) -> dict[str, Any]:
+def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, Any]:
     """The entrant's learning rate, chosen on the first seed; that run's test records are then measured."""
-    plan = work.plan
     attempts = [plan.attempt(entrant, rate, plan.seeds[0]) for rate in plan.rates_of(entrant)]
     validations: dict[float, float | None] = {}
     if len(attempts) > 1:

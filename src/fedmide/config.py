@@ -102,6 +102,10 @@ class DataConfig(Section):
     """Part of the training records held out to choose the personalisation epoch, where no validation is given."""
     test_fraction: Fraction = 0.2
     """Part of the records held out for testing, where no test is given."""
+    pieces: Positive = 1
+    """Clients that each one is dealt out into, before the limits: 8 become 40 with 5."""
+    noisy_clients: Count = 0
+    """Clients whose training responses are swapped among their records, to see what wrong labels do."""
     seed: Annotated[int, Field(ge=-1)] = -1
     """What the draws and parts of the records, and the choices of the evaluation, follow from; -1: the run's seed."""
 

@@ -170,6 +170,23 @@ def sheet_table(sheet: "Sheet") -> Table:
     return table
 
 
+def sweep_table(figures: Mapping[str, Any]) -> Table:
+    """Mean and worst client at each value of a knob, with the deviation over seeds."""
+    table = _table(f"Response NLL by {figures['knob']}; ± standard deviation over {len(figures['seeds'])} seeds")
+    table.add_column("method", no_wrap=True)
+    for column in (figures["knob"], "mean", "worst client"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for method, rows in figures["methods"].items():
+        for value, row in rows.items():
+            cells = (_deviating(row[name]) for name in ("response_nll", "response_nll_worst"))
+            table.add_row(method, value, *cells)
+    return table
+
+
+def _deviating(row: Mapping[str, Any]) -> str:
+    return f"{row['mean']:.4f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.4f}")
+
+
 def partition_table(dealt: "Dealt") -> Table:
     """Each client's records of each part and of the most frequent values."""
     from fedmide.sources.partition import counts

@@ -114,7 +114,8 @@ def _costs(figures: Figures) -> Sheet:
     budget = figures["protocol"]["budget"]
     note = (
         f"Means over seeds. Every method's budget is {budget['rounds']} rounds of {budget['steps_per_round']} steps of "
-        f"the optimiser, {budget['steps_per_client']} a client, fewer for one without a shared record. Seconds of training and scoring, evaluation left out."
+        f"the optimiser, {budget['steps_per_client']} a client, fewer for one without a shared record. "
+        "Seconds of training and scoring, evaluation left out."
     )
     return Sheet("Cost", ("method", *(title for _, title, _ in shown)), rows, note)
 
