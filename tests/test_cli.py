@@ -19,6 +19,9 @@ from fedmide import __version__, cli, config, stages
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fedmide-data" / "8"
 
 
+CONFIG = str(Path(__file__).resolve().parents[1] / "examples" / "tiny.toml")
+
+
 @dataclass(frozen=True)
 class Outcome:
     code: int
@@ -78,7 +81,7 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
         verbs = ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "split", "methods", "data")
-        for verb in verbs:
+        for verb in (*verbs, "compare", "sweep"):
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
 
@@ -125,6 +128,15 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["run", "none.toml"], "none.toml: no such file. Give a TOML file such as examples/tiny.toml"),
         (["split", "none.json"], "none.json: not readable: No such file or directory"),
         (["data", "check", "none"], "none: no such folder"),
+        (["compare", "none.toml", "--methods", "local"], "none.toml: no such file"),
+        (["compare", CONFIG, "--methods", "best"], "'best' is no method, nor a variant. See `fedmide methods`"),
+        (["compare", CONFIG, "--methods", ""], "--methods '': expected names, each once"),
+        (["compare", CONFIG, "--methods", "local", "--seeds", "0,x"], "--seeds '0,x': 'x' is no number of this kind"),
+        (["compare", CONFIG, "--methods", "local", "--seeds", ""], "--seeds: expected numbers"),
+        (["compare", CONFIG, "--methods", "local", "--learning-rates", "0"], "--learning-rates '0': '0' is no number"),
+        (["sweep", CONFIG], "Missing option '--knob'. See fedmide sweep --help"),
+        (["sweep", CONFIG, "--knob", "lora.r"], "--knob 'lora.r': expected KNOB=VALUE,VALUE"),
+        (["sweep", CONFIG, "--knob", "lora.x=1,2"], "unknown key 'lora.x'"),
     ],
 )
 def test_a_mistaken_command_is_one_paragraph(
@@ -340,6 +352,24 @@ def test_a_finished_run_is_shown_again(
         shown = fedmide(*args, "--json").json
         assert {key: shown[key] for key in metrics} == metrics
         assert shown["run"] == str(path) and shown["status"] == "evaluated"
+
+
+def test_methods_are_compared_and_a_knob_is_turned(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    fast = ["--set", "generation.enabled=false", "--set", "evaluation.choices=0", "--set", "personalization.epochs=1"]
+    given = str(small_input.config), "--seeds", "0", *fast
+    compared = fedmide("compare", *given, "--methods", "local,fedavg-ft")
+    assert compared.code == 0, compared.err
+    assert "Difference to fedavg-ft" in compared.out and "comparisons/small/comparison.html" in compared.out
+    assert "run 2 of 2, about" in compared.err
+    again = fedmide("compare", *given, "--methods", "local,fedavg-ft", "--json")
+    assert again.err == ""
+    assert again.json["differences"]["fedavg-ft"].keys() == {"base", "local"}
+    swept = fedmide("sweep", *given, "--methods", "local", "--knob", "data.noisy_clients=0,2")
+    assert swept.code == 0, swept.err
+    assert "sweeps/small/data.noisy_clients/sweep.svg" in swept.out
+    assert (here / "sweeps/small/data.noisy_clients/sweep.svg").is_file()
 
 
 @pytest.fixture

@@ -73,6 +73,12 @@ def test_a_knob_without_values_is_refused(small_input: Any, tmp_path: Path, turn
         sweep.planned(values_of(small_input.config), turned, ["fedmide"], [0], tmp_path)
 
 
+@pytest.mark.parametrize("turned", ["seed=0,1", "personalization.max_steps=1,2", "scaffold.learning_rate=0.1,0.2"])
+def test_a_knob_that_makes_no_difference_is_refused(small_input: Any, tmp_path: Path, turned: str) -> None:
+    with pytest.raises(UsageError, match="makes no difference to fedmide"):
+        sweep.planned(values_of(small_input.config), turned, ["fedmide"], [0], tmp_path)
+
+
 def test_an_unknown_knob_is_refused_before_any_run(small_input: Any, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"enrollment\.treshold"):
         sweep.planned(values_of(small_input.config), "enrollment.treshold=1,2", ["fedmide"], [0], tmp_path)

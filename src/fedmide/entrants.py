@@ -21,8 +21,11 @@ from fedmide.training import num_steps
 VARIANTS = "variants"
 """The table of a comparison's configuration that names variants: `[variants.NAME]`."""
 
-DECIDED = ("federation.rounds", "training.epochs", "training.max_steps", "personalization.max_steps", "seed")
-"""What a variant can't set, since it is the same for all, or follows from the budget."""
+BUDGET = ("federation.rounds", "training.epochs", "training.max_steps", "personalization.max_steps")
+"""What makes the budget, or follows from it."""
+
+DECIDED = (*BUDGET, "seed", "data", "model", "prompt", "evaluation")
+"""What a variant can't set: the budget's knobs, and what must be the same for records to be compared."""
 
 RATES = ("training.learning_rate", "personalization.learning_rate", "scaffold.learning_rate")
 """The rates that go up and down together."""

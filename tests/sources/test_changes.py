@@ -1,10 +1,11 @@
 from collections import Counter
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide.config import DataConfig
+from fedmide.config import Config, DataConfig
 from fedmide.errors import DataError
 from fedmide.records import ClientData, Record, client_data
 from fedmide.sources import load
@@ -64,8 +65,18 @@ def test_more_noisy_clients_than_there_are_is_refused() -> None:
         noisy([client("a", 3)], 2, 0)
 
 
-def test_both_are_knobs_of_the_data() -> None:
-    config = DataConfig(source="medical", clients=2, max_records=8, max_validation_records=2, max_test_records=2)
-    plain = load(config, 0)
+def test_both_are_knobs_of_the_data(small_input: Any) -> None:
+    config = DataConfig(source="files", path=str(small_input.data), max_records=3)
+    plain, dealt = load(config, 0), load(config.model_copy(update={"pieces": 2}), 0)
+    assert [each.name for each in dealt] == [f"{each.name}-{piece}" for each in plain for piece in (1, 2)]
+    assert [len(each.training) for each in (*plain, *dealt)] == [3] * 6
     changed = load(config.model_copy(update={"pieces": 2, "noisy_clients": 1}), 0)
-    assert [each.name for each in changed] == [f"{each.name}-{piece}" for each in plain for piece in (1, 2)]
+    assert sum(one != two for one, two in zip(dealt, changed, strict=True)) == 1
+
+
+def test_another_seed_of_the_run_has_the_same_records_where_the_data_has_its_own(small_input: Any) -> None:
+    config = Config(data=DataConfig(source="files", path=str(small_input.data), max_records=3))
+    own = config.model_copy(update={"data": config.data.model_copy(update={"seed": 5})})
+    assert config.model_copy(update={"seed": 2}).data_seed == 2
+    assert {each.model_copy(update={"seed": seed}).data_seed for each in (own,) for seed in (0, 1)} == {5}
+    assert load(own.data, own.data_seed) != load(config.data, config.data_seed)

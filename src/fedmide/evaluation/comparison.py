@@ -225,7 +225,8 @@ def _draws(num_records: int, resamples: int, seed: int, client: str) -> npt.NDAr
 
 def _resampled(sums: FloatArray, counts: FloatArray, drawn: npt.NDArray[np.int64]) -> FloatArray:
     """The ratio of the sums in each resample."""
-    return sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    ratios: FloatArray = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    return ratios
 
 
 def _ends(values: FloatArray) -> dict[str, float]:

@@ -29,6 +29,10 @@ Panels = Mapping[str, Mapping[str, Sequence[Point]]]
 """The points by the panel's title and the line's name; lines have their points at the same labels."""
 
 
+Marked = tuple[tuple[float, float], float, float]
+"""Where a point stands in the picture, and the ends of its bar."""
+
+
 def curves_svg(panels: Panels, knob: str, title: str) -> str:
     """A picture of the panels side by side. Values stand at equal distances, in the order given."""
     names = list(next(iter(panels.values())))
@@ -86,17 +90,15 @@ def _panel(title: str, lines: Mapping[str, Sequence[Point]], knob: str, left: fl
     pieces += [_text(place(number, marks[0])[0], TOP + HEIGHT + 18, label) for number, label in enumerate(labels)]
     pieces.append(_text(left + WIDTH / 2, TOP + HEIGHT + 38, knob))
     for colour, points in zip(COLOURS * len(lines), lines.values(), strict=False):
-        pieces += _line(
-            [
-                (place(number, point.mean), *(place(number, end)[1] for end in point.ends))
-                for number, point in enumerate(points)
-            ],
-            colour,
-        )
+        marked: list[Marked] = []
+        for number, point in enumerate(points):
+            low, high = (place(number, end)[1] for end in point.ends)
+            marked.append((place(number, point.mean), low, high))
+        pieces += _line(marked, colour)
     return "\n".join(pieces)
 
 
-def _line(places: Sequence[tuple[tuple[float, float], float, float]], colour: str) -> list[str]:
+def _line(places: Sequence[Marked], colour: str) -> list[str]:
     """A line through the points, each with its bar."""
     path = " ".join(f"{x:.1f},{y:.1f}" for (x, y), _, _ in places)
     drawn = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']

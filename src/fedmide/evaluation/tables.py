@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from fedmide.evaluation.summary import TEXT_METRICS
+
 Figures = Mapping[str, Any]
 
 STYLE = (
@@ -29,7 +31,8 @@ class Sheet:
 def sheets(figures: Figures) -> tuple[Sheet, ...]:
     """The tables of a comparison: likelihood, differences, other measures, cost."""
     tables = [_likelihoods(figures), *(_differences(figures, each) for each in figures["differences"])]
-    return (*tables, _costs(figures))
+    texts = [_texts(figures)] if any("rouge_l" in each for each in figures["methods"].values()) else []
+    return (*tables, *texts, _costs(figures))
 
 
 def to_markdown(tables: Sequence[Sheet]) -> str:
@@ -92,6 +95,13 @@ def _differences(figures: Figures, reference: str) -> Sheet:
         "95 % intervals of the paired bootstrap. Clients better or worse: those whose own interval excludes 0."
     )
     return Sheet(f"Difference to {reference}", header, tuple(rows), note)
+
+
+def _texts(figures: Figures) -> Sheet:
+    methods = {name: each for name, each in figures["methods"].items() if "rouge_l" in each}
+    rows = tuple((name, *(f"{each[key]['mean']:.3f}" for key in TEXT_METRICS)) for name, each in methods.items())
+    note = "Of the generated responses, mean over clients and seeds; higher is better."
+    return Sheet("Generated responses", ("method", *TEXT_METRICS), rows, note)
 
 
 COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
