@@ -23,7 +23,7 @@ def test_a_sweep_tells_of_each_value_and_draws_it(small_input: Any, tmp_path: Pa
     plan = sweep.planned(values_of(small_input.config), "warmup.rounds=1,2", ["fedmide"], [0, 1], tmp_path)
     said: list[str] = []
     figures = sweep.run(plan, said.append)
-    assert sum("run " in each for each in said) == 4
+    assert sum(": run " in each for each in said) == 4
     rows = figures["methods"]["fedmide"]
     assert list(rows) == ["1", "2"]
     for value, row in rows.items():

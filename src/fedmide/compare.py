@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmide import __version__, adapters, stages
+from fedmide import __version__, stages
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config
 from fedmide.entrants import Budget, Entrant, budget_of, entrants
@@ -108,8 +108,8 @@ class Work:
 
     def _opened(self, attempt: Attempt) -> AbstractContextManager[stages.Run]:
         if (attempt.path / "config.toml").exists():
-            return stages.resume(attempt.path, attempt.config, opener=self.opener)
-        return stages.start(attempt.config, attempt.path, opener=self.opener)
+            return stages.resume(attempt.path, attempt.config, self.tell, self.opener)
+        return stages.start(attempt.config, attempt.path, self.tell, self.opener)
 
     def _left(self) -> str:
         if not self.worked:
@@ -257,14 +257,12 @@ def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
     manifest = folder.read_manifest()
     metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
     federation = metrics["federation"]
-    sizes = [_size(folder, name) for name in clients]
     costs = {
         **{name: float(federation[name]) for name in ("bytes_down", "bytes_up", "trained_tokens", "scored_tokens")},
         "steps": float(federation["steps"]),
         "steps_per_client": federation["steps"] / len(clients),
         "seconds": sum(manifest["seconds"].get(stage, 0.0) for stage in ("trained", "personalized")),
-        "parameters_trained": float(manifest["parameters_trained"]),
-        "parameters_at_inference": float(np.mean(sizes)),
+        **{name: float(metrics["method"][name]) for name in ("trained_parameters", "extra_parameters")},
         **{name: float(each["mean"]) for name, each in metrics["over_clients"].get("generation", {}).items() if each},
     }
     return Outcome(clients, costs)
@@ -274,12 +272,6 @@ def _records(folder: RunFolder, stage: StageName) -> dict[str, Measured]:
     names = folder.read_manifest()["data"]
     found = {name: folder.read_evaluation(name, stage) for name in names}
     return {name: Measured.from_dict(each) for name, each in found.items() if each is not None}
-
-
-def _size(folder: RunFolder, client: str) -> int:
-    """The values in a client's adapter: what it has beside the base model, unless it is merged."""
-    adapter = adapters.read(folder.personal_adapter(client) / "adapter_model.safetensors")
-    return sum(array.size for array in adapter.values())
 
 
 def _check_same_inputs(out: Path, folders: Sequence[RunFolder]) -> None:

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
-from math import prod
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -92,7 +91,7 @@ def start(config: Config, path: Path, tell: Tell = lambda message: None, opener:
     check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
     with locked(path):
         tell(f"the run is in {path}")
-        folder = create(path, config, {**inputs.manifest, "parameters_trained": _parameters_trained(config, inputs)})
+        folder = create(path, config, inputs.manifest)
         folder.rebuild_events(())
         yield Run(folder, inputs, tell)
 
@@ -201,9 +200,8 @@ def evaluate(
     """What metrics.json holds: likelihood, choice and text metrics of each client's test records.
 
     Under the base model, the aggregated adapter and, where there is one, the client's personalised one; or under the
-    `wanted` ones of these. What a client
-    measured is kept on its site, so that an evaluation that was stopped goes on. Public `questions` are asked too; the
-    figures of those that were asked before stay.
+    `wanted` ones of these. What a client measured is kept on its site, so that an evaluation that was stopped goes on.
+    Public `questions` are asked too; the figures of those that were asked before stay.
     """
     aggregated = _trained(run).adapter
     present = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
@@ -233,21 +231,8 @@ def evaluate(
 
 
 def _begin(run: Run) -> ServerState:
-    return _begun(run.config, run.inputs)
-
-
-def _begun(config: Config, inputs: Inputs) -> ServerState:
-    return server.begin(config_fingerprint(config), inputs.clients, inputs.fresh_adapter(), config)
-
-
-def _parameters_trained(config: Config, inputs: Inputs) -> int:
-    """How many values a client trains, mean over clients."""
-    method, common = methods.of(config), _begun(config, inputs).common
-    sizes = [
-        method.trainings * sum(prod(shape) for shape in method.trains(common, client, config).values())
-        for client in common.clients
-    ]
-    return round(sum(sizes) / len(sizes))
+    federation = config_fingerprint(run.config)
+    return server.begin(federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
 
 
 def _begin_training(run: Run) -> ServerState:

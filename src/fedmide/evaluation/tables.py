@@ -112,8 +112,8 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bytes_up", "MB up", lambda value: f"{value / 1e6:,.1f}"),
     ("bytes_down", "MB down", lambda value: f"{value / 1e6:,.1f}"),
     ("seconds", "seconds", lambda value: f"{value:,.0f}"),
-    ("parameters_trained", "parameters trained", lambda value: f"{value:,.0f}"),
-    ("parameters_at_inference", "extra at inference", lambda value: f"{value:,.0f}"),
+    ("trained_parameters", "parameters trained", lambda value: f"{value:,.0f}"),
+    ("extra_parameters", "extra at inference", lambda value: f"{value:,.0f}"),
 )
 
 

@@ -82,6 +82,7 @@ FEDDPA_T = Method(
     "a common and a local adapter, trained in turn in each round, weighted for each record at inference",
     "Yang et al. 2024, arXiv:2403.19211",
     local=_local_then_common,
+    trainings=2,
     remembers=True,
     own=_mixed,
     finish=_for_records,

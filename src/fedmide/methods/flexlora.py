@@ -74,6 +74,5 @@ FLEXLORA = Method(
     rank=highest_rank,
     down=_down,
     up=_up,
-    trains=_up,
     combine=_combine,
 )

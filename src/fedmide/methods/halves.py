@@ -81,7 +81,6 @@ FFA_LORA = Method(
     own=_with_received,
     down=_b_down,
     up=_b_up,
-    trains=_b_up,
     combine=_mean_b,
 )
 FEDSA_LORA = Method(

@@ -149,11 +149,6 @@ def like_the_adapter(common: Common, client: str, config: Config) -> Shapes:
     return adapters.shapes(common.adapter)
 
 
-def factors_of_the_adapter(common: Common, client: str, config: Config) -> Shapes:
-    """A client trains the common adapter's factors."""
-    return adapters.shapes(adapters.without_deltas(common.adapter))
-
-
 def mean(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
     """The common adapter is the clients' mean, weighted by records; A and B apart."""
     averaged = weighted_mean((answer.arrays, answer.num_records) for answer in answers)
@@ -187,8 +182,6 @@ class Method:
     """Names and shapes of the arrays that travel back; anything else is refused."""
     combine: Callable[[Common, Iterable[Answer], Config], Common | None] = mean
     """The server's state after the replies; None where they have no weight at all, then it stays as it was."""
-    trains: Callable[[Common, str, Config], Shapes] = factors_of_the_adapter
-    """Names and shapes of the arrays that a local training of a client changes."""
     trainings: int = 1
     """How many local trainings a client does in a round, of one adapter each."""
     travels: bool = True
