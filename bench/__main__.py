@@ -19,6 +19,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import profile
 from bench.ours import Federation, timed_work
 from bench.stock import Stock
 from bench.timing import alternating, figure, once, ratios, seconds
@@ -122,6 +123,20 @@ def shares() -> Iterator[Figures]:
         found[name] = figure([operations / each / top for each in runs[1:]])
         found[name.replace("share_of_peak", "tokens_per_second")] = figure([tokens / each for each in runs[1:]], 0)
     yield found
+
+
+def profiles() -> Iterator[Figures]:
+    """Where the time of scoring and training goes."""
+    work = workload("runtime.threads=1")
+    model, examples, config = work.inputs.resident.model, _examples(work), work.config
+    model.put(work.inputs.fresh_adapter())
+    plan = TrainingPlan(config.training, 0, 0, "bench")
+    yield {
+        "scoring_profile": profile.shares(
+            lambda: scoring.nll(model, examples, "response", config.scoring.tokens_per_batch)
+        ),
+        "training_profile": profile.shares(lambda: list(training.train(model, examples, plan))),
+    }
 
 
 def rounds() -> Iterator[Figures]:
@@ -244,6 +259,7 @@ def many() -> Iterator[Figures]:
 
 MEASURES = {
     "peak, scoring and training": shares,
+    "profile": profiles,
     "start-up, adapter swap, codec": parts,
     "generation": generated,
     "what is not the model": overhead,
