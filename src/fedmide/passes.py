@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fedmide.attention import Attended, Texts, attention, attention_backward, kept_attention, texts_of
-from fedmide.decoder import EXACT_ROWS, HEAD_ROWS, Block, Decoder, Dropout
+from fedmide.decoder import HEAD_ROWS, Block, Decoder, Dropout
 from fedmide.products import (
     Keep,
     Product,
@@ -170,7 +170,8 @@ def _chunk_losses(
 ) -> tuple[Tensor, Tensor]:
     """NLL (M,) of the targets after normed states (M, D); with `scale` the gradient of the states too."""
     logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[: len(targets)])
-    pairs = zip(logits.split(EXACT_ROWS), targets[:, None].split(EXACT_ROWS), strict=True)
+    few = len(decoder.room.exact)
+    pairs = zip(logits.split(few), targets[:, None].split(few), strict=True)
     nll = torch.cat([_exact_losses(decoder, *pair, scale is not None) for pair in pairs]).squeeze(1)
     return (nll, normed) if scale is None else (nll, (logits @ decoder.head).mul_(scale))
 

@@ -8,6 +8,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -46,6 +47,9 @@ Sets = Mapping[SetName, Sequence[Question]]
 
 EVERYONE = "(all clients)"
 """The client that has everyone's records, where a method trains in one place; no folder of a client is called so."""
+
+WRITERS = 8
+"""Sites whose files are written at a time, while the next ones train: a disk takes longest to say that it has them."""
 
 Advance = Callable[[int, str], None]
 """Tells how many units of work were done, and a word on the latest."""
@@ -123,17 +127,25 @@ def train(run: Run, progress: Progress = silent) -> None:
     """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
     state = run.folder.last_round(_begin_training(run))
     sites = {name: _site(run, name, state.round) for name in state.clients}
-    runtime = InProcess(sites, run.inputs.resident, run.folder.save_site)
+    writing: list[Future[None]] = []
+    writers = ThreadPoolExecutor(WRITERS)
+    runtime = InProcess(
+        sites, run.inputs.resident, lambda site: writing.append(writers.submit(run.folder.save_site, site))
+    )
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
     shown = _listening(run, progress("rounds", num_tasks, "client rounds"))
 
     def commit(after: ServerState, summary: RoundSummary) -> None:
+        """Makes the round last, once what its sites keep does."""
+        for written in writing:
+            written.result()
+        writing.clear()
         run.folder.commit_round(after, summary)
         for trouble in _troubles(run, summary):
             run.tell(trouble)
 
-    with _timed(run, "trained", num_tasks), shown as advance:
+    with _timed(run, "trained", num_tasks), shown as advance, writers:
         state = run_rounds(state, run.config, _shown(run, runtime, advance), commit)
         if not run.folder.adapter.is_dir():
             write_folder(run.folder.adapter, peft_files(state.adapter, run.inputs.resident.model.lora))
