@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -77,7 +78,7 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
     for args in (["--help"], []):
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
-        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "split", "data"):
+        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "report", "split", "data"):
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
 
@@ -106,6 +107,8 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["run", ".", "--resume", "R"], ". and --resume R are both run folders"),
         (["run", "."], ". is no run folder: it has no config.toml. Start a run with fedmide run CONFIG"),
         (["evaluate", "R"], "R is no run folder: it is no folder"),
+        (["report", "R"], "R is no run folder: it is no folder"),
+        (["report"], "Missing argument 'PATHS...'. See fedmide report --help"),
         (["run", "--resume", "R"], "R is no run folder: it is no folder"),
         (["run", "none.toml"], "none.toml: no such file. Give a TOML file such as examples/tiny.toml"),
         (["split", "none.json"], "none.json: not readable: No such file or directory"),
@@ -667,3 +670,23 @@ def test_the_installed_command_keeps_stdout_for_one_json_object(small_input: Any
     again = subprocess.run([*command, "--out", "runs/small-001"], capture_output=True, text=True, check=False)
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
     assert json.loads(again.stdout)["problems"] == ["runs/small-001 exists already"]
+
+
+# --- report
+
+
+def test_a_report_is_written_and_told(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    run = finished[1]
+    told = fedmide("report", run, "--out", "page.html")
+    assert told == Outcome(0, "page.html\n", "") and "fedmide report" in (here / "page.html").read_text()
+    as_json = fedmide("report", run, "--with-records", "--out", "texts.html", "--json").json
+    assert as_json == {"report": "texts.html", "bytes": (here / "texts.html").stat().st_size}
+    assert "Private to the sites" in (here / "texts.html").read_text()
+
+
+def test_runs_are_compared(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    shutil.copytree(finished[1], here / "again")
+    assert fedmide("report", finished[1], "again").out == "comparison.html\n"
+    assert "again" in (here / "comparison.html").read_text()
+    assert "goes with one run" in fedmide("report", finished[1], "again", "--with-records").refusal
+    assert "can't be compared with itself" in fedmide("report", "again", "again").refusal

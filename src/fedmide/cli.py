@@ -183,6 +183,37 @@ def identify(
 
 
 @app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="A run folder; several are compared with the first.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; otherwise RUN/report.html or comparison.html.")
+    ] = None,
+    with_records: Annotated[
+        bool, typer.Option("--with-records", help="Show texts of records: for the site only.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page that shows what a run did, or compares runs.
+
+    One file without network: fedmide report runs/demo-001, then open runs/demo-001/report.html.
+    """
+    from fedmide import report as pages
+    from fedmide.journal import reopen
+
+    folders = [reopen(path) for path in paths]
+    if len(folders) > 1 and with_records:
+        raise UsageError("--with-records goes with one run", "Name one run folder")
+    if len(folders) > 1:
+        written = pages.compare(folders, out or Path("comparison.html"))
+    else:
+        written = pages.write(folders[0], out, with_records)
+    if as_json:
+        _print_json({"report": str(written), "bytes": written.stat().st_size})
+    else:
+        sys.stdout.write(f"{written}\n")
+
+
+@app.command()
 def split(
     path: Annotated[Path, typer.Argument(help="Scored records, JSON or JSONL.")],
     rule: Annotated[Rule, typer.Option(help="How the threshold is found.")] = "otsu-256",
