@@ -78,7 +78,7 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
     for args in (["--help"], []):
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
-        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "report", "split", "data"):
+        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "report", "watch", "split", "data"):
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
 
@@ -107,6 +107,7 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["run", ".", "--resume", "R"], ". and --resume R are both run folders"),
         (["run", "."], ". is no run folder: it has no config.toml. Start a run with fedmide run CONFIG"),
         (["evaluate", "R"], "R is no run folder: it is no folder"),
+        (["watch", "R"], "R is no run folder: it is no folder"),
         (["report", "R"], "R is no run folder: it is no folder"),
         (["report"], "Missing argument 'PATHS...'. See fedmide report --help"),
         (["run", "--resume", "R"], "R is no run folder: it is no folder"),

@@ -214,6 +214,22 @@ def report(
 
 
 @app.command()
+def watch(
+    path: RunFolderPath,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How often to look.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+) -> None:
+    """Watch a run as it goes, from its folder alone.
+
+    In a second terminal: fedmide watch runs/demo-001. It ends with the run; control-C ends it sooner and harms nothing.
+    """
+    from fedmide.journal import reopen
+    from fedmide.watch import follow
+
+    follow(reopen(path), seconds, once)
+
+
+@app.command()
 def split(
     path: Annotated[Path, typer.Argument(help="Scored records, JSON or JSONL.")],
     rule: Annotated[Rule, typer.Option(help="How the threshold is found.")] = "otsu-256",

@@ -9,7 +9,7 @@
         adapter/             the last aggregated adapter, as a PEFT folder
         predictions/ID.jsonl
         questions/SET/       what each adapter makes of a public multiple-choice set, and its figures
-        metrics.json
+        metrics.json report.html
         .lock                empty; locked while a process works on the run
 
 Everything is written aside and renamed. A round counts once its folder stands in `server/`; what the sites wrote for a

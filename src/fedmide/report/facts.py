@@ -106,7 +106,7 @@ class RunFacts:
 
 def read(folder: RunFolder) -> RunFacts:
     """The facts of a run, whatever stage it has reached; raises `RunFolderError` where a file of it is damaged."""
-    manifest, metrics, events = folder.read_manifest(), folder.read_metrics(), folder.events()
+    manifest, metrics = folder.read_manifest(), folder.read_metrics()
     clients = tuple(manifest["data"])
     measures = {client: _measures(folder, client) for client in clients}
     ledgers = {client: folder.read_ledger(client) for client in clients}
@@ -115,7 +115,7 @@ def read(folder: RunFolder) -> RunFacts:
         config=folder.config,
         manifest=manifest,
         clients=clients,
-        turns=tuple(_turn(folder, event) for event in events),
+        turns=turns(folder),
         steps=tuple(_steps(folder)),
         outcomes=tuple(_outcome(name, each, measures[name], folder.config) for name, each in _measured(metrics)),
         mean_gain=mean_gain(_pairs(measures), folder.config.evaluation.bootstrap, folder.config.seed),
@@ -125,6 +125,11 @@ def read(folder: RunFolder) -> RunFacts:
         metrics=metrics,
         measures=measures,
     )
+
+
+def turns(folder: RunFolder) -> tuple[Turn, ...]:
+    """What each client did in each round so far."""
+    return tuple(_turn(folder, event) for event in folder.events())
 
 
 def _measured(metrics: Mapping[str, Any]) -> Sequence[tuple[str, Mapping[str, Any]]]:
