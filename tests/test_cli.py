@@ -114,6 +114,8 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["run", "none.toml"], "none.toml: no such file. Give a TOML file such as examples/tiny.toml"),
         (["split", "none.json"], "none.json: not readable: No such file or directory"),
         (["data", "check", "none"], "none: no such folder"),
+        (["data", "show", "none"], "none: no such folder"),
+        (["data", "show", "none.toml"], "none.toml: no such file"),
     ],
 )
 def test_a_mistaken_command_is_one_paragraph(
@@ -691,3 +693,39 @@ def test_runs_are_compared(fedmide: Callable[..., Outcome], finished: tuple[Any,
     assert "again" in (here / "comparison.html").read_text()
     assert "goes with one run" in fedmide("report", finished[1], "again", "--with-records").refusal
     assert "can't be compared with itself" in fedmide("report", "again", "again").refusal
+
+
+# --- looking at records
+
+
+def test_records_are_shown_as_the_model_sees_them(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    shown = fedmide("data", "show", small_input.config, "--client", "b", "--count", "1")
+    assert shown.code == 0 and shown.out.startswith("b, training record 1\n[prompt, 1 tokens, no loss]\n")
+    found = fedmide("data", "show", small_input.config, "--part", "test", "--count", "2", "--json").json
+    assert [each["title"] for each in found["records"]] == [f"{c}, test record {n}" for c in "ab" for n in (1, 2)]
+    assert (
+        "--client c: no such client. Known: a, b"
+        in fedmide("data", "show", small_input.config, "--client", "c").refusal
+    )
+
+
+def test_a_check_warns_of_what_looks_like_a_person(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    path = small_input.data / "a" / "training.jsonl"
+    lines = path.read_text().splitlines()
+    line = json.dumps({**json.loads(lines[0]), "response": "write to jane@clinic.org"})
+    path.write_text("\n".join([line, *lines[1:]]) + "\n")
+    told = fedmide("data", "check", small_input.data).out
+    assert "warning: 1 training records of client a seem to hold an e-mail address\n" in told
+    assert "categories of client a: anatomy 100%\n" in told and "jane" not in told
+    assert told.rstrip().endswith("does not make records anonymous")
+
+
+def test_a_run_is_watched(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    shown = fedmide("watch", finished[1], "--once")
+    assert shown.code == 0 and shown.out.startswith("run: evaluated, ")
+    found = fedmide("watch", finished[1], "--json").json
+    assert (found["rounds_done"], found["rounds"], found["personalized"]) == (2, 2, 2)

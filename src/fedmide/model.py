@@ -276,6 +276,17 @@ def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) ->
     return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder; raises `ModelError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {first_line}") from None
+
+
 def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any]:
     try:
         with warnings.catch_warnings():
@@ -284,7 +295,6 @@ def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTraine
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **only_here)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{folder}: the model can't be loaded: {first_line}") from None
@@ -294,7 +304,7 @@ def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTraine
     base.requires_grad_(False)
     # what a checkpoint would add to greedy decoding, such as a penalty of repetition, is left out
     base.generation_config = transformers.GenerationConfig()
-    return base, tokenizer
+    return base, load_tokenizer(folder)
 
 
 def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> peft.LoraConfig:
