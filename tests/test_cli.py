@@ -78,7 +78,19 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
     for args in (["--help"], []):
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
-        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "report", "watch", "split", "data"):
+        for verb in (
+            "demo",
+            "run",
+            "train",
+            "personalize",
+            "generate",
+            "evaluate",
+            "identify",
+            "report",
+            "watch",
+            "split",
+            "data",
+        ):
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
 

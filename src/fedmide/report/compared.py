@@ -93,6 +93,7 @@ def runs_table(runs: Sequence[RunFacts]) -> Table:
         found = means.get(run.name)
         cells = (
             run.name,
+            run.config.method,
             str(run.manifest["status"]),
             str(run.config.seed),
             *(number(likelihood.get(key)) for key in ("mean", "worst", "standard_deviation")),
@@ -106,6 +107,7 @@ def runs_table(runs: Sequence[RunFacts]) -> Table:
         rows.append(Row(cells))
     header = (
         "run",
+        "method",
         "status",
         "seed",
         "mean NLL",

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedmide.adapters import shapes
 from fedmide.config import Config
 from fedmide.evaluation.intervals import Interval
 from fedmide.journal import RunFolder
@@ -211,7 +212,7 @@ def _steps(folder: RunFolder) -> list[Step]:
     earlier: Adapter | None = None
     for number, adapter in folder.round_adapters():
         restarted = number == 0 and folder.config.warmup.reset
-        if earlier is not None and not restarted and earlier.keys() == adapter.keys():
+        if earlier is not None and not restarted and shapes(earlier) == shapes(adapter):
             steps.append(Step(folder.round_name(number), _relative_change(earlier, adapter)))
         earlier = adapter
     return steps

@@ -85,9 +85,10 @@ def page(facts: RunFacts, texts: Sequence[Passage] = ()) -> str:
             ),
         ),
     ]
+    rounds = facts.config.federation.rounds
     return _render(
         title=facts.name,
-        subtitle=f"{len(facts.clients)} clients, {facts.config.federation.rounds} rounds, {facts.config.model.name}",
+        subtitle=f"{facts.config.method}: {len(facts.clients)} clients, {rounds} rounds, {facts.config.model.name}",
         headline=findings.headline(facts),
         numbers=findings.numbers(facts),
         cautions=findings.cautions(facts),
