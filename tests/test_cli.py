@@ -119,6 +119,7 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["run", ".", "--resume", "R"], ". and --resume R are both run folders"),
         (["run", "."], ". is no run folder: it has no config.toml. Start a run with fedmide run CONFIG"),
         (["evaluate", "R"], "R is no run folder: it is no folder"),
+        (["export", "R", "O"], "R is no run folder: it is no folder"),
         (["watch", "R"], "R is no run folder: it is no folder"),
         (["report", "R"], "R is no run folder: it is no folder"),
         (["report"], "Missing argument 'PATHS...'. See fedmide report --help"),
@@ -741,3 +742,11 @@ def test_a_run_is_watched(fedmide: Callable[..., Outcome], finished: tuple[Any, 
     assert shown.code == 0 and shown.out.startswith("run: evaluated, ")
     found = fedmide("watch", finished[1], "--json").json
     assert (found["rounds_done"], found["rounds"], found["personalized"]) == (2, 2, 2)
+
+
+def test_a_model_is_exported(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    told = fedmide("export", finished[1], "model", "--client", "a", "--merge")
+    assert told.code == 0 and told.err == ""
+    assert told.out.startswith("against the adapter: largest logit difference ") and "written: model\n" in told.out
+    found = fedmide("export", finished[1], "adapter", "--json").json
+    assert found["folder"] == "adapter" and found["parity"] is None and len(found["commands"]) == 1

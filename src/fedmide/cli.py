@@ -215,6 +215,41 @@ def report(
 
 
 @app.command()
+def export(
+    path: RunFolderPath,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    client: Annotated[str, typer.Option(help="Whose personalised model; otherwise the common one.")] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="A whole model with the adapter in its weights.")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Type of a merged model's weights.")
+    ] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model for use elsewhere: a PEFT folder, or merged.
+
+    For example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16
+    """
+    from dataclasses import asdict
+
+    from fedmide.journal import reopen
+
+    folder = reopen(path)
+    from fedmide import export as exports
+
+    written = exports.export(folder, out, client, merge, dtype)
+    commands = exports.serving(folder, written)
+    if as_json:
+        _print_json({"folder": str(out), "parity": written.parity and asdict(written.parity), "commands": commands})
+        return
+    if written.parity is not None:
+        sys.stdout.write(
+            f"against the adapter: largest logit difference {written.parity.largest_logit_difference:.2g}, "
+            f"{written.parity.divergence:.2g} nats apart, same first choice {written.parity.same_choice:.1%}\n"
+        )
+    sys.stdout.writelines(f"{line}\n" for line in (f"written: {out}", "to serve:", *commands))
+
+
+@app.command()
 def watch(
     path: RunFolderPath,
     seconds: Annotated[float, typer.Option(min=0.1, help="How often to look.")] = 2.0,

@@ -226,8 +226,6 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
 
     Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. Raises `ModelError`.
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     device = _device(model)
     base, tokenizer = _load_base(folder, _dtype(model, device))
     config = _lora_config(base, model.name, lora)
@@ -287,7 +285,47 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"{folder}: the tokenizer can't be loaded: {first_line}") from None
 
 
+def adapted(folder: Path, adapter: Path) -> PeftModel:
+    """The model in a folder, in float32, under the adapter in a PEFT folder; raises `ModelError`."""
+    base, _ = _load_base(folder, torch.float32)
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ModelError(f"{folder}: nothing can be merged into a quantised model", "Export without --merge")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
+        network: PeftModel = PeftModel.from_pretrained(base, adapter)
+    return network.eval()
+
+
+def save_merged(network: PeftModel, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the network with its adapter in its weights, as a transformers folder; the sums are made in float32.
+
+    The network can't be used any more afterwards.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged: Any = network.merge_and_unload()
+        merged.to(dtype).save_pretrained(folder)
+
+
+def logits(network: Any, ids: Tensor) -> Tensor:
+    """The network's logits of token ids (B, T), float32 (B, T, V)."""
+    with torch.inference_mode():
+        scores: Tensor = network(input_ids=ids).logits
+        return scores.float()
+
+
+def load_merged(folder: Path) -> Any:
+    """The model in a folder, in the type that its weights are in."""
+    return _load_base(folder, torch.bfloat16 if _is_bfloat16(folder) else torch.float32)[0].eval()
+
+
+def _is_bfloat16(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text("utf-8")).get("dtype") == "bfloat16"
+
+
 def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any]:
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
