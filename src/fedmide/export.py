@@ -189,5 +189,7 @@ def _measured(facts: RunFacts, client: str) -> list[tuple[str, ...]]:
 @cache
 def _template() -> jinja2.Template:
     text = resources.files("fedmide").joinpath("presets", "card.md.j2").read_text("utf-8")
-    settings = {"trim_blocks": True, "lstrip_blocks": True, "keep_trailing_newline": True}
-    return jinja2.Environment(autoescape=False, undefined=jinja2.StrictUndefined, **settings).from_string(text)
+    environment = jinja2.Environment(
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, undefined=jinja2.StrictUndefined
+    )
+    return environment.from_string(text)

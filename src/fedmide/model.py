@@ -320,7 +320,8 @@ def load_merged(folder: Path) -> Any:
 
 
 def _is_bfloat16(folder: Path) -> bool:
-    return json.loads((folder / "config.json").read_text("utf-8")).get("dtype") == "bfloat16"
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return values.get("dtype") == "bfloat16"
 
 
 def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any]:
