@@ -3,8 +3,6 @@
 import time
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from fedmide.sources.identifiers import KINDS, kinds
 
@@ -51,8 +49,8 @@ def test_clinical_text_is_left_alone(text: str) -> None:
     assert kinds(text) == frozenset()
 
 
-@given(st.text(alphabet="0123456789 .-()+@/ab", max_size=300))
-def test_any_text_is_read_in_no_time(text: str) -> None:
+@pytest.mark.parametrize("piece", ["1 ", "12-", "(12) ", "a@", "a.", "+1", "born on ", "MRN 1 ", "3 May "])
+def test_a_hostile_text_is_read_in_linear_time(piece: str) -> None:
     begun = time.perf_counter()
-    assert kinds(text) <= set(KINDS)
-    assert time.perf_counter() - begun < 1.0
+    assert kinds(piece * 5_000) <= set(KINDS)
+    assert time.perf_counter() - begun < 5.0  # hundredths of a second; a pattern that backtracks takes minutes

@@ -20,7 +20,7 @@ _RECORD_NUMBER = (
 _BIRTH = r"\b(?:d\.?o\.?b\b\.?|born|birth\s?da(?:te|y)|date\s+of\s+birth)[\s:,=]*(?:(?:is|was|on)\s+)*" + _DATE
 
 PATTERNS: dict[str, re.Pattern[str]] = {
-    "e-mail address": re.compile(r"[\w.+-]+@[\w-]+(?:\.[\w-]+)+"),
+    "e-mail address": re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[\w-]+(?:\.[\w-]+)+"),
     "record number": re.compile(_RECORD_NUMBER, re.IGNORECASE),
     "date of birth": re.compile(_BIRTH, re.IGNORECASE),
 }
