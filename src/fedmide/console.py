@@ -2,6 +2,7 @@
 
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -31,6 +32,11 @@ if TYPE_CHECKING:  # what is said about records needs no model's libraries
 
 LINE_SECONDS = 10.0
 """How often a log hears of the progress."""
+
+ARTICLES = dict.fromkeys("aeiou", "an")
+
+MAX_CATEGORIES = 6
+"""So many of a client's categories are named."""
 
 STAGE_TITLES = {"base": "base", "aggregated": "aggregated", "personalized": "personalised"}
 
@@ -242,6 +248,31 @@ def leak_lines(report: "Report") -> list[str]:
         f"{leak.kind} with training records of client {leak.training_client}"
         for leak in report.leaks
     ]
+
+
+def category_lines(report: "Report") -> list[str]:
+    """A line for each client whose records have categories: the most frequent ones with their part of the records."""
+    lines = []
+    for client in report.clients:
+        mix: Counter[str] = Counter()
+        for part in (client.training, client.validation, client.test):
+            mix.update(part.category_mix)
+        shown = ", ".join(f"{name} {count / mix.total():.0%}" for name, count in mix.most_common(MAX_CATEGORIES))
+        more = f", {len(mix) - MAX_CATEGORIES} more" if len(mix) > MAX_CATEGORIES else ""
+        lines += [f"categories of client {client.name}: {shown}{more}"] if mix else []
+    return lines
+
+
+def identifier_lines(report: "Report") -> list[str]:
+    """A warning for each kind of identifier that records of a part seem to hold, and what such a warning is worth."""
+    lines = [
+        f"warning: {count} {part} records of client {client.name} seem to hold {ARTICLES.get(kind[0], 'a')} {kind}"
+        for client in report.clients
+        for part in ("training", "validation", "test")
+        for kind, count in getattr(client, part).identifiers.items()
+    ]
+    known = "e-mail addresses, phone numbers, record numbers and dates of birth"
+    return [*lines, f"looked for patterns of {known}; that none is found does not make records anonymous"]
 
 
 def _table(title: str) -> Table:

@@ -9,7 +9,7 @@
         adapter/             the last aggregated adapter, as a PEFT folder
         predictions/ID.jsonl
         questions/SET/       what each adapter makes of a public multiple-choice set, and its figures
-        metrics.json
+        metrics.json report.html
         .lock                empty; locked while a process works on the run
 
 Everything is written aside and renamed. A round counts once its folder stands in `server/`; what the sites wrote for a
@@ -30,6 +30,7 @@ from fedmide.client import ClientState, Memory
 from fedmide.config import Config, load, to_toml
 from fedmide.errors import RunFolderError
 from fedmide.ledger import Ledger
+from fedmide.localmodel import Adapter
 from fedmide.server import RoundSummary, ServerState
 
 _BEGUN = {".lock", "manifest.json", ".manifest.json.partial", ".config.toml.partial"}
@@ -71,6 +72,11 @@ class RunFolder:
         kept = last / "memory.safetensors"
         memory = adapters.read(kept) if kept.exists() else {}
         return ServerState(begin.federation, begin.clients, next_round, adapter, memory)
+
+    def round_adapters(self) -> Iterator[tuple[int, Adapter]]:
+        """The aggregated adapter after each whole round, with the round's number."""
+        for number, folder in zip(self._round_numbers(), self._round_folders(), strict=False):
+            yield number, adapters.read(folder / "adapter.safetensors")
 
     def rebuild_events(self, clients: Sequence[str]) -> None:
         """Writes events.jsonl anew from what is whole, so that it tells of that and of nothing else."""
@@ -162,6 +168,11 @@ class RunFolder:
         return {path.parent.name: _read_json(path) for path in files}
 
     # --- the run
+
+    def read_metrics(self) -> dict[str, Any]:
+        """What metrics.json holds; empty before the evaluation."""
+        path = self.path / "metrics.json"
+        return _read_json(path) if path.exists() else {}
 
     def read_manifest(self) -> dict[str, Any]:
         """What manifest.json holds."""

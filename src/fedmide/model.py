@@ -272,8 +272,6 @@ def load(
     made again on the way back. `num_workers`: batches side by side on a processor, by the passes that are written out;
     0: as many as torch has threads. Raises `ModelError`.
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
     device = devices.device(model.device)
     base, tokenizer = _load_base(folder, model.quantization, devices.dtype(model.dtype, device), device)
     config = _lora_config(base, model.name, lora)
@@ -330,10 +328,63 @@ def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) ->
     return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder; raises `ModelError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {first_line}") from None
+
+
+def adapted(folder: Path, adapter: Path) -> PeftModel:
+    """The model in a folder, in float32, under the adapter in a PEFT folder; raises `ModelError`."""
+    base, _ = _load_base(folder, "none", torch.float32, torch.device("cpu"))
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ModelError(f"{folder}: nothing can be merged into a quantised model", "Export without --merge")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
+        network: PeftModel = PeftModel.from_pretrained(base, adapter)
+    return network.eval()
+
+
+def save_merged(network: PeftModel, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the network with its adapter in its weights, as a transformers folder; the sums are made in float32.
+
+    The network can't be used any more afterwards.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged: Any = network.merge_and_unload()
+        merged.to(dtype).save_pretrained(folder)
+
+
+def logits(network: Any, ids: Tensor) -> Tensor:
+    """The network's logits of token ids (B, T), float32 (B, T, V)."""
+    with torch.inference_mode():
+        scores: Tensor = network(input_ids=ids).logits
+        return scores.float()
+
+
+def load_merged(folder: Path) -> Any:
+    """The model in a folder, in the type that its weights are in."""
+    dtype = torch.bfloat16 if _is_bfloat16(folder) else torch.float32
+    return _load_base(folder, "none", dtype, torch.device("cpu"))[0].eval()
+
+
+def _is_bfloat16(folder: Path) -> bool:
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return values.get("dtype") == "bfloat16"
+
+
 def _load_base(
     folder: Path, kind: Quantization, dtype: torch.dtype, device: torch.device
 ) -> tuple[transformers.PreTrainedModel, Any]:
     """The frozen base and its tokenizer; a quantised one on the device already."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     how: dict[str, Any] = {}
     if kind != "none":
         config = transformers.BitsAndBytesConfig(**quantization.settings(kind, dtype))
@@ -345,7 +396,6 @@ def _load_base(
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here, **how
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **only_here)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{folder}: the model can't be loaded: {first_line}") from None
@@ -355,7 +405,7 @@ def _load_base(
     base.requires_grad_(False)
     # what a checkpoint would add to greedy decoding, such as a penalty of repetition, is left out
     base.generation_config = transformers.GenerationConfig()
-    return base, tokenizer
+    return base, load_tokenizer(folder)
 
 
 def _checkpoint(base: transformers.PreTrainedModel, name: str) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-from fedmide import adapters, methods, server
+from fedmide import adapters, methods, report, server
 from fedmide.atomic import check_room, to_json, write_file, write_folder
 from fedmide.client import ClientState
 from fedmide.config import Config
@@ -239,7 +239,16 @@ def evaluate(
         metrics |= {"questions": figures} if (figures := run.folder.question_figures()) else {}
         metrics["method"] = _method_figures(run)
         write_file(run.folder.path / "metrics.json", to_json(metrics))
+    _write_report(run)
     return metrics
+
+
+def _write_report(run: Run) -> None:
+    """Leaves `report.html`. Whatever goes wrong with it is told, and is no reason for a run to fail."""
+    try:
+        run.tell(f"the report is in {report.write(run.folder)}")
+    except Exception as error:  # noqa: BLE001
+        run.tell(f"no report could be written ({type(error).__name__}); see fedmide report {run.folder.path}")
 
 
 def _begin(run: Run) -> ServerState:
