@@ -136,7 +136,10 @@ def _gradient(model: LoraModel, examples: Sequence[Example], settings: TrainingC
 
 def _unscale(model: LoraModel, scale: float) -> bool:
     """Divides the gradients; whether all of them are finite."""
-    return all([bool(each.div_(scale).isfinite().all()) for each in _gradients(model)])
+    gradients = _gradients(model)
+    for each in gradients:
+        each.div_(scale)
+    return all(bool(each.isfinite().all()) for each in gradients)
 
 
 def _gradients(model: LoraModel) -> list[Tensor]:
