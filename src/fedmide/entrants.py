@@ -47,6 +47,7 @@ class Entrant:
 
     name: str
     config: Config
+    budget: Budget
 
     def run(self, seed: int, rate: float | None = None) -> Config:
         """The configuration of one run. All seeds have the same records; `rate` is for `training.learning_rate`."""
@@ -76,7 +77,7 @@ def entrants(values: Mapping[str, Any], names: Sequence[str]) -> tuple[Entrant, 
     if problems:
         raise ConfigError(problems, "See `fedmide methods` and docs/compare.md")
     budget = budget_of(base)
-    return tuple(Entrant(name, within(budget, _variant(base, given, name), name)) for name in names)
+    return tuple(Entrant(name, within(budget, _variant(base, given, name), name), budget) for name in names)
 
 
 def within(budget: Budget, values: Mapping[str, Any], name: str) -> Config:
