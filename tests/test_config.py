@@ -173,6 +173,10 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "data.clients": ([0, 8], [-1, 0.5]),
     "data.max_records": ([0, 1], [-1]),
     "data.validation_fraction": ([0.0, 0.99, 0], [1.0, -0.01, NAN, "0.1"]),
+    "data.seed": ([-1, 0, 3], [-2]),
+    "data.pieces": ([1, 5], [0]),
+    "data.noisy_clients": ([0, 3], [-1]),
+    "personalization.max_steps": ([0, 6], [-1]),
     "data.test_fraction": ([0.0, 0.99], [1.0, 1, -0.01, NAN]),
     "model.dtype": (["auto", "float32", "bfloat16", "float16"], ["float64"]),
     "model.quantization": (["none", "int8", "nf4"], ["fp4", True]),
@@ -205,7 +209,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "personalization.records": (["all", "personal", "shared"], ["none"]),
     "generation.max_new_tokens": ([0, 80], [-1]),
     "generation.batch_size": ([1], [0]),
-    "evaluation.choices": ([2], [1]),
+    "evaluation.choices": ([0, 2], [1, -1]),
     "evaluation.bootstrap": ([100], [99]),
     "runtime.threads": ([0, 2], [-1]),
 }
@@ -421,3 +425,9 @@ def test_what_is_written_as_a_whole_number_is_the_same_configuration() -> None:
     whole, point = parse({"lora": {"alpha": 16}}), parse({"lora": {"alpha": 16.0}})
     assert whole == point
     assert fingerprint(whole) == fingerprint(point) == fingerprint(Config())
+
+
+def test_a_file_with_variants_for_a_comparison_is_a_runs_configuration_too(tmp_path: Path) -> None:
+    path = tmp_path / "compare.toml"
+    path.write_text('seed = 2\n[variants.near]\nmethod = "fedprox"\n')
+    assert load(path) == Config(seed=2)

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from fedmide import methods
-from fedmide.config import Config, MethodName, for_method, parse
+from fedmide.config import VARIANTS, Config, MethodName, for_method, parse, without_variants
 from fedmide.errors import ConfigError, UsageError
 from fedmide.sources import load
 from fedmide.training import num_steps
-
-VARIANTS = "variants"
-"""The table of a comparison's configuration that names variants: `[variants.NAME]`."""
 
 BUDGET = ("federation.rounds", "training.epochs", "training.max_steps", "personalization.max_steps")
 """What makes the budget, or follows from it."""
@@ -71,7 +68,7 @@ def budget_of(values: Mapping[str, Any]) -> Budget:
 
 def entrants(values: Mapping[str, Any], names: Sequence[str]) -> tuple[Entrant, ...]:
     """What the names stand for: methods, or variants in the values' own table; all problems as one `ConfigError`."""
-    base = {key: each for key, each in values.items() if key != VARIANTS}
+    base = without_variants(values)
     given = values.get(VARIANTS, {})
     problems = list(_problems(given, names))
     if problems:
