@@ -104,8 +104,8 @@ def test_a_quantised_base_is_refused(
 ) -> None:
     load_base = model._load_base
 
-    def quantised(folder: Path, dtype: torch.dtype) -> Any:
-        base, tokenizer = load_base(folder, dtype)
+    def quantised(*given: Any) -> Any:
+        base, tokenizer = load_base(*given)
         base.config.quantization_config = {"quant_method": "bitsandbytes"}
         return base, tokenizer
 
