@@ -39,7 +39,7 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the run; otherwise ru
 Resume = Annotated[Path | None, typer.Option(help="A run folder to go on with.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
-Rule = Literal["otsu-256", "otsu-exact", "median"]  # as in config.ThresholdRule, which takes too long to import here
+Rule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]  # those of config, which takes long to import
 
 WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
 Part = Literal["training", "validation", "test"]
