@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from fedmide.evaluation.choice import choice_accuracy
 from fedmide.evaluation.clients import worse_than_local
-from fedmide.evaluation.intervals import PERCENTILES, paired_bootstrap
+from fedmide.evaluation.intervals import draws, ends, paired_bootstrap, resampled
 from fedmide.evaluation.measure import Measured
 from fedmide.seeds import stream
 
@@ -70,14 +70,14 @@ def _add_metric(
     figures: Figures, metric: str, values: Values, against: Sequence[str], resamples: int, seed: int
 ) -> None:
     """A metric's mean over clients, worst client and deviation over clients, and the differences of the first two."""
-    drawn = {name: _draws(len(counts), resamples, seed, name) for name, counts in values.counts.items()}
+    drawn = {name: tuple(draws(len(counts), resamples, seed, name)) for name, counts in values.counts.items()}
     others = stream(seed, "bootstrap of clients").integers(len(drawn), size=(resamples, len(drawn)))
     sampled: dict[str, dict[str, FloatArray]] = {}
     points: dict[str, dict[str, float]] = {}
     for method, clients in values.values.items():
         means = {name: each.mean(axis=0) for name, each in clients.items()}
         point = {name: float(means[name].sum() / values.counts[name].sum()) for name in drawn}
-        ratios = np.stack([_resampled(means[name], values.counts[name], drawn[name]) for name in drawn], axis=1)
+        ratios = np.stack([resampled(means[name], values.counts[name], drawn[name]) for name in drawn], axis=1)
         worst = list(drawn).index(_worst(point, LOWER_IS_BETTER[metric]))
         sampled[method] = {
             metric: ratios.mean(axis=1),
@@ -218,20 +218,8 @@ def _by_client(
         yield name, {"difference": interval.value, "low": interval.low, "high": interval.high}
 
 
-def _draws(num_records: int, resamples: int, seed: int, client: str) -> npt.NDArray[np.int64]:
-    """Indices [resamples, records] of a client's own: two clients of one size are not resampled alike."""
-    return stream(seed, "bootstrap", client=client).integers(num_records, size=(resamples, num_records))
-
-
-def _resampled(sums: FloatArray, counts: FloatArray, drawn: npt.NDArray[np.int64]) -> FloatArray:
-    """The ratio of the sums in each resample."""
-    ratios: FloatArray = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
-    return ratios
-
-
 def _ends(values: FloatArray) -> dict[str, float]:
-    low, high = np.percentile(values, PERCENTILES)
-    return {"low": float(low), "high": float(high)}
+    return dict(zip(("low", "high"), ends(values), strict=True))
 
 
 def _worst(point: Mapping[str, float], lower_is_better: bool) -> str:

@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from fedmide.config import Positions
 from fedmide.enrollment import score
-from fedmide.evaluation.intervals import PERCENTILES
+from fedmide.evaluation.intervals import ends
 from fedmide.localmodel import Nll
 from fedmide.records import RecordId
 from fedmide.seeds import stream
@@ -180,8 +180,7 @@ def _interval(
             auroc(np.concatenate([_again(personal, generator), _again(shared, generator)]), truth)
             for _ in range(resamples)
         ]
-    low, high = np.percentile(means / len(sites), PERCENTILES)
-    return float(low), float(high)
+    return ends(means / len(sites))
 
 
 def _again(values: npt.NDArray[np.float64], generator: np.random.Generator) -> npt.NDArray[np.float64]:

@@ -5,7 +5,7 @@ number of records only, so two metrics, or two methods, on the same records are 
 how much a figure hangs on which records were tested; they know nothing of seeds or of training.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +14,7 @@ import numpy.typing as npt
 from fedmide.seeds import stream
 
 FloatArray = npt.NDArray[np.float64]
+Draws = npt.NDArray[np.int64]
 
 PERCENTILES = (2.5, 97.5)
 DRAWS_AT_ONCE = 1 << 20
@@ -41,14 +42,8 @@ def bootstrap_ratio(sums: npt.ArrayLike, counts: npt.ArrayLike, resamples: int, 
     """
     numerators, denominators = np.asarray(sums, dtype=np.float64), np.asarray(counts, dtype=np.float64)
     _check(numerators, denominators, resamples)
-    ratios = np.concatenate(
-        [
-            numerators[drawn].sum(axis=1) / denominators[drawn].sum(axis=1)
-            for drawn in _draws(len(numerators), resamples, seed)
-        ]
-    )
-    low, high = np.percentile(ratios, PERCENTILES)
-    return Interval(float(numerators.sum() / denominators.sum()), float(low), float(high))
+    low, high = ends(resampled(numerators, denominators, draws(len(numerators), resamples, seed)))
+    return Interval(float(numerators.sum() / denominators.sum()), low, high)
 
 
 def bootstrap_mean(values: npt.ArrayLike, resamples: int, seed: int) -> Interval:
@@ -87,6 +82,28 @@ def paired_bootstrap(
     return bootstrap_ratio(difference, counts, resamples, seed)
 
 
+def draws(num_records: int, resamples: int, seed: int, client: str = "") -> Iterator[Draws]:
+    """Indices [some resamples, records], as many resamples at once as memory is meant for.
+
+    With a client's name they are its own: two clients of one size are then not resampled alike.
+    """
+    generator = stream(seed, "bootstrap", client=client)
+    rows = max(1, DRAWS_AT_ONCE // num_records)
+    for start in range(0, resamples, rows):
+        yield generator.integers(num_records, size=(min(rows, resamples - start), num_records))
+
+
+def resampled(sums: FloatArray, counts: FloatArray, drawn: Iterable[Draws]) -> FloatArray:
+    """The ratio of the sums in each resample."""
+    return np.concatenate([sums[each].sum(axis=1) / counts[each].sum(axis=1) for each in drawn])
+
+
+def ends(values: FloatArray) -> tuple[float, float]:
+    """The ends of the 95 % interval that resamples give."""
+    low, high = np.percentile(values, PERCENTILES)
+    return float(low), float(high)
+
+
 def _check(sums: FloatArray, counts: FloatArray, resamples: int) -> None:
     if sums.ndim != 1 or sums.shape != counts.shape:
         raise ValueError(f"expected one sum and one count for each record, got {sums.shape} and {counts.shape}")
@@ -98,11 +115,3 @@ def _check(sums: FloatArray, counts: FloatArray, resamples: int) -> None:
         raise ValueError("a record's count is not positive")
     if resamples < 1:
         raise ValueError(f"expected at least 1 resample, got {resamples}")
-
-
-def _draws(num_records: int, resamples: int, seed: int) -> Iterator[npt.NDArray[np.int64]]:
-    """Indices [some resamples, records], as many resamples at once as memory is meant for."""
-    generator = stream(seed, "bootstrap")
-    rows = max(1, DRAWS_AT_ONCE // num_records)
-    for start in range(0, resamples, rows):
-        yield generator.integers(num_records, size=(min(rows, resamples - start), num_records))

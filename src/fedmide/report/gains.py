@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedmide.evaluation.intervals import PERCENTILES, Interval, paired_bootstrap
-from fedmide.seeds import stream
+from fedmide.evaluation.intervals import Interval, draws, ends, paired_bootstrap, resampled
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -73,17 +72,9 @@ def mean_gain(clients: Mapping[str, tuple[Measures, Measures]], resamples: int, 
     pairs = {name: paired for name, sides in clients.items() if (paired := pair(*sides))}
     if not pairs:
         return None
-    draws = np.mean([_resampled(paired, name, resamples, seed) for name, paired in pairs.items()], axis=0)
-    low, high = np.percentile(draws, PERCENTILES)
-    return Interval(float(np.mean([paired.gain() for paired in pairs.values()])), float(low), float(high))
-
-
-def _resampled(paired: Pair, client: str, resamples: int, seed: int) -> FloatArray:
-    """The client's gain in each resample of its records."""
-    generator = stream(seed, "bootstrap", client=client)
-    differences, count = paired.first - paired.second, len(paired.num_tokens)
-    gains = np.empty(resamples)
-    for number in range(resamples):
-        drawn = generator.integers(count, size=count)
-        gains[number] = differences[drawn].sum() / paired.num_tokens[drawn].sum()
-    return gains
+    gains = [
+        resampled(each.first - each.second, each.num_tokens, draws(len(each.num_tokens), resamples, seed, name))
+        for name, each in pairs.items()
+    ]
+    low, high = ends(np.mean(gains, axis=0))
+    return Interval(float(np.mean([paired.gain() for paired in pairs.values()])), low, high)
