@@ -4,7 +4,7 @@ Arrays are float32 on the processor; nothing here knows a model. Weights are wri
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -115,15 +115,25 @@ def _padded(array: Array, shape: tuple[int, ...], axis: int) -> Array:
     return np.pad(array, [(0, missing if each == axis else 0) for each in range(array.ndim)])
 
 
+def without_routers(adapter: Adapter) -> Adapter:
+    """The arrays that a model without routers knows."""
+    return {name: array for name, array in adapter.items() if not name.endswith(ROUTER)}
+
+
 def stacked(own: Adapter, other: Adapter, weight: float = 1.0, other_weight: float = 1.0) -> Adapter:
     """Two adapters as one of both ranks, the own ranks first: its product is the weighted sum of theirs."""
-    result = {}
-    for name, array in own.items():
-        pair = [array, other[name]]
-        if name.endswith(B):
-            pair = [array * np.float32(weight), other[name] * np.float32(other_weight)]
-        result[name] = np.concatenate(pair, axis=rank_axis(name))
-    return result
+    return joined([(own, weight), (other, other_weight)])
+
+
+def joined(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
+    """Weighted adapters as one of all their ranks, in order: its product is the weighted sum of theirs."""
+    return {
+        name: np.concatenate(
+            [each[name] * np.float32(weight) if name.endswith(B) else each[name] for each, weight in parts],
+            axis=rank_axis(name),
+        )
+        for name in parts[0][0]
+    }
 
 
 def unstacked(stack: Adapter, like: Adapter, weight: float = 1.0, other_weight: float = 1.0) -> tuple[Adapter, Adapter]:
@@ -147,7 +157,7 @@ def as_factors(adapter: Adapter, scale: float) -> Adapter:
         most = float(adapter[MOST][0])
         return stacked(under(OWN, adapter), under(COMMON, adapter), most, 1 - most)
     if any(name.endswith(ROUTER) for name in adapter):
-        kept = {name: array for name, array in adapter.items() if not name.endswith(ROUTER)}
+        kept = without_routers(adapter)
         return {name: array * np.float32(0.5 if name.endswith(B) else 1) for name, array in kept.items()}
     result = dict(without_deltas(adapter))
     for name, delta in deltas(adapter).items():

@@ -14,6 +14,7 @@ import jinja2
 import torch
 import torch.nn.functional as F
 
+from fedmide.adapters import A
 from fedmide.adapters import read as read_adapter
 from fedmide.atomic import clear_errors, to_json, write_folder
 from fedmide.checkpoints import locate
@@ -171,7 +172,7 @@ def _merged(folder: RunFolder, adapter: Path, out: Path, dtype: Dtype) -> Parity
 def _rank(adapter: Path) -> int:
     """The largest rank of an adapter's layers."""
     weights = read_adapter(adapter / "adapter_model.safetensors")
-    return max((array.shape[0] for name, array in weights.items() if ".lora_A." in name), default=0)
+    return max((array.shape[0] for name, array in weights.items() if name.endswith(A)), default=0)
 
 
 def _measured(facts: RunFacts, client: str) -> list[tuple[str, ...]]:

@@ -33,7 +33,7 @@ class Resident:
     def fresh(self, seed: int) -> Adapter:
         """An adapter that changes nothing yet, of the configured rank."""
         shapes = {
-            name: (self.config.lora.r, inner) if ".lora_A." in name else (outer, self.config.lora.r)
+            name: (self.config.lora.r, inner) if name.endswith(adapters.A) else (outer, self.config.lora.r)
             for name, (outer, inner) in self.model.shapes.items()
         }
         return adapters.fresh(shapes, seed)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fedmide.adapters import ROUTER, A
+from fedmide.adapters import ROUTER, A, without_routers
 from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
 from fedmide.model import LoraModel
@@ -103,8 +103,3 @@ def routed(model: LoraModel, names: Sequence[str]) -> RoutedModel:
     parts = {each.name: getattr(model, each.name) for each in fields(LoraModel)}
     changes = {"prefixes": None, "workers": Workers(1)}  # what a hook sees is one batch at a time
     return RoutedModel(**{**parts, **changes}, routers=routers, flat_routers=Flat(list(routers.values())))
-
-
-def without_routers(adapter: Adapter) -> Adapter:
-    """The arrays that a model without routers knows."""
-    return {name: array for name, array in adapter.items() if not name.endswith(ROUTER)}

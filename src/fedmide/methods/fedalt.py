@@ -18,7 +18,7 @@ from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel, Terms
 from fedmide.methods.feddpa import own_share
-from fedmide.methods.method import Answer, Common, Method, Sizes, Trained, Visit, learn, num_values
+from fedmide.methods.method import Answer, Common, Method, Sizes, Trained, Visit, learn, num_values, twice_the_rank
 
 
 def _local(visit: Visit, model: LocalModel) -> Trained:
@@ -74,10 +74,6 @@ def _routed_sizes(adapter: Adapter) -> Sizes:
     return Sizes(size + routers, 2 * size + routers)
 
 
-def _both_ranks(config: Config) -> int:
-    return 2 * config.lora.r
-
-
 FEDALT = Method(
     "fedalt",
     "an own adapter beside one of the rest of the world, mixed per token by a router that is trained",
@@ -88,5 +84,5 @@ FEDALT = Method(
     down=_down,
     combine=_combine,
     sizes=_routed_sizes,
-    rank=_both_ranks,
+    rank=twice_the_rank,
 )

@@ -14,9 +14,8 @@ the same passes serve; dropout then draws one mask for both, where separate ones
 import numpy as np
 
 from fedmide.adapters import COMMON, MOST, OWN, REFERENCES, B, prefixed, rank_axis, stacked, unstacked
-from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel, Terms
-from fedmide.methods.method import Method, Sizes, Trained, Visit, learn, num_values
+from fedmide.methods.method import Method, Sizes, Trained, Visit, learn, num_values, twice_the_rank
 from fedmide.seeds import stream
 
 
@@ -73,10 +72,6 @@ def _both_kept(adapter: Adapter) -> Sizes:
     return Sizes(2 * num_values(adapter), 2 * num_values(adapter))
 
 
-def _both_ranks(config: Config) -> int:
-    return 2 * config.lora.r
-
-
 FEDDPA_T = Method(
     "feddpa-t",
     "a common and a local adapter, trained in turn in each round, weighted for each record at inference",
@@ -87,7 +82,7 @@ FEDDPA_T = Method(
     own=_mixed,
     finish=_for_records,
     sizes=_both_kept,
-    rank=_both_ranks,
+    rank=twice_the_rank,
 )
 FEDDPA_F = Method(
     "feddpa-f",
@@ -97,5 +92,5 @@ FEDDPA_F = Method(
     tuning=_tuning,
     finish=_for_records,
     sizes=_both_kept,
-    rank=_both_ranks,
+    rank=twice_the_rank,
 )

@@ -13,7 +13,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmide.adapters import Shapes, factors, layers, shapes
+from fedmide.adapters import A, B, Shapes, factors, layers, shapes
 from fedmide.config import Config
 from fedmide.localmodel import Adapter
 from fedmide.methods.method import Answer, Common, Method
@@ -33,7 +33,7 @@ def highest_rank(config: Config) -> int:
 
 def cut(adapter: Adapter, rank: int) -> Adapter:
     """The adapter's first ranks, which are those of its largest singular values."""
-    return {name: array[:rank] if ".lora_A." in name else array[:, :rank] for name, array in adapter.items()}
+    return {name: array[:rank] if name.endswith(A) else array[:, :rank] for name, array in adapter.items()}
 
 
 def decomposed(stack: Adapter, rank: int) -> Adapter:
@@ -47,8 +47,8 @@ def decomposed(stack: Adapter, rank: int) -> Adapter:
         size = min(rank, len(s))
         right, left = np.zeros((rank, a.shape[1])), np.zeros((b.shape[0], rank))
         right[:size], left[:, :size] = vt[:size] @ q_a.T, (q_b @ u[:, :size]) * s[:size]
-        result[f"{layer}.lora_A.weight"] = right.astype(np.float32)
-        result[f"{layer}.lora_B.weight"] = left.astype(np.float32)
+        result[layer + A] = right.astype(np.float32)
+        result[layer + B] = left.astype(np.float32)
     return result
 
 

@@ -11,13 +11,11 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmide.adapters import Shapes, named, shapes
+from fedmide.adapters import A, B, Shapes, named, shapes
 from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel, Terms
 from fedmide.methods.method import Answer, Common, Method, Sizes, Trained, Visit, learn, num_values
-
-A, B = ".lora_A.", ".lora_B."
 
 # --- FFA-LoRA
 

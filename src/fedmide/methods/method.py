@@ -129,6 +129,11 @@ def rank_of_lora(config: Config) -> int:
     return config.lora.r
 
 
+def twice_the_rank(config: Config) -> int:
+    """That of two adapters as one."""
+    return 2 * config.lora.r
+
+
 def plain(visit: Visit) -> Terms:
     """Tuning as it is without a method."""
     return PLAIN

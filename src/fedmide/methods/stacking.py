@@ -16,7 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmide.adapters import DELTA, Shapes, deltas, factors, layers, prefixed, shapes, under, without_deltas
+from fedmide.adapters import DELTA, Shapes, deltas, factors, joined, layers, prefixed, shapes, under, without_deltas
 from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel
 from fedmide.methods.method import Answer, Common, Method, Trained, Visit, learn, mean
@@ -110,14 +110,7 @@ def stacked(answers: Sequence[Answer], minus: Adapter | None = None) -> Adapter:
     parts = [(answer.arrays, answer.num_records / total) for answer in answers]
     if minus is not None:
         parts.append((minus, -1.0))
-    result: dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]] = {}
-    for layer in layers(answers[0].arrays):
-        pairs = [(*factors(arrays, layer), np.float32(weight)) for arrays, weight in parts]
-        result[f"{layer}.lora_A.weight"] = np.concatenate([a for a, _, _ in pairs])  # (sum r, in)
-        result[f"{layer}.lora_B.weight"] = np.concatenate(
-            [b * weight for _, b, weight in pairs], axis=1
-        )  # (out, sum r)
-    return result
+    return joined(parts)
 
 
 def product(stack: Adapter, config: Config) -> Adapter:
