@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -207,7 +208,7 @@ class LoraModel:
         states = prefixes.states(batch, self.device)
         return states, torch.from_numpy(rows).to(self.device), torch.from_numpy(targets).to(self.device)
 
-    @property
+    @cached_property
     def dropout(self) -> Dropout | None:
         """Dropout of the adapters' inputs; None where there is none."""
         return Dropout(self.lora.lora_dropout, self.device) if self.lora.lora_dropout else None

@@ -277,7 +277,9 @@ def _check_ledgers(run: Run) -> None:
     state = run.folder.last_round(_begin(run))
     last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
     if run.config.method != "fedmide":
-        return _check_memories(run, last, state.round)
+        if methods.of(run.config).remembers:
+            _check_memories(run, last, state.round)
+        return
     problems = []
     for name, event in last.items():
         if event["refused"]:
@@ -299,8 +301,7 @@ def _check_memories(run: Run, last: Mapping[str, Mapping[str, Any]], next_round:
     problems = [
         f"{run.folder.site(name)}: the memory of round {number} is missing"
         for name, number in trained.items()
-        if (methods.of(run.config).remembers or run.config.method == "fedmide")
-        and [memory.round for memory in kept[name]] != [number]
+        if [memory.round for memory in kept[name]] != [number]
     ]
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
@@ -400,14 +401,16 @@ def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Ada
     longest = run.inputs.resident.model.num_positions or run.config.model.cutoff
     own: list[tuple[summary.StageName, str]] = [("personalized", client) for client in run.inputs.clients]
     scored: dict[tuple[summary.StageName, str], Scored] = {}
+    asked = fingerprint(questions)
     for stage, client in [("base", ""), ("aggregated", ""), *(own if _is_personalized(run) else ())]:
         about = f"{stage}-{client}" if client else stage
         earlier = run.folder.read_questions(name, about)
-        if earlier is None or earlier["questions"] != fingerprint(questions):
+        if earlier is None or earlier["questions"] != asked:
             adapter = _adapter(run, client, stage, aggregated)
             found = score_questions(run.inputs.resident, adapter, run.inputs.encode, questions, longest)
             run.folder.save_questions(name, about, asdict(found))
-        scored[stage, client] = Scored.from_dict(run.folder.read_questions(name, about) or {})
+            earlier = run.folder.read_questions(name, about) or {}  # sums that are no number read alike, now and later
+        scored[stage, client] = Scored.from_dict(earlier)
         advance(1, f"{name}, {about}")
     run.folder.save_questions(name, "figures", set_figures(name, questions, scored, run.config))
 
