@@ -13,10 +13,10 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from fedmide import adapters
+from fedmide import adapters, stages
 from fedmide.checkpoints import locate
 from fedmide.client import ClientState
-from fedmide.config import Config, Positions, apply_overrides, parse
+from fedmide.config import Config, Positions, apply_overrides, load, parse
 from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan, total
 from fedmide.records import RecordId
 from fedmide.tokens import Example
@@ -285,6 +285,22 @@ def small_input(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPat
 def small_input_at() -> Callable[[Path], SmallInput]:
     """What writes input for a small whole run into a new folder."""
     return write_small_input
+
+
+@pytest.fixture(scope="session")
+def finished_run(tiny_folder: Path, one_thread: None) -> Callable[..., Path]:
+    """What writes input for a small run into a new folder, and does all of its stages in `run` beside it."""
+
+    def finish(folder: Path, overrides: Sequence[str] = ()) -> Path:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+            config = load(write_small_input(folder / "input").config, overrides)
+            with stages.start(config, folder / "run") as run:
+                for stage in (stages.train, stages.personalize, stages.generate, stages.evaluate):
+                    stage(run)
+        return folder / "run"
+
+    return finish
 
 
 @pytest.fixture(scope="session")

@@ -14,8 +14,8 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmide import export as exports
-from fedmide import model, stages
-from fedmide.config import load, parse
+from fedmide import model
+from fedmide.config import parse
 from fedmide.errors import ModelError, RunFolderError
 from fedmide.export import compare, export, serving
 from fedmide.journal import RunFolder, reopen
@@ -24,17 +24,8 @@ IDS = torch.arange(40).reshape(2, 20)
 
 
 @pytest.fixture(scope="module")
-def run_path(
-    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_input_at: Callable[[Path], Any], one_thread: None
-) -> Path:
-    folder = tmp_path_factory.mktemp("exported")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
-        config = load(small_input_at(folder / "input").config, ["federation.rounds=1", "lora.r=12"])
-        with stages.start(config, folder / "run") as run:
-            for stage in (stages.train, stages.personalize, stages.generate, stages.evaluate):
-                stage(run)
-    return folder / "run"
+def run_path(tmp_path_factory: pytest.TempPathFactory, finished_run: Callable[..., Path]) -> Path:
+    return finished_run(tmp_path_factory.mktemp("exported"), ["federation.rounds=1", "lora.r=12"])
 
 
 @pytest.fixture

@@ -3,13 +3,11 @@
 import json
 import math
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from fedmide.atomic import to_json
 from fedmide.config import Config, EvaluationConfig, ModelConfig, PromptConfig, RuntimeConfig
@@ -19,7 +17,7 @@ from fedmide.evaluation.summary import stage_figures
 from fedmide.localmodel import Adapter
 from fedmide.prompts import ALPACA, Template, render
 from fedmide.records import ClientData, Record, client_data
-from fedmide.resident import Resident, open_model
+from fedmide.resident import Resident
 from fedmide.tokens import Encoder, encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,32 +35,9 @@ CONFIG = Config(
 )
 
 
-@pytest.fixture(scope="module")
-def resident(tiny_folder: Path) -> Resident:
-    return open_model(CONFIG, tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def adapter(resident: Resident) -> Adapter:
-    draw = np.random.default_rng(0)
-    return {name: draw.normal(0, 0.2, shape).astype(np.float32) for name, shape in resident.model.shapes.items()}
-
-
 def measured(resident: Resident, adapter: Adapter, client: ClientData = CLIENT, config: Config = CONFIG) -> Measured:
     encode = encoder(resident.model.tokenizer, config.model, config.prompt)
     return measure(resident, adapter, encode, client, config)
-
-
-def merged(folder: Path, adapter: Adapter) -> Any:
-    """A plain model with W + alpha / r * B A for its weights."""
-    network = AutoModelForCausalLM.from_pretrained(folder).eval()
-    weights = dict(network.named_parameters())
-    with torch.no_grad():
-        for name, array in adapter.items():
-            if ".lora_A." in name:
-                update = torch.tensor(adapter[name.replace("lora_A", "lora_B")]) @ torch.tensor(array)
-                weights[name.removeprefix("base_model.model.").replace(".lora_A", "")] += 16.0 / 8 * update
-    return network
 
 
 def response_nll(network: Any, tokenizer: Any, record: Record, response: str) -> tuple[float, int]:
@@ -75,9 +50,9 @@ def response_nll(network: Any, tokenizer: Any, record: Record, response: str) ->
     return -sum(float(log_probabilities[len(prompt) - 1 + t, token]) for t, token in enumerate(answer)), len(answer)
 
 
-def test_choices_equal_a_slow_loop(tiny_folder: Path, resident: Resident, adapter: Adapter) -> None:
+def test_choices_equal_a_slow_loop(merged: Any, resident: Resident, adapter: Adapter) -> None:
     found = measured(resident, adapter)
-    network, tokenizer = merged(tiny_folder, adapter), resident.model.tokenizer
+    network, tokenizer = merged, resident.model.tokenizer
     draws = draw_choices(ANSWERS, 4, CONFIG.seed, "a")
     best = []
     for number, (record, drawn) in enumerate(zip(CLIENT.test, draws, strict=True)):
@@ -106,10 +81,10 @@ LISTING = client_data(
 )
 
 
-def test_listed_options_equal_a_slow_loop(tiny_folder: Path, resident: Resident, adapter: Adapter) -> None:
+def test_listed_options_equal_a_slow_loop(merged: Any, resident: Resident, adapter: Adapter) -> None:
     """The options' texts, without letter and end of sequence, the right one first; unclear ones have none."""
     found = measured(resident, adapter, LISTING)
-    network, tokenizer = merged(tiny_folder, adapter), resident.model.tokenizer
+    network, tokenizer = merged, resident.model.tokenizer
     expected = [["The liver", "The heart", "A stone"], [], ["Skin", "Ear"]]
     assert found.option_lengths == tuple(tuple(map(len, row)) for row in expected)
     for row, record, sums in zip(expected, (LISTING.test[number] for number in (0, 1, 3)), found.options, strict=True):

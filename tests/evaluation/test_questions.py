@@ -3,19 +3,16 @@
 import json
 import math
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
 
 from fedmide.atomic import to_json
 from fedmide.config import Config, ModelConfig, RuntimeConfig
 from fedmide.evaluation.questions import Scored, draw_questions, score_questions, set_figures
 from fedmide.localmodel import Adapter
-from fedmide.resident import Resident, open_model
+from fedmide.resident import Resident
 from fedmide.sources.questions import FORMS, Question, fingerprint
 from fedmide.tokens import encoder
 
@@ -39,28 +36,6 @@ def question(number: int) -> Question:
 QUESTIONS = tuple(question(number) for number in range(8))
 
 
-@pytest.fixture(scope="module")
-def resident(tiny_folder: Path) -> Resident:
-    return open_model(CONFIG, tiny_folder)
-
-
-@pytest.fixture(scope="module")
-def adapter(resident: Resident) -> Adapter:
-    draw = np.random.default_rng(1)
-    return {name: draw.normal(0, 0.2, shape).astype(np.float32) for name, shape in resident.model.shapes.items()}
-
-
-def merged(folder: Path, adapter: Adapter) -> Any:
-    network = AutoModelForCausalLM.from_pretrained(folder).eval()
-    weights = dict(network.named_parameters())
-    with torch.no_grad():
-        for name, array in adapter.items():
-            if ".lora_A." in name:
-                update = torch.tensor(adapter[name.replace("lora_A", "lora_B")]) @ torch.tensor(array)
-                weights[name.removeprefix("base_model.model.").replace(".lora_A", "")] += 16.0 / 8 * update
-    return network
-
-
 def slow(network: Any, tokenizer: Any, asked: Question, choice: str, longest: int) -> float:
     """As the harness does it: both encoded together, the last tokens kept, the choice's log-probability."""
     whole = tokenizer(f"{asked.prompt} {choice}")["input_ids"]
@@ -72,10 +47,10 @@ def slow(network: Any, tokenizer: Any, asked: Question, choice: str, longest: in
 
 
 @pytest.mark.parametrize("longest", [512, 48])
-def test_scores_equal_a_slow_loop(tiny_folder: Path, resident: Resident, adapter: Adapter, longest: int) -> None:
+def test_scores_equal_a_slow_loop(merged: Any, resident: Resident, adapter: Adapter, longest: int) -> None:
     encode = encoder(resident.model.tokenizer, CONFIG.model, CONFIG.prompt)
     found = score_questions(resident, adapter, encode, QUESTIONS, longest)
-    network, tokenizer = merged(tiny_folder, adapter), resident.model.tokenizer
+    network, tokenizer = merged, resident.model.tokenizer
     right = []
     for asked, sums in zip(QUESTIONS, found.sums, strict=True):
         expected = {choice: slow(network, tokenizer, asked, choice, longest) for choice in asked.choices}

@@ -4,28 +4,16 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from fedmide import stages
-from fedmide.config import load
 from fedmide.journal import RunFolder, reopen
 
 
 @pytest.fixture(scope="session")
-def whole_run(
-    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_input_at: Callable[[Path], Any], one_thread: None
-) -> Path:
+def whole_run(tmp_path_factory: pytest.TempPathFactory, finished_run: Callable[..., Path]) -> Path:
     """The folder of a whole small run; only to be read."""
-    folder = tmp_path_factory.mktemp("reported")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
-        given = small_input_at(folder / "input")
-        with stages.start(load(given.config), folder / "run") as run:
-            for stage in (stages.train, stages.personalize, stages.generate, stages.evaluate):
-                stage(run)
-    return folder / "run"
+    return finished_run(tmp_path_factory.mktemp("reported"))
 
 
 @pytest.fixture
