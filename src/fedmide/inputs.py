@@ -16,9 +16,9 @@ import torch
 from fedmide import __version__
 from fedmide.checkpoints import fingerprint as model_fingerprint
 from fedmide.checkpoints import locate
-from fedmide.config import Config, ModelConfig
+from fedmide.config import Config, ModelConfig, agreed
 from fedmide.config import fingerprint as config_fingerprint
-from fedmide.errors import ModelError, UserError
+from fedmide.errors import DataError, ModelError, UserError
 from fedmide.localmodel import Adapter
 from fedmide.prompts import prompt_hash, resolve
 from fedmide.records import ClientData, Record
@@ -63,22 +63,56 @@ class Inputs:
         return self.resident.fresh(self.resident.config.seed)
 
     @property
+    def federation(self) -> str:
+        """What tells this federation from another: a hash of all that its parties must have alike."""
+        return str(self.manifest["federation"])
+
+    @property
     def prompt_hash(self) -> str:
         """What tells this prompt from another's: of the template, the tokenizer's own where that is used."""
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
 
 
-def read(config: Config, tell: Tell = lambda message: None, threads: int = 0) -> Inputs:
+Load = Callable[[Config], Sequence[ClientData]]
+"""Reads the clients that a configuration names."""
+
+
+def all_clients(config: Config) -> tuple[ClientData, ...]:
+    """Every client that the configuration names."""
+    return load_data(config.data, config.seed)
+
+
+def only(name: str) -> Load:
+    """What reads this one client: a site holds its own records, whoever else's its configuration leads to."""
+
+    def load(config: Config) -> tuple[ClientData, ...]:
+        clients = all_clients(config)
+        if own := tuple(client for client in clients if client.name == name):
+            return own
+        found = ", ".join(client.name for client in clients)
+        raise DataError(
+            f"{config.data.path}: no client {name!r} there, only {found}", "Name file or folder like the site"
+        )
+
+    return load
+
+
+def without_records(names: Sequence[str]) -> Load:
+    """What reads nothing: a server of sites that are elsewhere has no records."""
+    return lambda config: tuple(ClientData(name, ()) for name in names)
+
+
+def read(config: Config, tell: Tell = lambda message: None, threads: int = 0, load: Load = all_clients) -> Inputs:
     """All that the configuration points at; `tell` hears what is being waited for.
 
-    `threads` of the processor are used, 0: as the configuration says.
+    `threads` of the processor are used, 0: as the configuration says. `load` reads the records.
 
     What is wrong with the records, the prompt and a model's folder is raised together, then what is wrong with the
     model, then which records do not fit it.
     """
     tell("reading the records")
     errors: list[UserError] = []
-    clients = _attempt(errors, lambda: load_data(config.data, config.seed))
+    clients = _attempt(errors, lambda: load(config))
     _attempt(errors, lambda: resolve(config.prompt.template))
     folder = None
     if not errors or Path(config.model.name).expanduser().is_dir():  # anything else may be a long download
@@ -181,6 +215,7 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
         "config": config_fingerprint(config),
         "model": {"name": config.model.name, "fingerprint": model_hash, "dtype": dtype},
         "prompt": inputs.prompt_hash,
+        "federation": _federation(config, model_hash, inputs.prompt_hash),
         "data": {
             client.name: {
                 "fingerprint": _data_fingerprint(client),
@@ -194,6 +229,11 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
         "peak_memory_mb": 0,
         "status": "started",
     }
+
+
+def _federation(config: Config, model_hash: str, prompt: str) -> str:
+    facts = [f"{name} = {value}" for name, value in agreed(config).items()]
+    return hashlib.sha256("\n".join([*facts, model_hash, prompt]).encode()).hexdigest()[:16]
 
 
 def _data_fingerprint(client: ClientData) -> str:

@@ -42,7 +42,10 @@ class Delivery:
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client's part in a round. `refused` is the reason why its reply did not count, empty if it did."""
+    """One client's part in a round. `refused` is the reason why its reply did not count, empty if it did.
+
+    `clipped_from` is the length of its update where that was shortened, else 0.
+    """
 
     client: str
     num_records: int
@@ -51,6 +54,7 @@ class ClientRow:
     bytes_up: int
     seconds: float
     refused: str = ""
+    clipped_from: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -96,7 +100,7 @@ def apply(state: ServerState, deliveries: Iterable[Delivery], config: Config) ->
     """The state after the round: replies are checked and folded as they come."""
     rows: list[ClientRow] = []
     asked = {task.client: task.train for task in plan(state, config)}
-    mean = weighted_mean(_accepted(state, asked, deliveries, rows))
+    mean = weighted_mean(_accepted(state, asked, deliveries, rows, config))
     summary = RoundSummary(state.round, stage_of(state.round, config), mean is not None, tuple(rows))
     return replace(state, round=state.round + 1, adapter=state.adapter if mean is None else mean), summary
 
@@ -117,7 +121,11 @@ def refusal(reply: ClientReply, state: ServerState) -> str:
 
 
 def _accepted(
-    state: ServerState, asked: Mapping[str, bool], deliveries: Iterable[Delivery], rows: list[ClientRow]
+    state: ServerState,
+    asked: Mapping[str, bool],
+    deliveries: Iterable[Delivery],
+    rows: list[ClientRow],
+    config: Config,
 ) -> Iterator[tuple[Adapter, int]]:
     """The adapters that count, with their weights; every delivery leaves a row."""
     answered: set[str] = set()
@@ -132,15 +140,39 @@ def _accepted(
             and (reply.client not in asked or (reply.adapter is not None and not asked[reply.client]))
         ):
             reason = "it was not asked to train in this round"
-        rows.append(_row(delivery, reason))
+        too_long = 0.0 if reason or not reply else _excessive(reply, state, config)
+        if too_long and config.replies.oversized == "refuse":
+            reason = f"its update has length {too_long:.4g}, more than replies.max_update_norm"
+        rows.append(_row(delivery, reason, too_long))
         if reason or reply is None:
             continue
         answered.add(delivery.client)
         if reply.adapter is not None:
-            yield reply.adapter, reply.num_records
+            yield _clipped(reply.adapter, too_long, state, config), reply.num_records
 
 
-def _row(delivery: Delivery, refused: str) -> ClientRow:
+def _excessive(reply: ClientReply, state: ServerState, config: Config) -> float:
+    """The length of the update that a reply brings, where it is longer than allowed; else 0."""
+    if reply.adapter is None or not config.replies.max_update_norm:
+        return 0.0
+    length = adapters.distance(reply.adapter, _start(state, config))
+    return length if length > config.replies.max_update_norm else 0.0
+
+
+def _clipped(adapter: Adapter, length: float, state: ServerState, config: Config) -> Adapter:
+    """The adapter as near to where the round started as is allowed; itself where its update is not too long."""
+    return (
+        adapters.between(_start(state, config), adapter, config.replies.max_update_norm / length) if length else adapter
+    )
+
+
+def _start(state: ServerState, config: Config) -> Adapter:
+    """The adapter that this round's training begins with."""
+    restarts = any(task.restart for task in plan(state, config)[:1])
+    return adapters.fresh(adapters.shapes(state.adapter), config.seed) if restarts else state.adapter
+
+
+def _row(delivery: Delivery, refused: str, too_long: float) -> ClientRow:
     reply = None if refused else delivery.reply
     return ClientRow(
         delivery.client,
@@ -150,6 +182,7 @@ def _row(delivery: Delivery, refused: str) -> ClientRow:
         delivery.bytes_up,
         delivery.seconds,
         refused,
+        0.0 if refused else too_long,
     )
 
 

@@ -4,25 +4,26 @@ Each can be stopped at any moment and started again: what is whole is kept, what
 """
 
 import json
+import math
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from fedmide import adapters, server
 from fedmide.atomic import check_room, to_json, write_file, write_folder
-from fedmide.client import ClientState
 from fedmide.config import Config
-from fedmide.config import fingerprint as config_fingerprint
 from fedmide.errors import RunFolderError
 from fedmide.evaluation import summary
 from fedmide.evaluation.measure import Measured, measure
 from fedmide.generation import default_max_new_tokens
-from fedmide.inputs import Inputs, Tell, changed, now, other_versions, read
+from fedmide.inputs import Inputs, Tell, changed, now, other_versions, read, without_records
 from fedmide.journal import RunFolder, check_new, create, locked, reopen
 from fedmide.ledger import before, standing
 from fedmide.localmodel import Adapter
@@ -33,6 +34,7 @@ from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
 from fedmide.server import Delivery, RoundSummary, ServerState
+from fedmide.site import client_state, keep
 
 STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
 """How far a run is, as its manifest says."""
@@ -60,6 +62,9 @@ class Run:
     folder: RunFolder
     inputs: Inputs
     tell: Tell
+    federation: str
+    runtime: Runtime | None = None
+    """How sites are reached that are not in this process."""
 
     @property
     def config(self) -> Config:
@@ -68,24 +73,30 @@ class Run:
 
 
 @contextmanager
-def start(config: Config, path: Path, tell: Tell = lambda message: None) -> Iterator[Run]:
+def start(
+    config: Config, path: Path, tell: Tell = lambda message: None, elsewhere: Sequence[str] = ()
+) -> Iterator[Run]:
     """A new run in a new folder, which no other process gets at meanwhile.
 
-    All input is read and checked before anything is written.
+    All input is read and checked before anything is written. `elsewhere` are the names of sites whose records this
+    machine does not hold; each such run is a federation of its own, told from others by a drawn ending.
     """
     check_new(path, config)
-    inputs = read(config, tell)
+    inputs = read(config, tell, load=without_records(elsewhere)) if elsewhere else read(config, tell)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
     check_room(path, num_adapters * len(adapters.encode(inputs.fresh_adapter())))
     with locked(path):
         tell(f"the run is in {path}")
-        folder = create(path, config, inputs.manifest)
+        federation = f"{inputs.federation}-{secrets.token_hex(4)}" if elsewhere else inputs.federation
+        folder = create(path, config, {**inputs.manifest, "federation": federation})
         folder.rebuild_events(())
-        yield Run(folder, inputs, tell)
+        yield Run(folder, inputs, tell, federation)
 
 
 @contextmanager
-def resume(path: Path, config: Config | None = None, tell: Tell = lambda message: None) -> Iterator[Run]:
+def resume(
+    path: Path, config: Config | None = None, tell: Tell = lambda message: None, elsewhere: Sequence[str] = ()
+) -> Iterator[Run]:
     """An earlier run, to go on with, which no other process gets at meanwhile, on as many threads as it began with.
 
     Refused where its configuration, its data, its model or its ledgers are no longer the same.
@@ -94,27 +105,30 @@ def resume(path: Path, config: Config | None = None, tell: Tell = lambda message
     with locked(path):
         tell(f"going on with {path}")
         earlier = folder.read_manifest()
-        inputs = read(folder.config, tell, earlier["threads"])
+        load = {"load": without_records(elsewhere)} if elsewhere else {}
+        inputs = read(folder.config, tell, earlier["threads"], **load)
         if problems := list(changed(earlier, inputs.manifest)):
             raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
         for difference in other_versions(earlier, inputs.manifest):
             tell(f"{difference}: from here on bytes may differ")
         folder.rebuild_events(list(inputs.clients))
-        run = Run(folder, inputs, tell)
-        _check_ledgers(run)
+        run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
+        if not elsewhere:  # sites that are elsewhere are asked by who reaches them
+            _check_ledgers(run)
         yield run
 
 
 def train(run: Run, progress: Progress = silent) -> None:
     """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
     state = run.folder.last_round(_begin(run))
-    sites = {name: _site(run, name, state.round) for name in run.inputs.clients}
-    runtime = InProcess(sites, run.inputs.resident, run.folder.save_ledger)
+    runtime = run.runtime or _in_process(run, list(run.inputs.clients), state.round)
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
     shown = _listening(run, progress("rounds", num_tasks, "client rounds"))
 
     def commit(after: ServerState, summary: RoundSummary) -> None:
+        if run.runtime:
+            _check_quorum(run, summary)
         run.folder.commit_round(after, summary)
         for trouble in _troubles(run, summary):
             run.tell(trouble)
@@ -129,21 +143,23 @@ def personalize(run: Run, progress: Progress = silent) -> None:
     """Stage 2: each client tunes the aggregated adapter on its own records. Leaves `clients/ID/adapter/`."""
     state = _trained(run)
     plan = server.plan(state, run.config)
-    tasks = [task for task in plan if not run.folder.personal_adapter(task.client).is_dir()]
-    sites = {task.client: _site(run, task.client, state.round) for task in tasks}
-    runtime = InProcess(sites, run.inputs.resident, lambda site: None)
-    lora = run.inputs.resident.model.lora
+    tasks = [task for task in plan if not run.folder.is_personalized(task.client)]
+    runtime = run.runtime or _in_process(run, [task.client for task in tasks], state.round)
+    problems: list[str] = []
     shown = _listening(run, progress("personalisation", len(tasks), "clients"))
     with _timed(run, "personalized", len(tasks)), shown as advance:
         for delivery in _shown(run, runtime, advance)(tasks):
             _, tuned = server.apply(state, [delivery], run.config)
-            adapter = sites.pop(delivery.client).adapter
-            assert adapter is not None  # personalisation always leaves one
-            run.folder.commit_personalization(tuned, peft_files(adapter, lora))
+            if refused := tuned.clients[0].refused:
+                problems.append(f"client {delivery.client} is not personalised: {refused}")
+                continue
+            run.folder.commit_personalization(tuned)
             if tuned.clients[0].metrics.get("epoch") == Metric(0):
                 run.tell(
                     f"client {delivery.client}: no epoch of its tuning is fit to be kept, the aggregated adapter is"
                 )
+        if problems:
+            raise RunFolderError(problems, f"Mend that, then go on with {run.folder.path}")
 
 
 def generate(run: Run, progress: Progress = silent) -> None:
@@ -191,8 +207,7 @@ def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
 
 
 def _begin(run: Run) -> ServerState:
-    federation = config_fingerprint(run.config)
-    return server.begin(federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
+    return server.begin(run.federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
 
 
 def _trained(run: Run) -> ServerState:
@@ -237,7 +252,7 @@ def _record_ids(run: Run, name: str) -> list[RecordId]:
 
 def _is_personalized(run: Run) -> bool:
     """Whether the clients are personalised; some of them, and others not, is refused."""
-    missing = [name for name in run.inputs.clients if not run.folder.personal_adapter(name).is_dir()]
+    missing = [name for name in run.inputs.clients if not run.folder.is_personalized(name)]
     if 0 < len(missing) < len(run.inputs.clients):
         raise RunFolderError(
             f"{run.folder.path}: clients not yet personalised: {', '.join(missing)}",
@@ -246,17 +261,23 @@ def _is_personalized(run: Run) -> bool:
     return not missing
 
 
-def _site(run: Run, name: str, next_round: int) -> ClientState:
-    """A client's state before a round, out of its records and its ledger."""
-    examples = run.inputs.examples[name]
-    return ClientState(
-        name,
-        config_fingerprint(run.config),
-        run.config,
-        {example.id: example for example in examples.training},
-        examples.validation,
-        before(run.folder.read_ledger(name), next_round),
-    )
+def _in_process(run: Run, names: Sequence[str], next_round: int) -> Runtime:
+    """The runtime of sites that are all in this process, as they stand before a round."""
+    sites = {name: client_state(run.folder, run.inputs, name, run.federation, next_round) for name in names}
+    return InProcess(sites, run.inputs.resident, partial(keep, run.folder, run.inputs))
+
+
+def _check_quorum(run: Run, summary: RoundSummary) -> None:
+    """Stops a run before a round that too few sites took part in would count."""
+    counted = sum(not row.refused for row in summary.clients)
+    needed = math.ceil(run.config.replies.quorum * len(summary.clients))
+    if counted < needed:
+        reasons = dict.fromkeys(row.refused for row in summary.clients if row.refused)
+        raise RunFolderError(
+            f"{run.folder.round_name(summary.round)}: {counted} of {len(summary.clients)} replies count, "
+            f"{needed} are needed: {'; '.join(reasons)}",
+            f"Mend that, then go on with {run.folder.path}; or lower replies.quorum",
+        )
 
 
 def _personal_adapter(run: Run, name: str) -> Adapter:
