@@ -7,7 +7,7 @@ mistake is one paragraph and exit code 2.
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -35,11 +35,17 @@ RunFolderPath = Annotated[Path, typer.Argument(help="A run folder.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the configuration's own.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NAME-NNN.")]
 Resume = Annotated[Path | None, typer.Option(help="A run folder to go on with.")]
+RuntimeName = Literal["inprocess", "flower-simulation"]
+RuntimeOption = Annotated[
+    RuntimeName,
+    typer.Option("--runtime", help="Where the clients are: in this process, or in several that Ray starts."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 Rule = Literal["otsu-256", "otsu-exact", "median"]  # as in config.ThresholdRule, which takes too long to import here
 
 StageVerb = Literal["train", "personalize", "generate", "evaluate"]
+BY_SITES = ("train", "personalize")
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
 
 EXIT_USER_ERROR = 2
@@ -91,6 +97,7 @@ def run(
     overrides: Overrides = [],  # noqa: B006
     out: Out = None,
     resume: Resume = None,
+    runtime: RuntimeOption = "inprocess",
     as_json: AsJson = False,
 ) -> None:
     """The whole method, from records to metrics.
@@ -98,7 +105,7 @@ def run(
     Warm-up, split, rounds with enrollment, personalisation, generation and metrics: what train, personalize, generate
     and evaluate do one by one.
     """
-    _work(_opened(config, overrides, out, resume), WHOLE, as_json)
+    _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime)
 
 
 @app.command()
@@ -107,10 +114,11 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     out: Out = None,
     resume: Resume = None,
+    runtime: RuntimeOption = "inprocess",
     as_json: AsJson = False,
 ) -> None:
     """Warm-up, split and federated rounds only."""
-    _work(_opened(config, overrides, out, resume), ["train"], as_json)
+    _work(_opened(config, overrides, out, resume), ["train"], as_json, runtime)
 
 
 @app.command()
@@ -206,7 +214,12 @@ def data_build(
         sys.stdout.write(f"{len(sites)} sites in {out}: {', '.join(site.name for site in sites)}\n")
 
 
-def _work(opening: AbstractContextManager["Run"], names: Sequence[StageVerb], as_json: bool) -> None:
+def _work(
+    opening: AbstractContextManager["Run"],
+    names: Sequence[StageVerb],
+    as_json: bool,
+    runtime: RuntimeName = "inprocess",
+) -> None:
     """Does stages of a run, then tells of them."""
     with opening as opened:
         from fedmide import stages
@@ -216,8 +229,20 @@ def _work(opening: AbstractContextManager["Run"], names: Sequence[StageVerb], as
             raise UsageError(
                 f"{opened.folder.path}: generation.enabled is false in this run", "Start a new run with it"
             )
-        results = [getattr(stages, name)(opened, bars) for name in names]  # each verb is called like its stage
+        with _reached(opened, runtime) as run:
+            results = [getattr(stages, name)(run, bars) for name in names if name in BY_SITES]
+        # each verb is called like its stage
+        results += [getattr(stages, name)(opened, bars) for name in names if name not in BY_SITES]
         _report(opened, as_json, results[-1])
+
+
+def _reached(run: "Run", runtime: RuntimeName) -> AbstractContextManager["Run"]:
+    """The same run, its clients reached as wanted."""
+    if runtime == "inprocess":
+        return nullcontext(run)
+    from fedmide.flower.runs import simulated
+
+    return simulated(run)
 
 
 def _opened(

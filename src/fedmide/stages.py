@@ -118,6 +118,13 @@ def resume(
         yield run
 
 
+def set_sizes(run: Run) -> dict[str, tuple[int, int]]:
+    """How many shared and personal records each site told of in the last round, where its reply in that counted."""
+    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
+    told = {name: event["metrics"] for name, event in last.items() if not event["refused"]}
+    return {name: (int(each["shared"]["sum"]), int(each["personal"]["sum"])) for name, each in told.items()}
+
+
 def train(run: Run, progress: Progress = silent) -> None:
     """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
     state = run.folder.last_round(_begin(run))
@@ -223,15 +230,11 @@ def _trained(run: Run) -> ServerState:
 def _check_ledgers(run: Run) -> None:
     """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
     state = run.folder.last_round(_begin(run))
-    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
     problems = []
-    for name, event in last.items():
-        if event["refused"]:
-            continue  # what the site said then is not known
+    for name, told in set_sizes(run).items():
         now = standing(before(run.folder.read_ledger(name), state.round), _record_ids(run, name))
-        told = tuple(int(event["metrics"][which]["sum"]) for which in ("shared", "personal"))
         if told != (len(now.shared), len(now.personal)):
-            problems.append(f"{run.folder.site(name)}: the ledger is not the one that round {event['round']} left")
+            problems.append(f"{run.folder.site(name)}: the ledger is not the one that its last round left")
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
 
