@@ -17,6 +17,7 @@ import typer
 from fedmide import __version__
 from fedmide.atomic import without_nan
 from fedmide.errors import UsageError, UserError
+from fedmide.flower.commands import app as flower_app
 
 if TYPE_CHECKING:
     from fedmide.stages import Run
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at records, or make some.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(flower_app, name="flower")
 
 ConfigOrRun = Annotated[Path | None, typer.Argument(help="A configuration (TOML), or a run folder to go on with.")]
 RunFolderPath = Annotated[Path, typer.Argument(help="A run folder.")]

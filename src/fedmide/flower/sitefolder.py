@@ -29,7 +29,6 @@ class SiteFolder:
     path: Path
     name: str
     superlink: str
-    port: int
     plain: bool = False
 
     @classmethod
@@ -37,7 +36,7 @@ class SiteFolder:
         """The folder as its `site.json` describes it; raises `UsageError`."""
         try:
             values = json.loads((path / "site.json").read_text("utf-8"))
-            return cls(path, values["name"], values["superlink"], int(values["port"]), bool(values["plain"]))
+            return cls(path, str(values["name"]), str(values["superlink"]), bool(values["plain"]))
         except (OSError, ValueError, KeyError, TypeError):
             raise UsageError(f"{path} is no folder of a site", "Give one that fedmide flower init has made") from None
 
