@@ -153,7 +153,7 @@ class RepliesConfig(Section):
     """Part of the asked clients whose replies must count, where they are in other processes; with fewer the run stops,
     to go on from the round before."""
     deadline_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 3600.0
-    """How long a round waits for clients that are in other processes."""
+    """How long a round waits for clients that are in other processes: to be there, then to answer."""
     max_update_norm: Annotated[float, Field(ge=0.0, le=1e30)] = 0.0
     """Largest Euclidean length of what a client's training added to the adapter; 0: any."""
     oversized: Literal["refuse", "clip"] = "refuse"

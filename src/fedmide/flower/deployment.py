@@ -32,7 +32,6 @@ class Submitted:
     run: Path
     tell: Tell
     patience_seconds: float
-    _id: str = ""
     _connection: Connection | None = field(default=None)
 
     def connect(self) -> Linked:
@@ -53,18 +52,16 @@ class Submitted:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        if self._id:
-            with suppress(FlowerCommandError):
-                flwr(self.folder, "stop", self._id, "fedmide")
-            self._id = ""
 
     def _submit(self) -> Linked:
-        self._id = str(flwr(self.folder, "run", str(self.folder.path / "app"), "fedmide")["run-id"])
-        self.folder.write_run(run=str(self.run), flower_run=self._id, process=os.getpid())
+        number = str(flwr(self.folder, "run", str(self.folder.path / "app"), "fedmide")["run-id"])
+        self.folder.write_run(run=str(self.run), flower_run=number, process=os.getpid())
         until = time.monotonic() + _COME_UP_SECONDS
         connection = accepted(self.listener, lambda: time.monotonic() < until)
         if connection is None:
-            raise LinkLostError(f"Flower's run {self._id} does not come up; see {self.folder.log('superexec')}")
+            with suppress(FlowerCommandError):
+                flwr(self.folder, "stop", number, "fedmide")
+            raise LinkLostError(f"Flower's run {number} does not come up; see {self.folder.log('superexec')}")
         self._connection = connection
         return Linked(connection)
 

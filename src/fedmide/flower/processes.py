@@ -15,13 +15,15 @@ from fedmide.errors import UserError
 from fedmide.flower.places import QUIET
 
 _GRACE_SECONDS = 10.0
+_PROMPT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+"""How often an executor looks for work, in seconds; left alone it is 1."""
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
     """The environment of Flower's processes: quiet, with a folder of their own, and with this Python's commands."""
     commands = str(Path(sys.executable).parent)
     path = os.pathsep.join([commands, *filter(None, [os.environ.get("PATH")])])
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1", **more}
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1", **_PROMPT, **more}
 
 
 @contextmanager

@@ -67,13 +67,11 @@ class Remote:
 
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
         """The replies, in the tasks' order as far as that needs no long store."""
-        begun = time.monotonic()
-        until = begun + self.deadline_seconds
         open_tasks = {task.client: task for task in tasks}
         ordered = _InOrder([task.client for task in tasks])
         for _ in range(_MAX_LOST):
             try:
-                for delivery in self._ask(open_tasks, begun, until):
+                for delivery in self._ask(open_tasks):
                     del open_tasks[delivery.client]
                     yield from ordered.add(delivery)
                 break
@@ -84,9 +82,10 @@ class Remote:
         for client in open_tasks:
             yield from ordered.add(Delivery(client, None, self._absence(client) or missed))
 
-    def _ask(self, tasks: Mapping[str, ClientTask], begun: float, until: float) -> Iterator[Delivery]:
+    def _ask(self, tasks: Mapping[str, ClientTask]) -> Iterator[Delivery]:
         exchange = self._exchange = self._exchange or self.connect()
-        self._gather(exchange, tasks, until)
+        self._gather(exchange, tasks)
+        begun = time.monotonic()
         asked = {self._node_of[client]: client for client in tasks if client in self._node_of}
         sizes: dict[str, int] = {}
 
@@ -96,7 +95,7 @@ class Remote:
                 sizes[client] = len(frame)
                 yield node, frame
 
-        for answer in exchange.ask(frames(), max(0.0, until - time.monotonic())):
+        for answer in exchange.ask(frames(), self.deadline_seconds):
             client = asked.pop(answer.node, None)
             if client is None:
                 self.tell(f"node {answer.node}: an answer that nobody asked for")
@@ -104,12 +103,13 @@ class Remote:
             seconds = time.monotonic() - begun
             yield _delivery(client, answer, sizes[client], seconds)
 
-    def _gather(self, exchange: Exchange, tasks: Mapping[str, ClientTask], until: float) -> None:
+    def _gather(self, exchange: Exchange, tasks: Mapping[str, ClientTask]) -> None:
         """Meets who is there; before the first round waits for all, later for as many as are needed."""
+        until = time.monotonic() + self.deadline_seconds
         round_number = next(iter(tasks.values())).round
         told = False
         while True:
-            self._meet(exchange, round_number, until)
+            self._meet(exchange, round_number)
             absent = [client for client in tasks if client not in self._node_of]
             enough = len(tasks) - len(absent) >= (self.needed if self._met else 1.0) * len(tasks)
             if enough or time.monotonic() >= until or len(self._refused) >= len(absent) > 0:
@@ -120,7 +120,7 @@ class Remote:
             time.sleep(_LOOK_SECONDS)
         self._met = True
 
-    def _meet(self, exchange: Exchange, round_number: int, until: float) -> None:
+    def _meet(self, exchange: Exchange, round_number: int) -> None:
         """Greets nodes that are new, and forgets those that are gone."""
         there = exchange.nodes()
         self._node_of = {name: node for name, node in self._node_of.items() if node in there}
@@ -128,7 +128,7 @@ class Remote:
         new = [node for node in there if node not in self._node_of.values() and node not in self._refused]
         hello = encode_hello(Hello(self.own.federation, round_number))
         set_sizes = self.set_sizes() if new else {}
-        for answer in exchange.ask(((node, hello) for node in new), max(0.0, until - time.monotonic())):
+        for answer in exchange.ask(((node, hello) for node in new), self.deadline_seconds):
             name, problems = self._judged(answer, set_sizes)
             if problems:
                 self._refused[answer.node] = "; ".join(problems)
