@@ -1,7 +1,9 @@
 """A consortium of real processes on loopback, with TLS and keys: three sites in folders of their own."""
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -52,7 +54,12 @@ class Consortium:
         log = self.path / f"{name}.out"
         with log.open("ab") as output:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment()
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=environment(),
+                preexec_fn=die_with_parent,  # noqa: PLW1509
             )
         self.running[name] = process
         return process
@@ -119,6 +126,12 @@ class Consortium:
         return b"".join(path.read_bytes() for path in files) + (self.path / "server.out").read_bytes()
 
 
+def die_with_parent() -> None:
+    """Asks the system to end this process should the tests be killed."""
+    libc.prctl(1, signal.SIGTERM)
+
+
+libc = ctypes.CDLL(None)
 FEDMIDE = (sys.executable, "-m", "fedmide")
 
 
@@ -128,11 +141,16 @@ def environment() -> dict[str, str]:
 
 def popen(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [*FEDMIDE, *arguments], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment()
+        [*FEDMIDE, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(),
+        preexec_fn=die_with_parent,  # noqa: PLW1509
     )
 
 
-def until(true: Callable[[], Any], seconds: float = 90.0) -> None:
+def until(true: Callable[[], Any], seconds: float = 240.0) -> None:
     """Waits for something to come true."""
     limit = time.monotonic() + seconds
     while not true():
@@ -140,7 +158,7 @@ def until(true: Callable[[], Any], seconds: float = 90.0) -> None:
         time.sleep(0.1)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def consortium(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_input_at: Callable[[Path], Any]
 ) -> Iterator[Consortium]:
@@ -169,15 +187,17 @@ def consortium(
             until(lambda: b"is up" in (made.path / "server.out").read_bytes())
             for name in SITES:
                 made.start_site(name)
-            until(lambda: all("worker" in "".join(made.works(name)) for name in SITES if is_there(made, name)))
+            until(lambda: all(is_up(made, name) for name in SITES))
             yield made
         finally:
             for running in made.running.values():
                 end(running)
 
 
-def is_there(made: Consortium, name: str) -> bool:
-    return (made.site(name) / "logs" / "worker.log").exists()
+def is_up(made: Consortium, name: str) -> bool:
+    logs = made.site(name) / "logs"
+    words = {"worker.log": "waiting for messages", "supernode.log": "SuperNode ID", "superexec.log": "SuperExec"}
+    return all((logs / log).exists() and word in (logs / log).read_text() for log, word in words.items())
 
 
 def to_own_records(made: Consortium, name: str) -> None:

@@ -11,13 +11,16 @@ import json
 import re
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config, load
 from fedmide.errors import MessageError, UsageError
-from fedmide.inputs import Inputs, Tell, only, read
-from fedmide.journal import RunFolder, create, reopen
-from fedmide.site import Site
+
+if TYPE_CHECKING:  # what only keeps a site's processes running needs no model's libraries
+    from fedmide.inputs import Inputs, Tell
+    from fedmide.journal import RunFolder
+    from fedmide.site import Site
 
 _FEDERATION = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{8})?")
 
@@ -50,17 +53,23 @@ class SiteFolder:
         """The site's configuration."""
         return load(self.path / "site.toml")
 
-    def inputs(self, tell: Tell) -> Inputs:
+    def inputs(self, tell: "Tell") -> "Inputs":
         """The site's own records, and the model."""
+        from fedmide.inputs import only, read
+
         return read(self.config, tell, load=only(self.name))
 
-    def site(self, tell: Tell) -> Site:
+    def site(self, tell: "Tell") -> "Site":
         """The site at work."""
+        from fedmide.site import Site
+
         inputs = self.inputs(tell)
         return Site(self.name, inputs, lambda federation: self.run_folder(federation, inputs), tell)
 
-    def run_folder(self, federation: str, inputs: Inputs) -> RunFolder:
+    def run_folder(self, federation: str, inputs: "Inputs") -> "RunFolder":
         """Where this site keeps what belongs to a federation."""
+        from fedmide.journal import create, reopen
+
         if not _FEDERATION.fullmatch(federation):
             raise MessageError("not the name of a federation")
         path = self.path / "runs" / federation

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from fedmide.flower.bundle import write_bundle, write_connection
 from fedmide.flower.flowercli import register
@@ -20,8 +21,10 @@ from fedmide.flower.places import LINK, SITE
 from fedmide.flower.processes import end, environment, free_port, start, wait_for_port
 from fedmide.flower.serverfolder import ServerFolder
 from fedmide.flower.sitefolder import SiteFolder
-from fedmide.inputs import Tell
 from fedmide.runtimes.link import socket_path
+
+if TYPE_CHECKING:  # it needs no model's libraries
+    from fedmide.inputs import Tell
 
 _RESTART_SECONDS = 3.0
 _LOOK_SECONDS = 0.2
@@ -35,7 +38,7 @@ class Supervisor:
     commands: Mapping[str, Sequence[str]]
     variables: Mapping[str, str]
     logs: Path
-    tell: Tell
+    tell: "Tell"
     running: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     _stopping: bool = False
 
@@ -66,7 +69,7 @@ class Supervisor:
         self._stopping = True
 
 
-def server(folder: ServerFolder, tell: Tell) -> None:
+def server(folder: ServerFolder, tell: "Tell") -> None:
     """Runs a consortium's SuperLink and executor, and registers the sites' keys, until it is told to end."""
     write_bundle(folder.path / "app")
     write_connection(folder.home, folder.port, folder.certificate)
@@ -85,7 +88,7 @@ def server(folder: ServerFolder, tell: Tell) -> None:
     supervisor.run()
 
 
-def site(folder: SiteFolder, tell: Tell) -> None:
+def site(folder: SiteFolder, tell: "Tell") -> None:
     """Runs a site's SuperNode, executor and worker, until it is told to end."""
     port = free_port()
     path = folder.path.resolve()
