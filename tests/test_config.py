@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from fedmide.config import Config, apply_overrides, fingerprint, knobs, load, parse, read_toml, to_toml
+from fedmide.config import Config, agreed, apply_overrides, fingerprint, knobs, load, parse, read_toml, to_toml
 from fedmide.errors import ConfigError
 
 METHOD = Path(__file__).resolve().parents[1].parent / "shared" / "method.md"
@@ -398,3 +398,15 @@ def test_what_is_written_as_a_whole_number_is_the_same_configuration() -> None:
     whole, point = parse({"lora": {"alpha": 16}}), parse({"lora": {"alpha": 16.0}})
     assert whole == point
     assert fingerprint(whole) == fingerprint(point) == fingerprint(Config())
+
+
+def test_parties_agree_on_every_knob_but_those_of_their_own_machine() -> None:
+    left = {name for name, _ in knobs()} - set(agreed(Config()))
+    assert {name.partition(".")[0] for name in left} == {"data", "runtime", "replies", "model", "prompt"}
+    assert {name for name in left if name.startswith(("model.", "prompt."))} == {
+        "model.name",
+        "model.device",
+        "prompt.template",
+    }
+    assert agreed(parse({"lora": {"r": 4}}))["lora.r"] == "4"
+    assert agreed(parse({"data": {"path": "/here"}})) == agreed(Config())

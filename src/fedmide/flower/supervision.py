@@ -21,6 +21,7 @@ from fedmide.flower.places import LINK, SITE
 from fedmide.flower.processes import end, environment, free_port, start, wait_for_port
 from fedmide.flower.serverfolder import ServerFolder
 from fedmide.flower.sitefolder import SiteFolder
+from fedmide.journal import locked
 from fedmide.runtimes.link import socket_path
 
 if TYPE_CHECKING:  # it needs no model's libraries
@@ -71,6 +72,11 @@ class Supervisor:
 
 def server(folder: ServerFolder, tell: "Tell") -> None:
     """Runs a consortium's SuperLink and executor, and registers the sites' keys, until it is told to end."""
+    with locked(folder.path):
+        _server(folder, tell)
+
+
+def _server(folder: ServerFolder, tell: "Tell") -> None:
     write_bundle(folder.path / "app")
     write_connection(folder.home, folder.port, folder.certificate)
     variables = environment(folder.home, **{LINK: str(socket_path(folder.path, "link"))})
@@ -101,7 +107,8 @@ def site(folder: SiteFolder, tell: "Tell") -> None:
         ],
     }
     tell(f"site {folder.name} works for {folder.superlink}; its logs are in {path / 'logs'}")
-    Supervisor(commands, environment(path / "flwr", **{SITE: str(path)}), path / "logs", tell).run()
+    with locked(path):
+        Supervisor(commands, environment(path / "flwr", **{SITE: str(path)}), path / "logs", tell).run()
 
 
 def superlink_command(folder: ServerFolder) -> list[str]:
