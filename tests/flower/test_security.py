@@ -68,10 +68,8 @@ def test_nobody_gets_in_without_a_registered_key_the_right_certificate_and_the_s
     wrong = stranger.path.with_name("wrong-ca")
     shutil.copytree(stranger.path, wrong)
     (wrong / "keys" / "ca.pem").write_bytes(other.certificate.public_bytes(Encoding.PEM))
-    no_secret = [
-        part for part in superexec_command(server) if "superexec" not in Path(part).name or part == "flower-superexec"
-    ]
-    no_secret.remove("--superexec-auth-secret-file")
+    no_secret = superexec_command(server)[:-2]
+    assert not any("secret" in part for part in no_secret)
     rogue = replace(server, path=tmp_path / "rogue")
     keys.write_secret(rogue.path / "keys" / "superexec.secret", keys.new_secret())
     shutil.copy(server.path / "keys" / "ca.pem", rogue.path / "keys" / "ca.pem")
@@ -103,7 +101,9 @@ def test_nobody_gets_in_without_a_registered_key_the_right_certificate_and_the_s
 def family(consortium: Any) -> Iterator[psutil.Process]:
     for running in consortium.running.values():
         parent = psutil.Process(running.pid)
-        yield from [parent, *parent.children(recursive=True)]
+        for process in [parent, *parent.children(recursive=True)]:
+            if process.status() != psutil.STATUS_ZOMBIE:  # an app that has ended and that its executor has not looked for
+                yield process
 
 
 def test_everything_listens_on_loopback_only(consortium: Any) -> None:

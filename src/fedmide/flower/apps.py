@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordD
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
+from fedmide.errors import MessageError
 from fedmide.flower.places import LINK, RUN, SITE
 from fedmide.messages import Trouble, encode_trouble, parts
 from fedmide.runtimes.link import Answered, connected, serve
@@ -38,10 +39,10 @@ def main(grid: Grid, context: Context) -> None:
 def answer(message: Message, context: Context) -> Message:
     """The site's answer, whatever happens."""
     try:
-        frame = _worked(frame_of(message.content), context)
+        records = records_of(*_split(_worked(frame_of(message.content), context)))
     except Exception:  # noqa: BLE001 - its text must not reach Flower, which would send it
-        frame = encode_trouble(Trouble("", "worker"))
-    return Message(records_of(*parts(frame)), reply_to=message)
+        records = records_of(encode_trouble(Trouble("", "worker")), b"")
+    return Message(records, reply_to=message)
 
 
 class GridExchange:
@@ -101,6 +102,14 @@ def _answered(node: int, reply: Message) -> Answered:
         return Answered(node, frame_of(reply.content))
     except (KeyError, TypeError, AttributeError):
         return Answered(node, b"", "its answer can't be read: it is no frame")
+
+
+def _split(frame: bytes) -> tuple[bytes, bytes]:
+    """The frame's two parts; of one that can't be read here all is head: who gets it judges."""
+    try:
+        return parts(frame)
+    except MessageError:
+        return frame, b""
 
 
 def _worked(frame: bytes, context: Context) -> bytes:

@@ -48,22 +48,24 @@ def start(command: Sequence[str], variables: Mapping[str, str], log: Path) -> su
 
 def end(process: subprocess.Popen[bytes]) -> None:
     """Ends a process and all that it started: asked first, then killed."""
-    family = _family(process.pid)
+    family = _descendants(process.pid)
     for each in family:
         with suppress(psutil.NoSuchProcess):
             each.terminate()
-    _, alive = psutil.wait_procs(family, _GRACE_SECONDS)
-    for each in {*alive, *(child for one in family for child in _family(one.pid))}:
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_SECONDS)
+    process.kill()
+    process.wait()
+    for each in psutil.wait_procs(family, _GRACE_SECONDS)[1]:
         with suppress(psutil.NoSuchProcess):
             each.kill()
-    process.wait()
 
 
-def _family(pid: int) -> list[psutil.Process]:
-    """A process and all that descend from it."""
+def _descendants(pid: int) -> list[psutil.Process]:
+    """All that descend from a process."""
     with suppress(psutil.NoSuchProcess):
-        parent = psutil.Process(pid)
-        return [parent, *parent.children(recursive=True)]
+        return list(psutil.Process(pid).children(recursive=True))
     return []
 
 

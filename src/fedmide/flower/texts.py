@@ -41,7 +41,7 @@ server {{
         proxy_pass https://127.0.0.1:{inner};
         proxy_ssl_trusted_certificate {folder}/keys/ca.pem;
         proxy_ssl_verify on;
-        proxy_ssl_name 127.0.0.1;
+        proxy_ssl_name localhost;
         proxy_set_header Host $http_host;
         proxy_request_buffering off;
         proxy_buffering off;

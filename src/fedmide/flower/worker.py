@@ -4,12 +4,12 @@ Flower starts a new process for every message; each would load the model again. 
 only the site's user can reach, loads the model when the first message comes, and works on one message at a time.
 """
 
-import sys
 import time
 from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
+from fedmide import console
 from fedmide.errors import UserError
 from fedmide.flower.sitefolder import SiteFolder
 from fedmide.messages import Trouble, encode_trouble
@@ -55,5 +55,4 @@ def _open(opened: SiteFolder) -> Site | None:
 
 def tell(message: str) -> None:
     """Says something in the site's own log."""
-    sys.stderr.write(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} fedmide worker: {message}\n")
-    sys.stderr.flush()
+    console.tell(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} worker: {message}")

@@ -90,7 +90,7 @@ class Remote:
         sizes: dict[str, int] = {}
 
         def frames() -> Iterator[tuple[int, bytes]]:
-            for node, client in asked.items():
+            for node, client in list(asked.items()):  # answers may come before all are asked
                 frame = encode_task(tasks[client])
                 sizes[client] = len(frame)
                 yield node, frame
