@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from bench import profile
 from bench.ours import Federation, timed_work
 from bench.stock import Stock
 from bench.timing import alternating, figure, once, ratios, seconds
 from bench.workload import Workload, workload
 from fedmide import adapters, generation, scoring, training
 from fedmide.checkpoints import locate
+from fedmide.client import handle
+from fedmide.evaluation.measure import measure
 from fedmide.localmodel import TrainingPlan
+from fedmide.messages import ClientTask
 from fedmide.model import load
 from fedmide.tokens import Example
 
@@ -53,11 +58,11 @@ def main() -> None:
     console, wanted = Console(stderr=True), sys.argv[1:]
     path = Path(__file__).parent / "latest.json"
     found: Figures = json.loads(path.read_text()) if wanted and path.exists() else {}
-    for name, measure in MEASURES.items():
+    for name, part in MEASURES.items():
         if wanted and not any(word in name for word in wanted):
             continue
         console.print(f"bench: {name}")
-        for figures in measure():
+        for figures in part():
             found |= _facts() | figures
             path.write_text(json.dumps(found, indent=2) + "\n")
     Console().print(_table(found))
@@ -120,6 +125,20 @@ def shares() -> Iterator[Figures]:
     yield found
 
 
+def profiles() -> Iterator[Figures]:
+    """Where the time of scoring and training goes."""
+    work = workload("runtime.threads=1")
+    model, examples, config = work.inputs.resident.model, _examples(work), work.config
+    model.put(work.inputs.fresh_adapter())
+    plan = TrainingPlan(config.training, 0, 0, "bench")
+    yield {
+        "scoring_profile": profile.shares(
+            lambda: scoring.nll(model, examples, "response", config.scoring.tokens_per_batch)
+        ),
+        "training_profile": profile.shares(lambda: list(training.train(model, examples, plan))),
+    }
+
+
 def rounds() -> Iterator[Figures]:
     """A whole round against the stock one: as a user would run that, at equal precision, with kept prefixes."""
     pairs = {
@@ -149,9 +168,9 @@ def overhead() -> Iterator[Figures]:
     federation.round()
     shares_of: list[float] = []
     for _ in range(3):
-        with timed_work(federation.work.inputs.resident.model) as spent:
+        with timed_work(federation.work.inputs.resident.model) as busy:
             whole = once(federation.round)
-        shares_of.append(1 - sum(spent) / whole)
+        shares_of.append(1 - busy.seconds / whole)
     yield {"overhead_share": figure(shares_of, 4)}
 
 
@@ -196,6 +215,37 @@ def parts() -> Iterator[Figures]:
     }
 
 
+def stages_alone() -> Iterator[Figures]:
+    """Personalisation and evaluation of one client, in tokens and records a second."""
+    work = workload()
+    inputs, config = (
+        work.inputs,
+        work.config.model_copy(
+            update={"personalization": work.config.personalization.model_copy(update={"epochs": 1})}
+        ),
+    )
+    name, site = next(iter(Federation(work).sites().items()))
+    task = ClientTask(site.federation, name, config.federation.rounds, inputs.fresh_adapter(), False, False)
+    state = replace(site, config=config)
+    tokens = sum(len(example.ids) for example in state.training.values())
+    client = inputs.clients[name]
+    tuned = seconds(lambda: handle(task, state, inputs.resident), 3)
+    measured = seconds(lambda: measure(inputs.resident, task.adapter, inputs.encode, client, config), 3)
+    yield {
+        "personalization_tokens_per_second": figure([tokens / each for each in tuned], 0),
+        "evaluated_records_per_second": figure([len(client.test) / each for each in measured], 2),
+    }
+
+
+def growth() -> Iterator[Figures]:
+    """Time a record and peak memory with 1,000 and 4,000 records, tiny model, 8 clients."""
+    found = {count: _tiny_run(8, 1, count // 8) for count in (1000, 4000)}
+    yield {
+        "seconds_per_1000_records": {str(count): each["seconds"] * 1000 / count for count, each in found.items()},
+        "memory_mb_by_records": {str(count): each["peak_memory_mb"] for count, each in found.items()},
+    }
+
+
 def many() -> Iterator[Figures]:
     """Peak memory with 64 clients against 8, and a client's round beside its model's work with 1,000 clients."""
     peaks = {count: _tiny_run(count, 1)["peak_memory_mb"] for count in (8, 64)}
@@ -209,9 +259,12 @@ def many() -> Iterator[Figures]:
 
 MEASURES = {
     "peak, scoring and training": shares,
+    "profile": profiles,
     "start-up, adapter swap, codec": parts,
     "generation": generated,
     "what is not the model": overhead,
+    "personalisation and evaluation": stages_alone,
+    "many records": growth,
     "many clients": many,
     "whole rounds": rounds,
 }
@@ -247,10 +300,10 @@ def _nll_difference(work: Workload, stock: Stock) -> float:
     return max(abs(one - two) for one, two in zip(ours, stock.nlls(stock.base, records), strict=True))
 
 
-def _tiny_run(num_clients: int, num_rounds: int) -> dict[str, float]:
+def _tiny_run(num_clients: int, num_rounds: int, num_records: int = 4) -> dict[str, float]:
     """A run of the tiny model in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, "-m", "bench.tiny", str(num_clients), str(num_rounds), folder]
+        command = [sys.executable, "-m", "bench.tiny", str(num_clients), str(num_rounds), str(num_records), folder]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})
         values: dict[str, float] = json.loads(done.stdout)
         return values

@@ -1,13 +1,14 @@
 """The same round as fedmide does it, and its parts: `server.plan`, `client.handle`, codec, `server.apply`."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from threading import Lock
 from typing import Any
 
 import torch
 
-from bench.timing import once
 from bench.workload import Workload
 from fedmide import server
 from fedmide.client import ClientState
@@ -60,19 +61,38 @@ def _entries(record: Any, is_personal: bool) -> Iterator[Entry]:
         yield replace(judged, nll_aggregated=None, score=None, reason="own-nll", threshold=None, local_round=0)
 
 
+class Busy:
+    """Seconds in which at least one worker was in a watched function."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._inside, self._since, self._lock = 0, 0.0, Lock()
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if self._inside == 0:
+                self._since = time.perf_counter()
+            self._inside += 1
+
+    def __exit__(self, *_: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                self.seconds += time.perf_counter() - self._since
+
+
 @contextmanager
-def timed_work(model: Any) -> Iterator[list[float]]:
+def timed_work(model: Any) -> Iterator[Busy]:
     """The seconds that go into forward, backward and optimiser, while the model works within."""
-    spent: list[float] = []
+    busy = Busy()
     kind = type(model)
     own = {name: getattr(kind, name) for name in ("nll", "backpropagate")}
     step = torch.optim.AdamW.step
 
     def watched(function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **named: Any) -> Any:
-            result: list[Any] = []
-            spent.append(once(lambda: result.append(function(*args, **named))))
-            return result[0]
+            with busy:
+                return function(*args, **named)
 
         return call
 
@@ -80,7 +100,7 @@ def timed_work(model: Any) -> Iterator[list[float]]:
         setattr(kind, name, watched(function))
     torch.optim.AdamW.step = watched(step)  # type: ignore[method-assign]
     try:
-        yield spent
+        yield busy
     finally:
         for name, function in own.items():
             setattr(kind, name, function)

@@ -1,4 +1,4 @@
-"""One run of the tiny model with many clients: `python -m bench.tiny CLIENTS ROUNDS FOLDER` prints a JSON object."""
+"""One run of the tiny model: `python -m bench.tiny CLIENTS ROUNDS RECORDS FOLDER` prints a JSON object of figures."""
 
 import json
 import sys
@@ -33,20 +33,22 @@ threads = 1
 
 def main() -> None:
     """Writes the records, trains, and prints peak memory and what a client's round takes beside the model's work."""
-    num_clients, num_rounds, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    num_clients, num_rounds, num_records = map(int, sys.argv[1:4])
+    folder = Path(sys.argv[4])
     (folder / "data").mkdir()
     for client in range(num_clients):
-        rows = [{"instruction": f"What is {client} and {number}?", "response": "So."} for number in range(4)]
+        rows = [{"instruction": f"What is {client} and {number}?", "response": "So."} for number in range(num_records)]
         (folder / "data" / f"c{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tiny.toml").write_text(CONFIG.format(folder=folder, rounds=num_rounds))
     with stages.start(load(folder / "tiny.toml"), folder / "run") as run:
         begun = time.perf_counter()
-        with timed_work(run.inputs.resident.model) as spent:
+        with timed_work(run.inputs.resident.model) as busy:
             stages.train(run)
         whole = time.perf_counter() - begun
-        beside = (whole - sum(spent)) / (num_clients * (num_rounds + run.config.warmup.rounds))
+        beside = (whole - busy.seconds) / (num_clients * (num_rounds + run.config.warmup.rounds))
         peak = run.folder.read_manifest()["peak_memory_mb"]
-    sys.stdout.write(json.dumps({"peak_memory_mb": peak, "overhead_ms": round(1e3 * beside, 3)}))
+    figures = {"peak_memory_mb": peak, "overhead_ms": round(1e3 * beside, 3), "seconds": round(whole, 3)}
+    sys.stdout.write(json.dumps(figures))
 
 
 if __name__ == "__main__":

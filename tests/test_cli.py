@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import shutil
 import subprocess
 import sys
 import typing
@@ -17,6 +18,9 @@ import pytest
 from fedmide import __version__, cli, config, stages
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fedmide-data" / "8"
+
+
+CONFIG = str(Path(__file__).resolve().parents[1] / "examples" / "tiny.toml")
 
 
 @dataclass(frozen=True)
@@ -77,9 +81,24 @@ def test_help_names_every_command(fedmide: Callable[..., Outcome]) -> None:
     for args in (["--help"], []):
         shown = fedmide(*args)
         assert shown.code == (0 if args else 2) and shown.err == ""
-        for verb in ("demo", "run", "train", "personalize", "generate", "evaluate", "split", "data"):
+        verbs = ("demo", "run", "train", "personalize", "generate", "evaluate", "identify", "split", "methods", "data")
+        for verb in (*verbs, "compare", "sweep", "report", "watch"):
             assert f" {verb} " in shown.out
     assert fedmide("data").code == 2 and " check " in fedmide("data").out
+
+
+def test_the_methods_are_listed(fedmide: Callable[..., Outcome]) -> None:
+    shown, listed = fedmide("methods"), fedmide("methods", "--json")
+    assert (shown.code, listed.code) == (0, 0)
+    found = listed.json
+    assert list(found) == list(typing.get_args(config.MethodName))
+    assert all(name in shown.out and each["summary"] and each["source"] for name, each in found.items())
+
+
+def test_a_table_of_another_method_is_one_clear_message(fedmide: Callable[..., Outcome], small_input: Any) -> None:
+    refused = fedmide("run", str(small_input.config), "--set", "method=fedavg", "--set", "fedprox.mu=1.0")
+    assert refused.code == 2
+    assert "method 'fedavg' has no use for this table" in refused.err
 
 
 def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
@@ -106,10 +125,25 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["run", ".", "--resume", "R"], ". and --resume R are both run folders"),
         (["run", "."], ". is no run folder: it has no config.toml. Start a run with fedmide run CONFIG"),
         (["evaluate", "R"], "R is no run folder: it is no folder"),
+        (["export", "R", "O"], "R is no run folder: it is no folder"),
+        (["watch", "R"], "R is no run folder: it is no folder"),
+        (["report", "R"], "R is no run folder: it is no folder"),
+        (["report"], "Missing argument 'PATHS...'. See fedmide report --help"),
         (["run", "--resume", "R"], "R is no run folder: it is no folder"),
         (["run", "none.toml"], "none.toml: no such file. Give a TOML file such as examples/tiny.toml"),
         (["split", "none.json"], "none.json: not readable: No such file or directory"),
         (["data", "check", "none"], "none: no such folder"),
+        (["compare", "none.toml", "--methods", "local"], "none.toml: no such file"),
+        (["compare", CONFIG, "--methods", "best"], "'best' is no method, nor a variant. See `fedmide methods`"),
+        (["compare", CONFIG, "--methods", ""], "--methods '': expected names, each once"),
+        (["compare", CONFIG, "--methods", "local", "--seeds", "0,x"], "--seeds '0,x': 'x' is no number of this kind"),
+        (["compare", CONFIG, "--methods", "local", "--seeds", ""], "--seeds: expected numbers"),
+        (["compare", CONFIG, "--methods", "local", "--learning-rates", "0"], "--learning-rates '0': '0' is no number"),
+        (["sweep", CONFIG], "Missing option '--knob'. See fedmide sweep --help"),
+        (["sweep", CONFIG, "--knob", "lora.r"], "--knob 'lora.r': expected KNOB=VALUE,VALUE"),
+        (["sweep", CONFIG, "--knob", "lora.x=1,2"], "unknown key 'lora.x'"),
+        (["data", "show", "none"], "none: no such folder"),
+        (["data", "show", "none.toml"], "none.toml: no such file"),
     ],
 )
 def test_a_mistaken_command_is_one_paragraph(
@@ -120,6 +154,12 @@ def test_a_mistaken_command_is_one_paragraph(
     assert as_json.refusal == plain.refusal == as_json.json["error"]
     assert as_json.json["problems"]
     assert list(here.iterdir()) == []
+
+
+def test_the_scenarios_of_the_command_line_are_those_of_the_sources() -> None:
+    from fedmide.sources.identification import SCENARIOS
+
+    assert typing.get_args(cli.WhichScenario) == (*SCENARIOS, "both")
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_configuration() -> None:
@@ -319,6 +359,74 @@ def test_a_finished_run_is_shown_again(
         shown = fedmide(*args, "--json").json
         assert {key: shown[key] for key in metrics} == metrics
         assert shown["run"] == str(path) and shown["status"] == "evaluated"
+
+
+def test_methods_are_compared_and_a_knob_is_turned(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    fast = ["--set", "generation.enabled=false", "--set", "evaluation.choices=0", "--set", "personalization.epochs=1"]
+    given = str(small_input.config), "--seeds", "0", *fast
+    compared = fedmide("compare", *given, "--methods", "local,fedavg-ft")
+    assert compared.code == 0, compared.err
+    assert "Difference to fedavg-ft" in compared.out and "comparisons/small/comparison.html" in compared.out
+    assert "run 2 of 2, about" in compared.err
+    again = fedmide("compare", *given, "--methods", "local,fedavg-ft", "--json")
+    assert again.err == ""
+    assert again.json["differences"]["fedavg-ft"].keys() == {"base", "local"}
+    swept = fedmide("sweep", *given, "--methods", "local", "--knob", "data.noisy_clients=0,2")
+    assert swept.code == 0, swept.err
+    assert "sweeps/small/data.noisy_clients/sweep.svg" in swept.out
+    assert (here / "sweeps/small/data.noisy_clients/sweep.svg").is_file()
+
+
+@pytest.fixture
+def medqa(here: Path) -> Path:
+    """Six questions as MedQA's authors write them."""
+    options = {"A": "heart", "B": "liver", "C": "lung", "D": "skin"}
+    rows = [{"question": f"{n}?", "options": options, "answer_idx": "ABCD"[n % 4]} for n in range(6)]
+    (here / "medqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return here / "medqa.jsonl"
+
+
+def test_public_questions_are_asked_once_and_stay_in_the_metrics(
+    fedmide: Callable[..., Outcome], small_input: Any, medqa: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = [word for each in QUICK for word in ("--set", each)]
+    assert fedmide("train", small_input.config, *settings, "--out", "R").code == 0
+    first = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--json").json["questions"]["medqa"]
+    assert first["base"]["num_records"] == first["aggregated"]["num_records"] == 6
+    assert "over_clients" not in first
+    assert fedmide("personalize", "R").code == 0
+    shown = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}")
+    assert "medqa" in shown.out and "worst" in shown.out
+    second = json.loads(Path("R/metrics.json").read_text())["questions"]["medqa"]
+    assert {key: second[key] for key in first} == first
+    assert set(second["personalized"]) == {"a", "b"}
+    with monkeypatch.context() as patch:
+        patch.setattr(stages, "score_questions", lambda *args: pytest.fail("they were asked already"))
+        assert fedmide("evaluate", "R", "--json").json["questions"]["medqa"] == second
+        assert fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--json").json["questions"]["medqa"] == second
+    fewer = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--max-questions", 4, "--json").json
+    assert fewer["questions"]["medqa"]["base"]["num_records"] == 4
+    assert fewer["questions"]["medqa"]["protocol"]["questions"] != second["protocol"]["questions"]
+
+
+@pytest.mark.parametrize(
+    ("choices", "told"),
+    [
+        (["mmlu:x.json"], "--choice 'mmlu:x.json': expected SET:PATH. The sets are medqa, medmcqa, pubmedqa, careqa"),
+        (["medqa"], "--choice 'medqa': expected SET:PATH"),
+        (["medqa:no.json"], "no.json: no such file or folder"),
+        (["careqa:medqa.jsonl"], "30 problems: medqa.jsonl:1: field 'op1' is missing"),
+        (["medqa:medqa.jsonl", "medqa:medqa.jsonl"], "--choice names medqa twice"),
+    ],
+)
+def test_a_mistaken_choice_is_one_paragraph(
+    fedmide: Callable[..., Outcome], finished: tuple[Any, Path], medqa: Path, choices: list[str], told: str
+) -> None:
+    assert "there are no questions" in fedmide("evaluate", finished[1], "--max-questions", 3).refusal
+    given = [word for each in choices for word in ("--choice", each)]
+    assert told in fedmide("evaluate", finished[1], *given).refusal
 
 
 def test_a_stage_out_of_order_is_refused(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
@@ -539,6 +647,43 @@ def test_medical_sites_are_built_and_checked(fedmide: Callable[..., Outcome], he
 # --- in a process of its own
 
 
+def test_one_file_is_made_into_clients(fedmide: Callable[..., Outcome], here: Path) -> None:
+    rows = [{"q": f"Question {n}?", "response": f"answer {n}", "category": "xyz"[n % 3]} for n in range(60)]
+    (here / "all.json").write_text(json.dumps(rows))
+    words = ("data", "partition", "all.json", "--set", "data.fields.instruction=q")
+    shown = fedmide(*words, "out", "--by", "dirichlet:0.5:category", "--clients", 3)
+    assert shown.code == 0 and "3 clients in out; how they differ: out/partition.svg" in shown.out
+    assert "no held-out record occurs in training" in fedmide("data", "check", "out").out
+    told = fedmide(*words, "by-field", "--by", "field:category", "--test-fraction", 0, "--json").json
+    assert told["clients"] == {f"site-{n}": {"training": 18, "validation": 2} for n in (1, 2, 3)}
+    assert sorted(told["values"].values(), key=str) == [{"x": 20}, {"y": 20}, {"z": 20}]
+    assert "out: expected a new or an empty folder" in fedmide(*words, "out", "--clients", 3).refusal
+    assert "--clients is missing, which --by iid needs" in fedmide(*words, "new").refusal
+    assert "--by 'halves' is no rule" in fedmide(*words, "new", "--by", "halves").refusal
+    assert "expected at least 90" in fedmide(*words, "new", "--clients", 30).refusal
+    too_much = fedmide(*words, "new", "--clients", 3, "--test-fraction", 0.6, "--validation-fraction", 0.4)
+    assert "less than a tenth" in too_much.refusal
+    assert "field 'instruction' is missing" in fedmide("data", "partition", "all.json", "new", "--clients", 3).refusal
+    assert not Path("new").exists()
+
+
+def test_identification_is_shown_and_written(
+    fedmide: Callable[..., Outcome], here: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None
+) -> None:
+    monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+    settings = ["model.name=tiny-random", "prompt.template=plain", "evaluation.bootstrap=100", "lora.blocks=all"]
+    overrides = [word for each in settings for word in ("--set", each)]
+    sizes = ("--clients", 2, "--records", 4, "--scenario", "own-labels")
+    shown = fedmide("identify", *sizes, *overrides, "--out", "found.json")
+    assert shown.code == 0, shown.err
+    for part in ("own-labels: AUROC", "relative_gap", "as judged", "site-1", "mean"):
+        assert part in shown.out
+    assert "own-style" not in shown.out
+    written = json.loads(Path("found.json").read_text())
+    assert written["scenarios"]["own-labels"]["protocol"]["clients"] == 2
+    assert "found.json exists already" in fedmide("identify", "--out", "found.json").refusal
+
+
 def test_help_and_what_needs_no_model_load_no_heavy_library(tmp_path: Path, small_input: Any) -> None:
     scores = tmp_path / "scores.jsonl"
     scores.write_text('{"score": 1.0}\n{"score": 2.0}\n')
@@ -574,3 +719,67 @@ def test_the_installed_command_keeps_stdout_for_one_json_object(small_input: Any
     again = subprocess.run([*command, "--out", "runs/small-001"], capture_output=True, text=True, check=False)
     assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
     assert json.loads(again.stdout)["problems"] == ["runs/small-001 exists already"]
+
+
+# --- report
+
+
+def test_a_report_is_written_and_told(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    run = finished[1]
+    told = fedmide("report", run, "--out", "page.html")
+    assert told == Outcome(0, "page.html\n", "") and "fedmide report" in (here / "page.html").read_text()
+    as_json = fedmide("report", run, "--with-records", "--out", "texts.html", "--json").json
+    assert as_json == {"report": "texts.html", "bytes": (here / "texts.html").stat().st_size}
+    assert "Private to the sites" in (here / "texts.html").read_text()
+
+
+def test_runs_are_compared(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    shutil.copytree(finished[1], here / "again")
+    assert fedmide("report", finished[1], "again").out == "comparison.html\n"
+    assert "again" in (here / "comparison.html").read_text()
+    assert "goes with one run" in fedmide("report", finished[1], "again", "--with-records").refusal
+    assert "can't be compared with itself" in fedmide("report", "again", "again").refusal
+
+
+# --- looking at records
+
+
+def test_records_are_shown_as_the_model_sees_them(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    shown = fedmide("data", "show", small_input.config, "--client", "b", "--count", "1")
+    assert shown.code == 0 and shown.out.startswith("b, training record 1\n[prompt, 1 tokens, no loss]\n")
+    found = fedmide("data", "show", small_input.config, "--part", "test", "--count", "2", "--json").json
+    assert [each["title"] for each in found["records"]] == [f"{c}, test record {n}" for c in "ab" for n in (1, 2)]
+    assert (
+        "--client c: no such client. Known: a, b"
+        in fedmide("data", "show", small_input.config, "--client", "c").refusal
+    )
+
+
+def test_a_check_warns_of_what_looks_like_a_person(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    path = small_input.data / "a" / "training.jsonl"
+    lines = path.read_text().splitlines()
+    line = json.dumps({**json.loads(lines[0]), "response": "write to jane@clinic.org"})
+    path.write_text("\n".join([line, *lines[1:]]) + "\n")
+    told = fedmide("data", "check", small_input.data).out
+    assert "warning: 1 training records of client a seem to hold an e-mail address\n" in told
+    assert "categories of client a: anatomy 100%\n" in told and "jane" not in told
+    assert told.rstrip().endswith("does not make records anonymous")
+
+
+def test_a_run_is_watched(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    shown = fedmide("watch", finished[1], "--once")
+    assert shown.code == 0 and shown.out.startswith("run: evaluated, ")
+    found = fedmide("watch", finished[1], "--json").json
+    assert (found["rounds_done"], found["rounds"], found["personalized"]) == (2, 2, 2)
+
+
+def test_a_model_is_exported(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+    told = fedmide("export", finished[1], "model", "--client", "a", "--merge")
+    assert told.code == 0 and told.err == ""
+    assert told.out.startswith("against the adapter: largest logit difference ") and "written: model\n" in told.out
+    found = fedmide("export", finished[1], "adapter", "--json").json
+    assert found["folder"] == "adapter" and found["parity"] is None and len(found["commands"]) == 1

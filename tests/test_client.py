@@ -469,3 +469,28 @@ def test_with_the_whole_line_model_personalisation_moves_towards_the_own_records
     site = fakes.site("a", [10, 10], config, validation=validation)
     _, after = handle(task(fakes, 20, 2.0), site, fakes.line())  # 6, 8, 9
     assert place(after.adapter) == 9.0
+
+
+# --- splits to compare with
+
+
+@pytest.mark.parametrize(
+    ("how", "personal", "reasons"),
+    [("score", ["a0"], {"below-threshold", "at-or-above-threshold"}), ("reversed", ["a2"], {"ablation"})],
+)
+def test_the_split_can_be_made_otherwise(fakes: Any, how: str, personal: list[str], reasons: set[str]) -> None:
+    """Under 9 the scores of 8, 9 and 13 are exp(1 - 3), exp(0 - 4) and exp(4 - 8): of the two that are equal the first
+    by name is shared."""
+    site = warmed_up(fakes, f"enrollment.split={how}")
+    _, state = handle(task(fakes, 0, 9.0, restart=True), site, fakes.line())
+    assert list(standing(state.ledger, state.training).personal) == personal
+    assert {entry.reason for entry in entries(state, 0) if entry.score is not None} == reasons
+
+
+def test_a_random_split_is_the_sites_own_and_stays_when_handled_again(fakes: Any) -> None:
+    site = fakes.site("a", list(range(30)), fakes.config(EXACT, "enrollment.split=random"))
+    _, warmed = handle(task(fakes, -1, 0.0), site, fakes.line())
+    once = handle(task(fakes, 0, 3.0), warmed, fakes.line())[1]
+    again = handle(task(fakes, 0, 3.0), once, fakes.line())[1]
+    assert once.ledger == again.ledger
+    assert 0 < len(standing(once.ledger, once.training).personal) < 30

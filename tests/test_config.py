@@ -2,15 +2,28 @@
 
 import math
 import re
+import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ValidationError
 
-from fedmide.config import Config, agreed, apply_overrides, fingerprint, knobs, load, parse, read_toml, to_toml
+from fedmide.config import (
+    METHOD_TABLES,
+    Config,
+    MethodName,
+    agreed,
+    apply_overrides,
+    fingerprint,
+    knobs,
+    load,
+    parse,
+    read_toml,
+    to_toml,
+)
 from fedmide.errors import ConfigError
 
 METHOD = Path(__file__).resolve().parents[1].parent / "shared" / "method.md"
@@ -162,8 +175,9 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "data.max_records": ([0, 1], [-1]),
     "data.validation_fraction": ([0.0, 0.99, 0], [1.0, -0.01, NAN, "0.1"]),
     "data.test_fraction": ([0.0, 0.99], [1.0, 1, -0.01, NAN]),
-    "model.dtype": (["auto", "float32", "bfloat16"], ["float16"]),
-    "model.device": (["auto", "cpu", "cuda"], ["gpu"]),
+    "model.dtype": (["auto", "float32", "bfloat16", "float16"], ["float64"]),
+    "model.quantization": (["none", "int8", "nf4"], ["fp4", True]),
+    "model.device": (["auto", "cpu", "cuda", "mps"], ["gpu"]),
     "model.cutoff": ([8, 4096], [7, 0]),
     "prompt.overflow": (["refuse", "cut"], ["drop"]),
     "lora.r": ([1, 64], [0, -1, 8.0]),
@@ -179,6 +193,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "training.max_grad_norm": ([1.0], [0.0, INF, NAN]),
     "training.positions": (["all", "response"], ["prompt"]),
     "training.tokens_per_batch": ([16], [15]),
+    "training.checkpointing": ([True, False], [1, "true"]),
     "federation.rounds": ([0, 1], [-1]),
     "federation.participation": ([0.001, 1.0, 1], [0.0, 1.01, NAN, -0.5]),
     "warmup.rounds": ([0, 2], [-1]),
@@ -383,8 +398,17 @@ def test_the_resolved_configuration_is_read_back_equal(file: Path, values: dict[
 
 
 def test_the_resolved_configuration_holds_every_knob() -> None:
-    text = to_toml(Config())
-    assert all(f"{name.rsplit('.', 1)[-1]} = " in text for name, _ in knobs())
+    for method in get_args(MethodName):
+        written = tomllib.loads(to_toml(parse({"method": method})))
+        for name, _ in knobs():
+            section = name.split(".")[0]
+            assert (value_in(written, name) is not None) is (method in METHOD_TABLES.get(section, (method,)))
+
+
+def value_in(values: Any, name: str) -> Any:
+    for part in name.split("."):
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 @given(some_values, some_values)

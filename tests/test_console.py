@@ -4,7 +4,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedmide.console import results_table
+from fedmide.console import questions_table, results_table
 
 
 def client(first: int | None, last: int, nlls: tuple[float, ...], accuracy: float | None) -> Any:
@@ -35,3 +35,19 @@ def test_every_figure_stands_whole_in_its_row() -> None:
     assert "b - 24 3.000 - 2.000 - 1.000 -" in lines
     assert "mean 2.500 0.500 2.500 0.500 2.500 0.500" in lines
     assert "worst 12.250 0.125 12.250 0.125 12.250 0.125" in lines
+
+
+def test_public_questions_have_a_row_each() -> None:
+    figures = {"accuracy": 0.25, "standard_error": 0.012, "num_records": 1273}
+    metrics = {
+        "questions": {
+            "medqa": {"base": figures, "aggregated": None, "over_clients": {"accuracy": {"mean": 0.5, "worst": 0.125}}},
+            "careqa": {"base": figures, "aggregated": figures},
+        }
+    }
+    console = Console(width=80)
+    with console.capture() as captured:
+        console.print(questions_table(metrics))
+    lines = [" ".join(line.split()) for line in captured.get().splitlines()]
+    assert "medqa 1273 0.250 ± 0.012 - 0.500 0.125" in lines
+    assert "careqa 1273 0.250 ± 0.012 0.250 ± 0.012 - -" in lines

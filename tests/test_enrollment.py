@@ -1,13 +1,15 @@
 """Enrollment: scores in log space, a verdict on every record, sets by the threshold and by nothing else."""
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmide.config import ThresholdRule
-from fedmide.enrollment import Verdict, enroll, members, score, split
+from fedmide.enrollment import Verdict, enroll, members, rearranged, score, split
 from fedmide.records import RecordId
 from fedmide.thresholds import RULES
 
@@ -107,3 +109,72 @@ def test_the_sets_are_a_partition_in_order(sets: dict[RecordId, str]) -> None:
     assert sorted((*shared, *personal)) == sorted(sets)
     assert all(sets[record] == "shared" for record in shared)
     assert list(shared) == [record for record in sets if record in set(shared)]
+
+
+# --- other splits of the same size
+
+
+HOWS = ("random", "reversed", "length-matched")
+some_scores = st.lists(st.tuples(st.floats(0.5, 2.0), st.integers(5, 60)), min_size=2, max_size=60)
+
+
+def arrange(rows: list[tuple[float, int]], how: str, seed: int = 0) -> tuple[Any, Any, Any, Any]:
+    scores = {RecordId(f"r{number:03d}"): score for number, (score, _) in enumerate(rows)}
+    lengths = {RecordId(f"r{number:03d}"): length for number, (_, length) in enumerate(rows)}
+    by_score = split(scores, "median")
+    return by_score, rearranged(by_score, scores, lengths, how, np.random.default_rng(seed)), scores, lengths  # type: ignore[arg-type]
+
+
+def shared_of(verdicts: Any) -> set[RecordId]:
+    return {record for record, verdict in verdicts.items() if verdict.set == "shared"}
+
+
+@pytest.mark.parametrize("how", HOWS)
+@given(rows=some_scores, seed=st.integers(0, 9))
+def test_another_split_shares_as_many_and_loses_nobody(how: str, rows: list[tuple[float, int]], seed: int) -> None:
+    by_score, found, scores, _ = arrange(rows, how, seed)
+    assert list(found) == list(scores)
+    assert len(shared_of(found)) == len(shared_of(by_score))
+    threshold = next(iter(by_score.values())).threshold
+    assert {verdict.threshold for verdict in found.values()} == {threshold}
+    assert {verdict.reason for verdict in found.values()} == ({"no-threshold"} if threshold is None else {"ablation"})
+
+
+def test_the_reversed_split_shares_the_highest_scores() -> None:
+    _, found, _, _ = arrange([(1.0, 9), (2.0, 9), (1.5, 9), (1.2, 9), (0.7, 9)], "reversed")
+    assert shared_of(found) == {"r001", "r002"}
+
+
+def test_a_length_matched_split_is_as_long_group_by_group() -> None:
+    """100 records whose score falls with their length: the score's shared half are the long ones, and so are these."""
+    rows = [(2.0 - number / 100, number) for number in range(100)]
+    by_score, matched, _, lengths = arrange(rows, "length-matched")
+    mean = np.mean([lengths[record] for record in shared_of(matched)])
+    assert mean == pytest.approx(np.mean([lengths[record] for record in shared_of(by_score)]), abs=1.0)
+    _, drawn, _, _ = arrange(rows, "random")
+    assert abs(np.mean([lengths[record] for record in shared_of(drawn)]) - mean) > 10
+
+
+def test_a_length_matched_split_shuffles_within_a_group() -> None:
+    draw = np.random.default_rng(1)
+    rows = [(float(score), 10) for score in draw.uniform(0.5, 2.0, 100)]
+    by_score, matched, _, _ = arrange(rows, "length-matched")
+    overlap = len(shared_of(matched) & shared_of(by_score))
+    assert 15 < overlap < 35
+
+
+def test_a_score_that_is_no_number_keeps_its_verdict() -> None:
+    for how in HOWS:
+        by_score, found, _, _ = arrange([(math.nan, 5), (1.0, 5), (2.0, 5), (3.0, 5)], how)
+        assert found[RecordId("r000")] == by_score[RecordId("r000")]
+
+
+@given(some_scores, st.randoms())
+def test_the_order_of_the_records_does_not_show(rows: list[tuple[float, int]], shuffle: Any) -> None:
+    for how in HOWS:
+        by_score, found, scores, lengths = arrange(rows, how)
+        order = list(scores)
+        shuffle.shuffle(order)
+        mixed = {record: by_score[record] for record in order}
+        again = rearranged(mixed, scores, lengths, how, np.random.default_rng(0))  # type: ignore[arg-type]
+        assert again == found

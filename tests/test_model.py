@@ -13,7 +13,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fedmide import adapters, model, scoring
 from fedmide.checkpoints import locate
@@ -239,6 +239,12 @@ def test_device_that_is_not_there(tiny_folder: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="no such device"):
         model.load(tiny_folder, ModelConfig(device="cuda"), LoraConfig())
+
+
+def test_checkpointing_that_a_model_has_not_is_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    with pytest.raises(ModelError, match=r"training\.checkpointing: the modules of tiny-random have none"):
+        model.load(tiny_folder, FLOAT32, LoraConfig(), checkpointing=True)
 
 
 def test_bfloat16_base_under_a_float32_adapter(

@@ -1,9 +1,13 @@
 """The passes written out give the numbers of transformers and PEFT, gradients included, and draw dropout alike."""
 
 import copy
+import math
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,11 +16,14 @@ from peft.tuners.lora import Linear as LoraLinear
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedmide import attention, model, passes
+from fedmide.attention import Attended
 from fedmide.config import LoraConfig, ModelConfig, Positions
 from fedmide.decoder import Dropout
 from fedmide.localmodel import Adapter
 from fedmide.model import LoraModel
+from fedmide.products import Product
 from fedmide.tokens import Batch, Example, batches, pad
+from fedmide.workers import Workers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,24 +53,22 @@ def one_batch(examples: tuple[Example, ...], positions: Positions = "response") 
     return pad(examples, positions, tuple(range(len(examples))))
 
 
-def gradients(lora: LoraModel) -> dict[str, np.ndarray]:
-    """The gradients, which are then forgotten."""
-    found = {name: each.grad.numpy().copy() for name, each in lora.parameters().items() if each.grad is not None}
-    lora.flat.parameter.grad.zero_()  # type: ignore[union-attr]
-    return found
-
-
 def by_modules(lora: LoraModel, batch: Batch, scale: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Losses and gradients by transformers' and PEFT's own modules."""
     losses = lora.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
-    (losses.sum() * scale).backward()
-    return losses.detach().numpy(), gradients(lora)
+    parameters = lora.parameters()
+    found = torch.autograd.grad(losses.sum() * scale, list(parameters.values()))
+    return losses.detach().numpy(), {name: each.numpy() for name, each in zip(parameters, found, strict=True)}
 
 
 def written_out(lora: LoraModel, batch: Batch, scale: float, seed: int = 0) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     lora.prepare(training=True)
-    losses = lora.backpropagate(batch, scale, seed)
-    return losses.numpy(), gradients(lora)
+    losses, flat = lora.backpropagate(batch, scale, seed)
+    found = {}
+    for name, shape in lora.shapes.items():
+        values, flat = flat.tensor_split([math.prod(shape)])
+        found[name] = values.view(shape).numpy()
+    return losses.numpy(), found
 
 
 def far(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
@@ -118,15 +123,29 @@ def test_attention_in_parts_is_the_same(
     assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
 
 
-def test_gradients_add_up_over_passes(tiny_folder: Path, random_examples: MakeExamples) -> None:
-    lora = ready(tiny_folder, PLACES[1])
-    one, two = (one_batch(random_examples(4, seed=seed)) for seed in (1, 2))
-    apart = [written_out(lora, batch, 0.5)[1] for batch in (one, two)]
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_workers_side_by_side_change_no_bit(tiny_folder: Path, random_examples: MakeExamples, dropout: float) -> None:
+    """Losses, gradients, dropout, and what is kept below the adapters; in the batches' order."""
+    place = LoraConfig(dropout=dropout, targets="all-linear", blocks="top:2")
+    lora = ready(tiny_folder, place, prefix_bytes=2000)
     lora.prepare(training=True)
-    for batch in (one, two):
-        lora.backpropagate(batch, 0.5, 0)
-    together = gradients(lora)
-    assert far(together, {name: apart[0][name] + apart[1][name] for name in together}) < 1e-6
+    parts = list(batches(random_examples(40), "response", 60, None))
+    with alone_or_together(3) as (alone, together):
+        for one, two in zip(alone.each(lora.nll, parts), together.each(lora.nll, parts), strict=True):
+            assert torch.equal(one, two)
+        made = [each.each(lambda part: lora.backpropagate(part, 0.5, 7), parts) for each in (alone, together)]
+        for one, two in zip(*made, strict=True):
+            assert torch.equal(one[0], two[0]) and torch.equal(one[1], two[1])
+    assert lora.prefixes is not None and 0 < lora.prefixes.num_bytes <= 2000
+
+
+@contextmanager
+def alone_or_together(number: int) -> Iterator[tuple[Workers, Workers]]:
+    together = Workers(number)
+    try:
+        yield Workers(1), together
+    finally:
+        together.close()
 
 
 def test_what_is_written_out_follows_the_adapter_that_is_put_in(
@@ -205,15 +224,21 @@ def test_dropout_is_pefts_given_the_same_masks(
     ours, our_gradients = written_out(lora, batch, 1.0, seed=7)
     assert lora.dropout is not None
     again = lora.dropout.seeded(7)
-    shapes = [shape[1] for name, shape in lora.shapes.items() if "lora_A" in name]
+    inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
+    wanted = []  # of each adapter: which input it has, and how wide that is
+    for name, shape in lora.shapes.items():
+        if "lora_A" in name:
+            block, layer = name.split(".layers.")[1].split(".")[0], name.split(".")[-3]
+            wanted.append((block + inputs.get(layer, layer), shape[1]))
     inside = torch.arange(batch.ids.shape[1]) < torch.tensor(batch.lengths)[:, None]
 
     def padded(columns: int) -> torch.Tensor:
         mask = torch.zeros(*batch.ids.shape, columns, dtype=torch.bool)
-        mask[inside] = again.draw(sum(batch.lengths), columns, torch.bool)
+        mask[inside] = again.draw(sum(batch.lengths), columns, torch.float32).bool()
         return mask
 
-    masks = iter([padded(columns) for columns in shapes])
+    drawn = {which: padded(columns) for which, columns in dict(wanted).items()}
+    masks = iter([drawn[which] for which, _ in wanted])
     with given_masks(lora, masks, 1 / (1 - again.rate)):
         theirs, their_gradients = by_modules(lora, batch, 1.0)
     assert next(masks, None) is None
@@ -226,13 +251,99 @@ def test_dropout_is_pefts_given_the_same_masks(
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
 def test_dropout_keeps_its_part(rate: float) -> None:
     masks = Dropout(rate, torch.device("cpu"), 3)
-    first, second = (masks.draw(500, 333, torch.bool) for _ in range(2))
+    first, second = (masks.draw(500, 333, torch.float32).bool() for _ in range(2))
     kept = first.double().mean().item()
     assert abs(kept - (1 - rate)) < 5 * (rate * (1 - rate) / first.numel()) ** 0.5
     assert abs(masks.rate - rate) < 2**-16
     assert not torch.equal(first, second)
     assert Dropout(1 - 1e-9, torch.device("cpu")).rate < 1
     assert (first ^ second).double().mean().item() == pytest.approx(2 * rate * (1 - rate), abs=0.01)
+
+
+# --- checkpointing
+
+
+class Counted:
+    """How many bytes of traces are there at most at once."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = self.most = 0
+        forward = passes._forward
+
+        def counting(*given: Any) -> Any:
+            states, trace = forward(*given)
+            size = sum(each.nbytes for each in tensors(trace))
+            self.now += size
+            self.most = max(self.most, self.now)
+            weakref.finalize(trace, self.forget, size)
+            return states, trace
+
+        monkeypatch.setattr(passes, "_forward", counting)
+
+    def forget(self, size: int) -> None:
+        self.now -= size
+
+
+def tensors(kept: Any) -> Iterator[torch.Tensor]:
+    """The tensors that a trace keeps beside its block's weights."""
+    if isinstance(kept, torch.Tensor):
+        yield kept
+    elif isinstance(kept, tuple):
+        yield from (each for part in kept for each in tensors(part))
+    elif isinstance(kept, passes.Trace | Product | Attended):
+        yield from (each for field in fields(kept) for each in tensors(getattr(kept, field.name)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+@pytest.mark.parametrize("blocks", ["all", "top:3"])
+def test_checkpointing_gives_the_same_bits_and_keeps_less(
+    tiny_folder: Path,
+    random_examples: MakeExamples,
+    monkeypatch: pytest.MonkeyPatch,
+    dtype: Any,
+    rate: float,
+    blocks: str,
+) -> None:
+    place = LoraConfig(dropout=rate, targets="all-linear", blocks=blocks)
+    lora = ready(tiny_folder, place, ModelConfig(dtype=dtype, device="cpu"))
+    batch, found, most = one_batch(random_examples(7)), {}, {}
+    for checkpointing in (False, True):
+        how = replace(lora, checkpointing=checkpointing)
+        counted = Counted(monkeypatch)
+        found[checkpointing] = written_out(how, batch, 0.3, seed=11)
+        most[checkpointing] = counted.most
+        assert counted.now == 0
+    assert found[True][0].tobytes() == found[False][0].tobytes()
+    assert all(array.tobytes() == found[False][1][name].tobytes() for name, array in found[True][1].items())
+    assert most[True] * (4 if blocks == "all" else 3) == pytest.approx(most[False])
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.3])
+def test_checkpointing_of_modules_gives_the_same_numbers(
+    shape_folder: Path, random_examples: MakeExamples, rate: float
+) -> None:
+    batch = one_batch(random_examples(5), "all")
+    place = LoraConfig(dropout=rate, targets="all-linear")
+    found, kept = {}, {}
+    for checkpointing in (False, True):
+        lora = model.load(shape_folder, FLOAT32, place, 0, checkpointing)
+        draw = np.random.default_rng(0)
+        lora.put({name: draw.normal(0, 0.2, lora.shapes[name]).astype(np.float32) for name in sorted(lora.shapes)})
+        how = replace(lora, prefixes=None)
+        size = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal size
+            size += tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            found[checkpointing] = written_out(how, batch, 0.3, 11)
+        kept[checkpointing] = size
+    assert found[True][0] == pytest.approx(found[False][0], rel=1e-6)
+    assert far(found[True][1], found[False][1]) < 1e-5
+    assert kept[True] < 0.5 * kept[False]
 
 
 # --- the blocks below the adapters

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from fedmide import resident as resident_module
 from fedmide.config import (
     Config,
     GenerationConfig,
@@ -129,14 +130,15 @@ def test_threads_are_as_configured(tiny_folder: Path) -> None:
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("", 8)])
-def test_no_more_cores_than_a_container_is_granted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int
+def test_threads_left_open_are_measured_where_a_model_is_opened(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedmide import resident
-
-    monkeypatch.setattr(resident.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
-    monkeypatch.setattr(resident, "CPU_QUOTA", tmp_path / "cpu.max")
-    assert resident.available_cores() == 8
-    (tmp_path / "cpu.max").write_text(quota)
-    assert resident.available_cores() == cores
+    threads, told = torch.get_num_threads(), list[str]()
+    monkeypatch.setattr(resident_module, "free_threads", lambda tell: tell("measured") or 3)
+    try:
+        open_model(CONFIG.model_copy(update={"runtime": RuntimeConfig(threads=0)}), tiny_folder, tell=told.append)
+        assert torch.get_num_threads() == 3 and told == ["measured"]
+        open_model(CONFIG, tiny_folder, 2)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(threads)

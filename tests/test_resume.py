@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
@@ -109,6 +110,29 @@ def torn(states: Sequence[State]) -> Iterator[State]:
         for name, data in after.items():
             if data and is_aside(name) and before.get(name) != data:
                 yield {**before, name: data[: len(data) // 2]}
+
+
+class OneByOne:
+    """Writes the sites' files one after the other, each at once: whoever watches the folder can't look at several."""
+
+    def __init__(self, number: int) -> None: ...
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def submit(self, write: Callable[..., None], *args: Any) -> Future[None]:
+        done: Future[None] = Future()
+        try:
+            done.set_result(write(*args))
+        except RunFolderError as error:
+            done.set_exception(error)
+        return done
+
+
+@pytest.fixture(autouse=True)
+def _one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stages, "ThreadPoolExecutor", OneByOne)
 
 
 # --- a run whose model is dice

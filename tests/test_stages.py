@@ -73,7 +73,7 @@ def test_a_whole_run_leaves_the_files_of_the_contract_and_no_other(
     reference: tuple[Any, Path], lasting: Lasting
 ) -> None:
     peft = ("adapter_config.json", "adapter_model.safetensors")
-    expected = {".lock", "config.toml", "manifest.json", "events.jsonl", "metrics.json"}
+    expected = {".lock", "config.toml", "manifest.json", "events.jsonl", "metrics.json", "report.html"}
     expected |= {f"adapter/{name}" for name in peft}
     for number in ("warmup-000", "round-000", "round-001"):
         expected |= {f"server/{number}/{name}" for name in ("adapter.safetensors", "state.json")}
@@ -190,7 +190,7 @@ def test_a_finished_run_stays_as_it_is(copied: Path, lasting: Lasting) -> None:
         "generation": 0,
     }
     rewritten = {path.name for path, time in times.items() if path.stat().st_mtime_ns != time}
-    assert rewritten == {"manifest.json", "metrics.json", "events.jsonl", ".lock"} & rewritten
+    assert rewritten <= {"manifest.json", "metrics.json", "events.jsonl", "report.html", ".lock"}
 
 
 # --- out of order
@@ -416,6 +416,22 @@ def test_a_client_without_test_records_is_told_of_and_left_out(small_input: Any,
 # --- progress
 
 
+def test_a_report_that_fails_does_not_end_the_run(
+    small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(folder: journal.RunFolder) -> Path:
+        raise ZeroDivisionError("a text of a record")
+
+    monkeypatch.setattr(stages.report, "write", fails)
+    said: list[str] = []
+    with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
+        for stage in STAGES:
+            stage(run)
+    assert journal.reopen(tmp_path / "run").read_manifest()["status"] == "evaluated"
+    assert not (tmp_path / "run" / "report.html").exists()
+    assert said[-1] == f"no report could be written (ZeroDivisionError); see fedmide report {tmp_path / 'run'}"
+
+
 def test_progress_counts_what_there_is_to_do(small_input: Any, tmp_path: Path) -> None:
     shown, said = Shown(), []
     with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
@@ -426,7 +442,9 @@ def test_progress_counts_what_there_is_to_do(small_input: Any, tmp_path: Path) -
     assert shown.notes[0].startswith("warmup-000, client a, loss ") and shown.notes[5].startswith("round-001, client b")
     assert shown.notes[6] == "client a" and shown.notes[-1] == "client b, personalized"
     assert shown.signs_of_life[0].endswith(" tokens trained") and len(shown.signs_of_life) > len(shown.notes)
-    assert said == ["reading the records", "loading tiny-random", f"the run is in {tmp_path / 'run'}"]
+    report = tmp_path / "run" / "report.html"
+    assert said[:3] == ["reading the records", "loading tiny-random", f"the run is in {tmp_path / 'run'}"]
+    assert said[3:] == [f"the report is in {report}"]
 
 
 def test_a_model_that_is_made_first_is_told_of(
@@ -567,13 +585,19 @@ def test_a_run_goes_on_with_the_threads_it_began_with(
     wanted: list[int] = []
     monkeypatch.setattr(torch, "set_num_threads", wanted.append)
     monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
-    monkeypatch.setattr(resident, "available_cores", lambda: 3)
+    monkeypatch.setattr(resident, "available_cores", lambda: 2)
+    monkeypatch.setattr(resident, "free_threads", lambda tell: 3)
     with stages.start(load(small_input.config, ["runtime.threads=0"]), tmp_path / "run"):
         pass
-    monkeypatch.setattr(resident, "available_cores", lambda: 64)
+    monkeypatch.setattr(resident, "free_threads", lambda tell: 64)
     with stages.resume(tmp_path / "run"):
         pass
-    assert wanted == [3, 3]
+    assert [number for number in wanted if number != 1] == [
+        3,
+        3,
+        3,
+        3,
+    ]  # each worker takes one, then all are shared again
 
 
 def test_other_versions_are_told_and_another_device_is_refused(copied: Path) -> None:

@@ -80,6 +80,15 @@ def test_boundary_is_where_generation_starts(tokenizer: Any, instruction: str, c
         assert example.ids[example.prompt_length :].tolist() == [*in_bytes(response), EOS]
 
 
+@pytest.mark.parametrize("longest", [99, 12, 5])
+def test_a_text_goes_on_without_template_or_end_and_keeps_its_last_tokens(tokenizer: Any, longest: int) -> None:
+    example = plain(tokenizer).continued("Question: Why?\nAnswer:", " yes", longest)
+    whole = in_bytes("Question: Why?\nAnswer: yes")
+    assert example.ids.tolist() == whole[-longest:]
+    assert len(example.ids) - example.prompt_length == 4
+    assert example.truncated == (len(whole) > longest)
+
+
 def test_alpaca_prompt_is_its_text(tokenizer: Any) -> None:
     assert Encoder(tokenizer, ALPACA, 512, "refuse").prompt_ids(RECORD) == in_bytes(render(ALPACA, RECORD))
 
@@ -261,11 +270,11 @@ def test_predicted_positions_by_hand() -> None:
 @given(
     st.lists(st.integers(2, 60), max_size=40),
     st.integers(1, 200),
-    st.sampled_from([0, 10, 10**6]),
+    st.sampled_from([0, 10, 10**6, None]),
     st.sampled_from(["all", "response"]),
 )
 def test_batches_hold_every_example_once_within_the_budget(
-    lengths: list[int], budget: int, max_padding: int, positions: Any
+    lengths: list[int], budget: int, max_padding: int | None, positions: Any
 ) -> None:
     examples = [
         Example(RecordId(str(number)), np.full(length, number), prompt_length=length // 2)
@@ -276,14 +285,26 @@ def test_batches_hold_every_example_once_within_the_budget(
     widths = [batch.ids.shape[1] for batch in made]
     assert widths == sorted(widths, reverse=True)  # longest first
     for batch in made:
-        assert batch.ids.size <= budget or len(batch.rows) == 1
+        size = sum(batch.lengths) if max_padding is None else batch.ids.size
+        assert size <= budget or len(batch.rows) == 1
         assert batch.ids.shape == batch.predicts.shape
         assert batch.lengths == tuple(lengths[row] for row in batch.rows)
-        assert batch.ids.size - sum(batch.lengths) <= max_padding
+        assert max_padding is None or batch.ids.size - sum(batch.lengths) <= max_padding
         assert batch.ids.shape[1] == max(len(examples[row].ids) for row in batch.rows)
         for number, row in enumerate(batch.rows):
             assert batch.ids[number, : lengths[row]].tolist() == examples[row].ids.tolist()
             assert batch.predicts[number].sum() == examples[row].num_predicted(positions)
+
+
+@given(st.lists(st.integers(2, 60), min_size=20, max_size=60), st.integers(150, 400))
+def test_batches_without_padding_are_nearly_even(lengths: list[int], budget: int) -> None:
+    examples = [Example(RecordId(str(number)), np.zeros(length), 1) for number, length in enumerate(lengths)]
+    sizes = [sum(batch.lengths) for batch in batches(examples, "all", budget, None)]
+    number = -(-sum(lengths) // budget)
+    number += number % 2 if number > 1 else 0
+    assert max(sizes) <= sum(lengths) / number + max(lengths)
+    if budget > sum(lengths) / number + max(lengths):  # else records may not add up to the budget
+        assert len(sizes) == number
 
 
 def test_batches_are_as_full_as_the_budget_allows(random_examples: Callable[..., tuple[Example, ...]]) -> None:

@@ -302,6 +302,60 @@ def test_adapter_stays_float32_over_a_bfloat16_base(tiny_folder: Path, random_ex
 # --- the real model --------------------------------------------------------------------------------------------
 
 
+# --- float16
+
+
+@pytest.fixture(scope="module", params=["passes", "modules"])
+def halves(request: pytest.FixtureRequest, tiny_folder: Path, one_thread: None) -> LoraModel:
+    """The tiny model in float16, by the passes that are written out and by its modules."""
+    lora = model.load(tiny_folder, ModelConfig(dtype="float16", device="cpu"), LoraConfig(dropout=0.0))
+    return lora if request.param == "passes" else replace(lora, prefixes=None)
+
+
+def first_gradient(lora: LoraModel, examples: tuple[Example, ...]) -> np.ndarray:
+    """The gradient of the first step, which a rate of almost zero leaves as it is."""
+    draw = np.random.default_rng(1)
+    shapes = sorted(lora.shapes.items())
+    lora.put({name: draw.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes})
+    how = plan(batch_size=100, max_grad_norm=1e6, learning_rate=1e-30)
+    list(training.train(lora, examples, how))
+    return np.concatenate([lora.parameters()[name].grad.numpy().reshape(-1) for name, _ in shapes])  # type: ignore[union-attr]
+
+
+def test_gradients_too_small_for_float16_are_not_lost(
+    halves: LoraModel, tiny_folder: Path, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = random_examples(60)
+    truth = first_gradient(model.load(tiny_folder, FLOAT32, LoraConfig(dropout=0.0)), examples)
+
+    def error() -> float:
+        return float(np.linalg.norm(first_gradient(halves, examples) - truth) / np.linalg.norm(truth))
+
+    assert error() < 0.01
+    small, scale = 2.0**-12, training.LOSS_SCALES[0]  # as if the mean were over 4,096 times as many tokens
+    monkeypatch.setattr(training, "LOSS_SCALES", (small,))
+    lost = error()
+    monkeypatch.setattr(training, "LOSS_SCALES", (small * scale,))
+    assert error() < 0.01 < 0.1 < lost
+
+
+def test_a_gradient_too_large_for_float16_is_made_again(
+    halves: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    examples = random_examples(8)
+    wanted = first_gradient(halves, examples)
+    monkeypatch.setattr(training, "LOSS_SCALES", (2.0**60, *training.LOSS_SCALES))
+    found = first_gradient(halves, examples)
+    assert np.isfinite(found).all() and found.tobytes() == wanted.tobytes()
+
+
+def test_other_types_are_not_scaled(
+    exact: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "LOSS_SCALES", ())
+    assert np.isfinite(first_gradient(exact, random_examples(8))).all()
+
+
 @pytest.mark.model
 def test_smollm2_learns() -> None:
     lora = model.load(locate("smollm2-135m"), ModelConfig(device="cpu"), LoraConfig())

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -16,6 +17,16 @@ from fedmide.localmodel import Adapter
 from fedmide.seeds import stream
 
 Shapes = Mapping[str, tuple[int, ...]]
+Array = NDArray[np.float32]
+
+A, B = ".lora_A.weight", ".lora_B.weight"
+DELTA = ".base_delta.weight"
+"""How the name of a change of a layer's base weights ends; a few methods have such arrays beside the factors."""
+ROUTER = ".router.weight"
+"""How the name of a layer's router (2, in) ends: softmax(router x) weights the halves of the ranks, per token."""
+OWN, COMMON, REFERENCES, MOST = "own", "common", "references", "most"
+"""Parts of two adapters that are weighted per record: the factors of each, states (N, D) to compare with, the highest
+weight of the own one."""
 
 
 def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -36,6 +47,117 @@ def _initial(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[tuple[i
         return np.zeros(shape, dtype=np.float32)
     bound = 1 / math.sqrt(shape[-1])
     return stream(seed, f"adapter:{name}").uniform(-bound, bound, shape).astype(np.float32)
+
+
+def named(adapter: Adapter, part: str) -> Adapter:
+    """The arrays whose names hold this part, such as `.lora_A.`."""
+    return {name: array for name, array in adapter.items() if part in name}
+
+
+def prefixed(prefix: str, adapter: Adapter) -> Adapter:
+    """The same arrays under longer names, to keep or send beside others."""
+    return {f"{prefix}.{name}": array for name, array in adapter.items()}
+
+
+def under(prefix: str, arrays: Adapter) -> Adapter:
+    """The arrays that `prefixed` put under this prefix, by their own names."""
+    start = f"{prefix}."
+    return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
+
+
+def layers(adapter: Adapter) -> tuple[str, ...]:
+    """The names of the layers that have factors, in order."""
+    return tuple(name.removesuffix(A) for name in adapter if name.endswith(A))
+
+
+def factors(adapter: Adapter, layer: str) -> tuple[Array, Array]:
+    """A layer's A (r, in) and B (out, r)."""
+    return adapter[layer + A], adapter[layer + B]
+
+
+def deltas(adapter: Adapter) -> Adapter:
+    """The changes of base weights, (out, in), that stand beside the factors."""
+    return {name: array for name, array in adapter.items() if name.endswith(DELTA)}
+
+
+def without_deltas(adapter: Adapter) -> Adapter:
+    """The factors alone."""
+    return {name: array for name, array in adapter.items() if not name.endswith(DELTA)}
+
+
+def padded(adapter: Adapter, expected: Shapes) -> Adapter:
+    """The factors at the ranks of the expected shapes: what is missing is zero, so the product stays as it is.
+
+    Zeros train to nothing: where a rank's A and B are zero, so are their gradients.
+    """
+    return {
+        name: _padded(array, expected[name], rank_axis(name)) if name in expected else array
+        for name, array in adapter.items()
+    }
+
+
+def rank_axis(name: str) -> int:
+    """Along which axis of a factor its ranks lie."""
+    return 0 if name.endswith(A) else 1
+
+
+def cut_like(adapter: Adapter, like: Adapter) -> Adapter:
+    """What `padded` added is taken away again: the arrays at the shapes of others, which are no larger."""
+    return {
+        name: array[tuple(map(slice, like[name].shape))] if name in like else array for name, array in adapter.items()
+    }
+
+
+def _padded(array: Array, shape: tuple[int, ...], axis: int) -> Array:
+    missing = shape[axis] - array.shape[axis] if array.ndim == len(shape) else 0
+    if missing <= 0:
+        return array  # whoever checks shapes says what is wrong with it
+    return np.pad(array, [(0, missing if each == axis else 0) for each in range(array.ndim)])
+
+
+def stacked(own: Adapter, other: Adapter, weight: float = 1.0, other_weight: float = 1.0) -> Adapter:
+    """Two adapters as one of both ranks, the own ranks first: its product is the weighted sum of theirs."""
+    result = {}
+    for name, array in own.items():
+        pair = [array, other[name]]
+        if name.endswith(B):
+            pair = [array * np.float32(weight), other[name] * np.float32(other_weight)]
+        result[name] = np.concatenate(pair, axis=rank_axis(name))
+    return result
+
+
+def unstacked(stack: Adapter, like: Adapter, weight: float = 1.0, other_weight: float = 1.0) -> tuple[Adapter, Adapter]:
+    """The two adapters that `stacked` made one of, the first of the ranks of another."""
+    halves: tuple[dict[str, Array], dict[str, Array]] = {}, {}
+    for name in like:
+        axis = rank_axis(name)
+        parts = np.split(stack[name], [like[name].shape[axis]], axis)
+        for half, part, share in zip(halves, parts, (weight, other_weight), strict=True):
+            half[name] = part / np.float32(share) if name.endswith(B) else part
+    return halves
+
+
+def as_factors(adapter: Adapter, scale: float) -> Adapter:
+    """The same model as factors alone: a change of base weights becomes ranks of its own, as many as it can have.
+
+    `scale` is what the product of the factors counts in the model. Of two adapters whose weights depend on the record
+    the own one gets the highest that it can have; a router is left out, which leaves half of each.
+    """
+    if MOST in adapter:
+        most = float(adapter[MOST][0])
+        return stacked(under(OWN, adapter), under(COMMON, adapter), most, 1 - most)
+    if any(name.endswith(ROUTER) for name in adapter):
+        kept = {name: array for name, array in adapter.items() if not name.endswith(ROUTER)}
+        return {name: array * np.float32(0.5 if name.endswith(B) else 1) for name, array in kept.items()}
+    result = dict(without_deltas(adapter))
+    for name, delta in deltas(adapter).items():
+        layer = name.removesuffix(DELTA)
+        a, b = factors(adapter, layer)
+        unit = np.eye(min(delta.shape), dtype=np.float32)
+        left, right = (unit, delta / scale) if len(unit) == len(delta) else (delta / scale, unit)
+        result[layer + A] = np.concatenate([a, right.astype(np.float32)])
+        result[layer + B] = np.concatenate([b, left.astype(np.float32)], axis=1)
+    return result
 
 
 def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:

@@ -24,6 +24,9 @@ MAX_LENGTH = 1024
 QUERIES = 128
 """Queries of a text that attention takes at a time: what comes after them is not looked at."""
 
+STRIDE = 32
+"""Texts are spread out to multiples of so many tokens: with 94 instead of 96, attention takes twice as long."""
+
 SCORES = 2**19
 """Scores that attention holds at a time, unless a single text's are more: so many stay in a core's cache."""
 
@@ -44,9 +47,9 @@ class Texts:
     decoder: Decoder
     num_texts: int
     length: int
-    places: Tensor | None  # (N,), which of the B T rows each is; None where no text is shorter than another
-    cosine: Tensor  # (T, d)
-    sine: Tensor  # (T, d / 2), of the first half of a head; the second's are the same
+    places: Tensor | None  # (N,), which of the B T rows each is; None where each of them is one
+    cosine: Tensor  # (N, 1, d)
+    sine: Tensor  # (N, 1, d / 2), of the first half of a head; the second's are the same
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
@@ -56,7 +59,7 @@ class Texts:
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """What the backward pass needs of attention, in the values' type."""
+    """What the backward pass needs of attention."""
 
     query: Tensor  # (B, K, G, T, d), rotated
     key: Tensor  # (B, K, T, d), rotated
@@ -66,14 +69,14 @@ class Attended:
 
 def texts_of(decoder: Decoder, lengths: Sequence[int], device: torch.device) -> Texts:
     """Texts of these lengths, one after the other."""
-    length = max(lengths)
-    cosine, sine = decoder.rotary(length)
+    length = -(-max(lengths) // STRIDE) * STRIDE
     places = None
     if min(lengths) < length:
         inside = np.arange(length) < np.asarray(lengths)[:, None]  # (B, T)
         places = torch.from_numpy(np.flatnonzero(inside)).to(device)
-    sine = sine[:, : decoder.head_size // 2].contiguous()
-    return Texts(decoder, len(lengths), length, places, cosine, sine)
+    positions = torch.cat([torch.arange(each, device=device) for each in lengths])
+    cosine, sine = (values[positions].unsqueeze(1) for values in decoder.rotary(max(lengths)))
+    return Texts(decoder, len(lengths), length, places, cosine, sine[..., : decoder.head_size // 2])
 
 
 def _pieces(decoder: Decoder, num_texts: int, length: int, device: torch.device) -> Iterator[Piece]:
@@ -103,9 +106,11 @@ def _gather(spread: Tensor, view: Texts) -> Tensor:
 
 
 def attention(projected: Tensor, view: Texts) -> Tensor:
-    """The heads' outputs (N, H d) out of query, key and value (N, (H + 2 K) d), by torch's own fused forward pass."""
+    """The heads' outputs (N, H d) out of query, key and value (N, (H + 2 K) d), by torch's own fused forward pass.
+
+    Turns query and key in place.
+    """
     query, key, value = _heads(projected, view)
-    query, key = query.flatten(1, 2).to(value.dtype), key.to(value.dtype)
     output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)  # (B, H, T, d)
     return _gather(output.transpose(1, 2), view)
 
@@ -113,15 +118,16 @@ def attention(projected: Tensor, view: Texts) -> Tensor:
 def kept_attention(projected: Tensor, view: Texts) -> tuple[Tensor, Attended]:
     """The same, and what the backward pass needs."""
     query, key, value = _heads(projected, view)
-    output, weights = torch.empty(query.shape, dtype=value.dtype, device=value.device), []
+    query = query.unflatten(1, (key.shape[1], -1))  # (B, K, G, T, d)
+    outputs, weights = torch.empty(query.shape, dtype=value.dtype, device=value.device), []
     for piece in view.pieces:
         queries, keys = _flat(query[piece.texts, :, :, piece.queries]), _seen(key, piece)
-        scores = torch.baddbmm(piece.mask, queries, keys.transpose(1, 2), alpha=view.decoder.head_size**-0.5)
+        exact = queries.float(), keys.float().transpose(1, 2)
+        scores = torch.baddbmm(piece.mask, *exact, alpha=view.decoder.head_size**-0.5)
         weights.append(torch.softmax(scores, -1).to(value.dtype))
-        part = output[piece.texts, :, :, piece.queries]
+        part = outputs[piece.texts, :, :, piece.queries]
         part.copy_(torch.bmm(weights[-1], _seen(value, piece)).view(part.shape))
-    attended = Attended(query.to(value.dtype), key.to(value.dtype), value, tuple(weights))
-    return _gather(output.permute(0, 3, 1, 2, 4), view), attended
+    return _gather(outputs.permute(0, 3, 1, 2, 4), view), Attended(query, key, value, tuple(weights))
 
 
 def _flat(queries: Tensor) -> Tensor:
@@ -137,44 +143,43 @@ def _seen(keys: Tensor, piece: Piece) -> Tensor:
 
 def attention_backward(attended: Attended, mixed: Tensor, view: Texts) -> Tensor:
     """The gradient of query, key and value (N, (H + 2 K) d), out of that of the heads' outputs (N, H d)."""
-    heads, pairs = view.decoder.num_heads, view.decoder.num_key_value_heads
-    size, texts, length = view.decoder.head_size, view.num_texts, view.length
-    output = _spread(mixed, view).view(texts, length, pairs, heads // pairs, size).permute(0, 2, 3, 1, 4)
-    query = torch.empty(attended.query.shape, device=mixed.device)
-    key, value = (torch.zeros(attended.key.shape, device=mixed.device) for _ in range(2))
+    heads, pairs, size = view.decoder.num_heads, view.decoder.num_key_value_heads, view.decoder.head_size
+    spread = _spread(mixed, view).view(view.num_texts, view.length, pairs, heads // pairs, size)
+    outputs = spread.permute(0, 2, 3, 1, 4)  # (B, K, G, T, d)
+    gradient = torch.zeros(view.num_texts, heads + 2 * pairs, view.length, size, device=mixed.device)
+    query, key, value = gradient.split((heads, pairs, pairs), 1)
+    query = query.unflatten(1, (pairs, -1))
     for piece, weights in zip(view.pieces, attended.weights, strict=True):
-        queries, outputs = (_flat(each[piece.texts, :, :, piece.queries]) for each in (attended.query, output))
-        scores = torch.bmm(outputs, _seen(attended.value, piece).transpose(1, 2))
+        queries, above = (_flat(each[piece.texts, :, :, piece.queries]) for each in (attended.query, outputs))
+        scores = torch.bmm(above, _seen(attended.value, piece).transpose(1, 2))
         mean = (scores * weights).sum(-1, keepdim=True)
         scores.sub_(mean).mul_(weights)
         part = query[piece.texts, :, :, piece.queries]
         part.copy_(torch.bmm(scores, _seen(attended.key, piece)).view(part.shape))
-        for total, made in ((key, scores.transpose(1, 2) @ queries), (value, weights.transpose(1, 2) @ outputs)):
+        for total, made in ((key, scores.transpose(1, 2) @ queries), (value, weights.transpose(1, 2) @ above)):
             part = total[piece.texts, :, : piece.queries.stop]
             part.add_(made.view(part.shape))
-    projected = torch.empty(texts, length, heads + 2 * pairs, size, dtype=mixed.dtype, device=mixed.device)
-    by_head = projected.transpose(1, 2)  # (B, H + 2 K, T, d)
-    both = torch.cat([query.view(texts, heads, length, size), key.view(texts, pairs, length, size)], dim=1)
-    by_head[:, : heads + pairs] = _rotated(both, view, -1).mul_(size**-0.5)
-    by_head[:, heads + pairs :] = value.view(texts, pairs, length, size)
-    return _gather(projected, view)
+    rows = _gather(gradient.transpose(1, 2), view)  # (N, (H + 2 K) d) float32
+    turned = _turned(rows[:, : (heads + pairs) * size], view, -1).mul_(size**-0.5)
+    return torch.cat([turned, rows[:, (heads + pairs) * size :]], dim=1).to(mixed.dtype)
 
 
 def _heads(projected: Tensor, view: Texts) -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B, K, G, T, d) and key (B, K, T, d), rotated, in float32; value (B, K, T, d)."""
-    heads, pairs = view.decoder.num_heads, view.decoder.num_key_value_heads
-    size, texts, length = view.decoder.head_size, view.num_texts, view.length
-    by_head = _spread(projected, view).view(texts, length, heads + 2 * pairs, size).transpose(1, 2)
-    rotated = _rotated(by_head[:, : heads + pairs], view, 1)
-    query = rotated[:, :heads].view(texts, pairs, heads // pairs, length, size)
-    return query, rotated[:, heads:], by_head[:, heads + pairs :]
+    """Query (B, H, T, d) and key (B, K, T, d), turned, and value (B, K, T, d)."""
+    heads, pairs, size = view.decoder.num_heads, view.decoder.num_key_value_heads, view.decoder.head_size
+    placed = projected[:, : (heads + pairs) * size]
+    placed.copy_(_turned(placed, view, 1))
+    by_head = _spread(projected, view).view(view.num_texts, view.length, heads + 2 * pairs, size).transpose(1, 2)
+    query, key, value = by_head.split((heads, pairs, pairs), 1)
+    return query, key, value
 
 
-def _rotated(heads: Tensor, view: Texts, direction: int) -> Tensor:
-    """Rotary embedding of (B, heads, T, d), in float32; direction -1 undoes it."""
-    half = heads.shape[-1] // 2
-    heads = heads.to(torch.float32, memory_format=torch.contiguous_format)
+def _turned(rows: Tensor, view: Texts, direction: int) -> Tensor:
+    """Rotary embedding of rows (N, heads d), float32; direction -1 undoes it."""
+    half = view.decoder.head_size // 2
+    heads = rows.unflatten(1, (-1, 2 * half)).to(torch.float32, memory_format=torch.contiguous_format)
     turned = heads * view.cosine
     turned[..., :half].addcmul_(heads[..., half:], view.sine, value=-direction)
     turned[..., half:].addcmul_(heads[..., :half], view.sine, value=direction)
-    return turned
+    flat: Tensor = turned.flatten(1)
+    return flat

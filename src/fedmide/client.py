@@ -7,15 +7,18 @@ The method, as one round runs on a site:
     train on the shared set
     measure the records that stay personal under the new own adapter
     reply with the adapter and the number of records it was trained on
+
+Any other method trains on all records; how, and what it replies, is the method's own (`methods`).
 """
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from fedmide import methods
 from fedmide.adapters import is_finite
 from fedmide.config import Config
-from fedmide.enrollment import enroll, split
+from fedmide.enrollment import Verdict, enroll, rearranged, split
 from fedmide.errors import MessageError
 from fedmide.ledger import Ledger, Standing, before, measurements, scores, standing, verdicts
 from fedmide.localmodel import (
@@ -29,15 +32,26 @@ from fedmide.localmodel import (
     total,
 )
 from fedmide.messages import ClientReply, ClientTask, Metric, MetricName
+from fedmide.methods.method import Visit
 from fedmide.records import RecordId
+from fedmide.seeds import stream
 from fedmide.tokens import Example
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a method keeps on the site after a round that it trained in; it never leaves."""
+
+    round: int
+    arrays: Adapter
 
 
 @dataclass(frozen=True)
 class ClientState:
     """A site: its training and validation records as examples, the configuration, and its ledger so far.
 
-    `adapter` is the personalised one, once there is one; it never leaves.
+    `memory` is of the last two rounds that kept any, so that the last can be handled again. `adapter` is the
+    personalised one, once there is one; it never leaves.
     """
 
     name: str
@@ -46,7 +60,13 @@ class ClientState:
     training: Mapping[RecordId, Example]
     validation: Sequence[Example]
     ledger: Ledger = ()
+    memory: tuple[Memory, ...] = ()
     adapter: Adapter | None = None
+
+    def before(self, round_number: int) -> "ClientState":
+        """The state with what earlier rounds left, and no more."""
+        kept = tuple(memory for memory in self.memory if memory.round < round_number)
+        return replace(self, ledger=before(self.ledger, round_number), memory=kept)
 
 
 def handle(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
@@ -56,9 +76,11 @@ def handle(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[Cli
     """
     if (task.federation, task.client) != (state.federation, state.name):
         raise MessageError(f"a task for {task.client!r} of {task.federation!r} came to {state.name!r}")
-    state = replace(state, ledger=before(state.ledger, task.round))
+    state = state.before(task.round)
     if task.round >= state.config.federation.rounds:
         return _personalize(task, state, model)
+    if state.config.method != "fedmide":
+        return _plain_round(task, state, model)
     if task.round < 0:
         return _warm_up(task, state, model)
     return _federated_round(task, state, model)
@@ -97,23 +119,45 @@ def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) ->
     return _reply(task, trained, _num_seen(state, shared, trained), metrics), after
 
 
+def _plain_round(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
+    """A round of a method that trains on all records."""
+    if not state.training or not task.train:
+        return _reply(task, None, 0, {}), state
+    trained = methods.of(state.config).local(_visit(task, state), model)
+    kept = (*state.memory[-1:], Memory(task.round, trained.memory)) if trained.memory else state.memory
+    num_records = _num_seen(state, tuple(state.training), trained.work)
+    metrics = _training_metrics(trained.work, num_records, trained.beside)
+    reply = ClientReply(task.federation, task.client, task.round, None, 0, metrics)
+    if trained.travels:
+        reply = replace(reply, adapter=trained.travels, num_records=num_records)
+    return reply, replace(state, memory=kept)
+
+
+def _visit(task: ClientTask, state: ClientState) -> Visit:
+    memory = state.memory[-1].arrays if state.memory else {}
+    return Visit(state.config, state.name, task.round, task.adapter, memory, tuple(state.training.values()))
+
+
 def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
     """Stage 2: tune the aggregated adapter on the client's own records; keep the epoch that validates best.
 
     Without validation records the last epoch is kept; without records or epochs, or where a tuning ran off to values
     that are not finite, the aggregated adapter itself (epoch 0). The personalised adapter stays in the state; the
-    reply holds sums only.
+    reply holds sums only. Where a method has another model than the aggregated one for its clients, that one is tuned,
+    or is the personalised one as it is.
     """
+    method, visit = methods.of(state.config), _visit(task, state)
+    start = method.own(visit, model)
     now = standing(state.ledger, state.training)
     chosen = {"all": tuple(state.training), "shared": now.shared, "personal": now.personal}
     records = chosen[state.config.personalization.records]
-    if not records or state.config.personalization.epochs == 0:
-        return _reply(task, None, 0, {}), replace(state, adapter=task.adapter)
-    plan = personalization_plan(state.config, state.name)
+    if method.tuning is None or not records or state.config.personalization.epochs == 0:
+        return _reply(task, None, 0, {}), replace(state, adapter=method.finish(visit, model, start))
+    plan = personalization_plan(state.config, state.name, method.tuning(visit))
     examples = [state.training[record] for record in records]
-    kept, adapter, validated = 0, task.adapter, ZERO
+    kept, adapter, validated = 0, start, ZERO
     num_tokens = num_steps = 0
-    for number, epoch in enumerate(model.train(task.adapter, examples, plan), 1):
+    for number, epoch in enumerate(model.train(start, examples, plan), 1):
         nll = total(model.nll(epoch.adapter, state.validation, state.config.training.positions))
         better = not state.validation or (math.isfinite(nll.mean) and (kept == 0 or nll.mean < validated.mean))
         if better and is_finite(epoch.adapter):
@@ -127,7 +171,7 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     }
     if len(state.validation) > 1 and kept:
         metrics["validation_loss"] = Metric(validated.sum, validated.num_tokens)
-    return _reply(task, None, 0, metrics), replace(state, adapter=adapter)
+    return _reply(task, None, 0, metrics), replace(state, adapter=method.finish(visit, model, adapter))
 
 
 def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standing) -> Ledger:
@@ -138,8 +182,17 @@ def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standin
     candidates = [record for record in (now.personal if now.is_split else now.sets) if record in now.own]
     aggregated = _nll(task.adapter, candidates, state, model)
     values = scores(aggregated, now.own)
-    judged = enroll(values, enrollment.threshold) if now.is_split else split(values, enrollment.rule)
+    judged = enroll(values, enrollment.threshold) if now.is_split else _split(values, state)
     return verdicts(task.round, aggregated, now.own, judged)
+
+
+def _split(values: Mapping[RecordId, float], state: ClientState) -> dict[RecordId, Verdict]:
+    """The split by the scores, or otherwise where that is to be compared with."""
+    enrollment = state.config.enrollment
+    by_score = split(values, enrollment.rule)
+    lengths = {record: len(state.training[record].ids) for record in values}
+    draw = stream(state.config.seed, "split", 0, state.name)
+    return rearranged(by_score, values, lengths, enrollment.split, draw)
 
 
 def _train(task: ClientTask, state: ClientState, model: LocalModel, records: Sequence[RecordId]) -> Epoch | None:
@@ -186,11 +239,12 @@ def _set_metrics(after: ClientState, judged: Ledger, measured: Ledger) -> dict[M
     }
 
 
-def _training_metrics(trained: Epoch, num_records: int) -> dict[MetricName, Metric]:
+def _training_metrics(trained: Epoch, num_records: int, beside: Epoch | None = None) -> dict[MetricName, Metric]:
     """The figures of a training; a loss over a single record would be that record's own, so it stays."""
+    everything = [trained] if beside is None else [trained, beside]
     metrics: dict[MetricName, Metric] = {
-        "steps": Metric(trained.steps),
-        "trained_tokens": Metric(trained.loss.num_tokens),
+        "steps": Metric(sum(each.steps for each in everything)),
+        "trained_tokens": Metric(sum(each.loss.num_tokens for each in everything)),
     }
     if num_records > 1 and math.isfinite(trained.loss.sum):
         metrics["loss"] = Metric(trained.loss.sum, trained.loss.num_tokens)

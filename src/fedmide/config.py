@@ -11,16 +11,44 @@ import math
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Annotated, Any, Literal
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from fedmide.errors import ConfigError
 
 Positions = Literal["all", "response"]
 DataSource = Literal["published", "files", "table", "medical"]
 ThresholdRule = Literal["otsu-256", "otsu-exact", "median"]
+SplitRule = Literal["score", "random", "reversed", "length-matched"]
+MethodName = Literal[
+    "fedmide",
+    "local",
+    "central",
+    "fedavg",
+    "fedavg-ft",
+    "fedprox",
+    "scaffold",
+    "fedavgm",
+    "fedadagrad",
+    "fedadam",
+    "fedyogi",
+    "ffa-lora",
+    "fedsa-lora",
+    "ditto",
+    "flora",
+    "fedex-lora",
+    "flexlora",
+    "feddpa-t",
+    "feddpa-f",
+    "fedalt",
+]
+"""The federated algorithms; what each does: `methods`, docs/methods.md."""
+Quantization = Literal["none", "int8", "nf4"]
+Device = Literal["auto", "cpu", "cuda", "mps"]
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -74,6 +102,12 @@ class DataConfig(Section):
     """Part of the training records held out to choose the personalisation epoch, where no validation is given."""
     test_fraction: Fraction = 0.2
     """Part of the records held out for testing, where no test is given."""
+    pieces: Positive = 1
+    """Clients that each one is dealt out into, before the limits: 8 become 40 with 5."""
+    noisy_clients: Count = 0
+    """Clients whose training responses are swapped among their records, to see what wrong labels do."""
+    seed: Annotated[int, Field(ge=-1)] = -1
+    """What the draws and parts of the records, and the choices of the evaluation, follow from; -1: the run's seed."""
 
 
 class ModelConfig(Section):
@@ -81,10 +115,13 @@ class ModelConfig(Section):
 
     name: str = "smollm2-135m"
     """A folder, a hub id, `smollm2-135m` (out of a package) or `tiny-random` (tests)."""
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """"auto": a GPU where there is one."""
+    dtype: Dtype = "auto"
+    """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32. float16 is for
+    GPUs without bfloat16."""
+    quantization: Quantization = "none"
+    """"int8" or "nf4" (4 bits): the base's linear layers through bitsandbytes, for less memory, not for speed."""
+    device: Device = "auto"
+    """"auto": a CUDA GPU where there is one, else the processor."""
     cutoff: Annotated[int, Field(ge=8)] = 512
     """Longest record, in tokens, prompt and response together."""
 
@@ -133,8 +170,10 @@ class TrainingConfig(Section):
     positions: Positions = "all"
     """Tokens that the loss counts: "all" (prompt and response) or "response"."""
     tokens_per_batch: Annotated[int, Field(ge=16)] = 1024
-    """Padded tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
+    """Tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
     rounding, but for the draws of dropout."""
+    checkpointing: bool = False
+    """Keep only each block's input and run the block again on the way back: less memory, a third more work."""
 
 
 class FederationConfig(Section):
@@ -174,8 +213,8 @@ class ScoringConfig(Section):
 
     positions: Positions = "all"
     """Tokens whose likelihood counts: "all" (published) or "response"."""
-    tokens_per_batch: Annotated[int, Field(ge=16)] = 4096
-    """Padded tokens in one pass through the model. Changes no result beyond rounding."""
+    tokens_per_batch: Annotated[int, Field(ge=16)] = 2048
+    """Tokens in one pass through the model. Changes no result beyond rounding."""
 
 
 class EnrollmentConfig(Section):
@@ -183,6 +222,10 @@ class EnrollmentConfig(Section):
 
     rule: ThresholdRule = "otsu-256"
     """Threshold of the split after the warm-up."""
+    split: SplitRule = "score"
+    """Which records the split makes shared, as many as score below the threshold: "score", those; the others are there
+    to show what the score is good for: "random"; "reversed", those with the highest scores; "length-matched", drawn
+    among records of like length, so that both sets are as long as the score's."""
     enabled: bool = True
     """false: the split after the warm-up stands."""
     threshold: Rate = 1.0
@@ -200,6 +243,78 @@ class PersonalizationConfig(Section):
     """AdamW's rate at the start; where it isn't given, `training.learning_rate`."""
     records: Literal["all", "personal", "shared"] = "all"
     """Which of the client's training records to tune on."""
+    max_steps: Count = 0
+    """At most so many optimiser steps; 0: as the epochs give."""
+
+
+class FedProxConfig(Section):
+    """FedProx's own knobs."""
+
+    mu: Annotated[float, Field(ge=0.0, le=1e6)] = 0.01
+    """Weight of the pull to the received adapter: mu / 2 times the squared distance is added to the loss."""
+
+
+class ScaffoldConfig(Section):
+    """SCAFFOLD's own knobs."""
+
+    learning_rate: Rate = 0.1
+    """Rate of the local SGD, scheduled as `training.schedule` says; `training.learning_rate` is AdamW's. The paper
+    tunes it; at this one a clipped step is about as long as one of AdamW at 2e-4 over 10^6 values."""
+    server_rate: Rate = 1.0
+    """How far the server goes towards the mean."""
+
+
+class FedAvgMConfig(Section):
+    """FedAvgM's own knobs."""
+
+    beta: Fraction = 0.9
+    """Server momentum: what stays of the earlier rounds' steps."""
+
+
+class AdaptiveConfig(Section):
+    """What FedAdagrad, FedAdam and FedYogi each have a table of."""
+
+    eta: Rate = 1e-3
+    """Server learning rate."""
+    tau: Rate = 1e-3
+    """Adaptivity: added to the root of the second moment, which begins at its square."""
+    beta1: Fraction = 0.9
+    """Decay of the first moment of the mean step."""
+
+
+class MomentsConfig(AdaptiveConfig):
+    """The same with a second moment that decays."""
+
+    beta2: Fraction = 0.99
+    """Decay of the second moment."""
+
+
+class DittoConfig(Section):
+    """Ditto's own knobs."""
+
+    lam: Annotated[float, Field(ge=0.0, le=1e6)] = 0.1
+    """Lambda: weight of the pull of the personal adapter to the received one."""
+    epochs: Positive = 1
+    """Passes of the personal training in each round, beside `training.epochs` of the common one."""
+
+
+class FlexLoraConfig(Section):
+    """FlexLoRA's own knobs."""
+
+    ranks: list[Positive] = []
+    """Ranks of the clients, dealt out in their order, again and again; none: all have `lora.r`. Whatever the rank, the
+    scale is `lora.alpha / lora.r`."""
+
+
+class FedDpaConfig(Section):
+    """FedDPA's own knobs, of both variants."""
+
+    weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
+    """Of the local adapter's output while it is trained; the common one has the rest."""
+    most: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Highest weight of the local adapter at inference; a record's own is so much times its likeness."""
+    references: Positive = 5
+    """Training records that a record is compared with."""
 
 
 class GenerationConfig(Section):
@@ -218,8 +333,9 @@ class GenerationConfig(Section):
 class EvaluationConfig(Section):
     """What is measured on the test records."""
 
-    choices: Annotated[int, Field(ge=2)] = 4
-    """Responses in the choice by likelihood: the reference and choices - 1 others of the same client."""
+    choices: Count = 4
+    """Responses in the choice by likelihood: the reference and choices - 1 others of the same client. Below 2: no
+    choice is scored, nor the options that instructions list."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """Resamples for the 95 % intervals."""
 
@@ -228,14 +344,34 @@ class RuntimeConfig(Section):
     """The machine."""
 
     threads: Count = 0
-    """Processor threads; 0: as many as this process may use. Bytes repeat for the same number only."""
+    """Processor threads; 0: as many as are worth it on the cores that are free, measured at the start. Bytes repeat for
+    the same number only; a run goes on with as many as it began with."""
     prefix_cache_mb: Count = 2048
     """Memory for what the blocks below the lowest adapter make of a record, which never changes; in 10^6 bytes."""
+
+
+METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
+    {
+        "fedprox": ("fedprox",),
+        "scaffold": ("scaffold",),
+        "fedavgm": ("fedavgm",),
+        "fedadagrad": ("fedadagrad",),
+        "fedadam": ("fedadam",),
+        "fedyogi": ("fedyogi",),
+        "ditto": ("ditto",),
+        "flexlora": ("flexlora",),
+        "feddpa": ("feddpa-t", "feddpa-f"),
+    }
+)
+"""The methods' own tables, and which methods use each. Any other method refuses it."""
 
 
 class Config(Section):
     """A whole run."""
 
+    method: MethodName = "fedmide"
+    """The federated algorithm. `warmup`, `enrollment` and `personalization.records` are fedmide's alone: with any other
+    method there is no warm-up and every training record trains."""
     seed: Count = 0
     """Every random draw follows from it."""
     data: DataConfig = DataConfig()
@@ -260,12 +396,35 @@ class Config(Section):
     """Sets."""
     personalization: PersonalizationConfig = PersonalizationConfig()
     """Personalisation."""
+    fedprox: FedProxConfig = FedProxConfig()
+    """FedProx."""
+    scaffold: ScaffoldConfig = ScaffoldConfig()
+    """SCAFFOLD."""
+    fedavgm: FedAvgMConfig = FedAvgMConfig()
+    """FedAvgM."""
+    fedadagrad: AdaptiveConfig = AdaptiveConfig()
+    """FedAdagrad."""
+    fedadam: MomentsConfig = MomentsConfig()
+    """FedAdam."""
+    fedyogi: MomentsConfig = MomentsConfig()
+    """FedYogi."""
+    ditto: DittoConfig = DittoConfig()
+    """Ditto."""
+    flexlora: FlexLoraConfig = FlexLoraConfig()
+    """FlexLoRA."""
+    feddpa: FedDpaConfig = FedDpaConfig()
+    """FedDPA."""
     generation: GenerationConfig = GenerationConfig()
     """Decoding."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Measures."""
     runtime: RuntimeConfig = RuntimeConfig()
     """Machine."""
+
+    @property
+    def data_seed(self) -> int:
+        """What the records' draws and parts follow from."""
+        return self.seed if self.data.seed < 0 else self.data.seed
 
     @model_validator(mode="before")
     @classmethod
@@ -280,6 +439,24 @@ class Config(Section):
             return values
         inherited = {**personalization, "learning_rate": training["learning_rate"]}
         return {**values, "personalization": inherited}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_fedmide(cls, values: object) -> object:
+        """Another method has no warm-up, and tunes on all records where it tunes at all."""
+        if not isinstance(values, dict) or values.get("method", "fedmide") == "fedmide":
+            return values
+        changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": {"records": "all"}}
+        given = {name: values.get(name, {}) for name in changes}
+        return {**values, **{name: {**each, **changes[name]} for name, each in given.items() if isinstance(each, dict)}}
+
+    @field_validator(*METHOD_TABLES)
+    @classmethod
+    def _table_of_the_method(cls, table: Section, info: ValidationInfo) -> Section:
+        method = info.data.get("method")
+        if method is not None and method not in METHOD_TABLES[info.field_name or ""]:
+            raise ValueError(f"method {method!r} has no use for this table")
+        return table
 
     @field_validator("lora")
     @classmethod
@@ -343,12 +520,12 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 def to_toml(config: Config) -> str:
     """The resolved configuration, every knob, as TOML that `load` reads back to an equal one."""
-    return tomli_w.dumps(config.model_dump())
+    return tomli_w.dumps(_used(config))
 
 
 def fingerprint(config: Config) -> str:
     """A short hash that tells two configurations apart."""
-    canonical = json.dumps(config.model_dump(), sort_keys=True)
+    canonical = json.dumps(_used(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -362,7 +539,7 @@ def agreed(config: Config) -> dict[str, str]:
     >>> agreed(Config())["lora.r"], "data.path" in agreed(Config())
     ('8', False)
     """
-    flat = _flat(config.model_dump())
+    flat = _flat(_used(config))
     return {name: json.dumps(value) for name, value in flat if not name.startswith(_LOCAL)}
 
 
@@ -373,6 +550,21 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield from _flat(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value
+
+
+def for_method(values: Mapping[str, Any], method: MethodName) -> dict[str, Any]:
+    """The values with this method, without the tables that only others use: what compares methods begins with it.
+
+    >>> for_method({"seed": 1, "fedprox": {"mu": 1.0}}, "fedavg")
+    {'seed': 1, 'method': 'fedavg'}
+    """
+    kept = {name: each for name, each in values.items() if method in METHOD_TABLES.get(name, (method,))}
+    return {**kept, "method": method}
+
+
+def _used(config: Config) -> dict[str, Any]:
+    """Every knob but those in tables of other methods."""
+    return for_method(config.model_dump(), config.method)
 
 
 def knobs(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -425,7 +617,7 @@ def _problem(details: Any) -> str:
 
 def _suggestion(key: str) -> str:
     names = [name for name, _ in knobs()]
-    sections = [name for name, field in Config.model_fields.items() if name != "seed"]
+    sections = [name for name, field in Config.model_fields.items() if name not in ("seed", "method")]
     close = difflib.get_close_matches(key, names + sections, n=1, cutoff=0.6)
     same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     nearest = close or same_leaf

@@ -2,7 +2,8 @@
 
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,11 +24,19 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:  # what is said about records needs no model's libraries
+    from fedmide.evaluation.tables import Sheet
+    from fedmide.methods.method import Method
     from fedmide.sources.check import PartReport, Report
+    from fedmide.sources.partition import Dealt
     from fedmide.stages import Advance
 
 LINE_SECONDS = 10.0
 """How often a log hears of the progress."""
+
+ARTICLES = dict.fromkeys("aeiou", "an")
+
+MAX_CATEGORIES = 6
+"""So many of a client's categories are named."""
 
 STAGE_TITLES = {"base": "base", "aggregated": "aggregated", "personalized": "personalised"}
 
@@ -107,6 +116,113 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     return table
 
 
+def questions_table(metrics: Mapping[str, Any]) -> Table:
+    """The accuracies on public multiple-choice sets; of the clients' own adapters the mean and the worst."""
+    table = _table("Choice accuracy on public questions; ± standard error")
+    table.add_column("set", no_wrap=True)
+    for column in ("questions", "base", "aggregated", "personalised", "worst"):
+        table.add_column(column, justify="right")
+    for name, figures in metrics["questions"].items():
+        base, over = figures["base"], figures.get("over_clients")
+        common = (_accuracy(figures[stage]) for stage in ("base", "aggregated"))
+        own = (_number(over and over["accuracy"], key) for key in ("mean", "worst"))
+        table.add_row(name, str(base["num_records"]) if base else "0", *common, *own)
+    return table
+
+
+def rivals_table(scenario: str, figures: Mapping[str, Any]) -> Table:
+    """How well each score tells personal records, as means over sites: AUROC and average precision."""
+    table = _table(f"{scenario}: AUROC and average precision of personal records, mean over sites")
+    table.add_column("score", no_wrap=True)
+    moments = ("after_warmup", "after_rounds")
+    columns = [(moment, positions) for moment in moments for positions in figures["mean"][moment]["rivals"]]
+    for moment, positions in columns:
+        table.add_column(f"{moment.replace('_', ' ')}\n{positions} tokens", justify="right", no_wrap=True)
+    for rival in figures["mean"]["after_warmup"]["rivals"]["all"]:
+        rows = (figures["mean"][moment]["rivals"][positions][rival] for moment, positions in columns)
+        table.add_row(rival, *(_pair(row, "auroc", row, "average_precision") for row in rows))
+    table.add_section()
+    judged = {figures["protocol"]["scoring_positions"]: [figures["mean"][moment]["method"] for moment in moments]}
+    cells = (
+        _pair(row := judged[positions][moments.index(moment)], "auroc", row, "average_precision")
+        if positions in judged
+        else "-"
+        for moment, positions in columns
+    )
+    table.add_row("as judged", *cells)
+    return table
+
+
+def sets_table(scenario: str, figures: Mapping[str, Any]) -> Table:
+    """Each site's personal set beside the truth, after the split and at the end, and what was enrolled."""
+    table = _table(f"{scenario}: the personal set; precision, recall, F1")
+    table.add_column("client", no_wrap=True)
+    for column in ("after the split", "after the rounds", "enrolled, of them shared"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for name, site in [*figures["clients"].items(), ("mean", figures["mean"])]:
+        sets = (site[moment]["personal"] for moment in ("after_warmup", "after_rounds"))
+        cells = (" ".join(_number(each, key) for key in ("precision", "recall", "f1")) for each in sets)
+        table.add_row(name, *cells, f"{site['enrolled']['number']:.4g}, {site['enrolled']['right']:.4g}")
+    return table
+
+
+def sheet_table(sheet: "Sheet") -> Table:
+    """A table of a comparison."""
+    table = _table(sheet.title)
+    for number, title in enumerate(sheet.header):
+        table.add_column(title, justify="right" if number else "left", overflow="fold")
+    for row in sheet.rows:
+        table.add_row(*row)
+    return table
+
+
+def sweep_table(figures: Mapping[str, Any]) -> Table:
+    """Mean and worst client at each value of a knob, with the deviation over seeds."""
+    table = _table(f"Response NLL by {figures['knob']}; ± standard deviation over {len(figures['seeds'])} seeds")
+    table.add_column("method", no_wrap=True)
+    for column in (figures["knob"], "mean", "worst client"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for method, rows in figures["methods"].items():
+        for value, row in rows.items():
+            cells = (_deviating(row[name]) for name in ("response_nll", "response_nll_worst"))
+            table.add_row(method, value, *cells)
+    return table
+
+
+def _deviating(row: Mapping[str, Any]) -> str:
+    return f"{row['mean']:.4f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.4f}")
+
+
+def partition_table(dealt: "Dealt") -> Table:
+    """Each client's records of each part and of the most frequent values."""
+    from fedmide.sources.partition import counts
+    from fedmide.sources.picture import shown_values, with_others
+
+    values = shown_values(counts(dealt), 4)
+    table = _table("Records; the most frequent values")
+    table.add_column("client", no_wrap=True)
+    parts = list(next(iter(dealt.values())))
+    for part in parts:
+        table.add_column(part, justify="right", no_wrap=True)
+    for column in (*(value or "(none)" for value in values), "other"):
+        table.add_column(column, justify="right", overflow="fold")
+    for name, each in counts(dealt).items():
+        sizes = [len(dealt[name][part]) for part in parts]
+        table.add_row(name, *(str(number) for number in (*sizes, *with_others(each, values))))
+    return table
+
+
+def methods_table(methods: Iterable["Method"]) -> Table:
+    """What each method does, and where it was published."""
+    table = _table('method = "NAME" in a configuration chooses one')
+    table.add_column("method", no_wrap=True)
+    table.add_column("what it does")
+    table.add_column("source")
+    for method in methods:
+        table.add_row(method.name, method.summary, method.source)
+    return table
+
+
 def check_table(report: "Report") -> Table:
     """Sizes, duplicates and lengths of each client's parts."""
     table = _table("Records; lengths in characters, mean/longest")
@@ -134,6 +250,31 @@ def leak_lines(report: "Report") -> list[str]:
     ]
 
 
+def category_lines(report: "Report") -> list[str]:
+    """A line for each client whose records have categories: the most frequent ones with their part of the records."""
+    lines = []
+    for client in report.clients:
+        mix: Counter[str] = Counter()
+        for part in (client.training, client.validation, client.test):
+            mix.update(part.category_mix)
+        shown = ", ".join(f"{name} {count / mix.total():.0%}" for name, count in mix.most_common(MAX_CATEGORIES))
+        more = f", {len(mix) - MAX_CATEGORIES} more" if len(mix) > MAX_CATEGORIES else ""
+        lines += [f"categories of client {client.name}: {shown}{more}"] if mix else []
+    return lines
+
+
+def identifier_lines(report: "Report") -> list[str]:
+    """A warning for each kind of identifier that records of a part seem to hold, and what such a warning is worth."""
+    lines = [
+        f"warning: {count} {part} records of client {client.name} seem to hold {ARTICLES.get(kind[0], 'a')} {kind}"
+        for client in report.clients
+        for part in ("training", "validation", "test")
+        for kind, count in getattr(client, part).identifiers.items()
+    ]
+    known = "e-mail addresses, phone numbers, record numbers and dates of birth"
+    return [*lines, f"looked for patterns of {known}; that none is found does not make records anonymous"]
+
+
 def _table(title: str) -> Table:
     """An empty table that eight columns of words fit into on 80 characters."""
     return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
@@ -150,5 +291,9 @@ def _pair(likelihood: Mapping[str, Any] | None, value: str, choice: Mapping[str,
     return f"{_number(likelihood, value):>5} {_number(choice, accuracy):>6}"
 
 
+def _accuracy(figures: Mapping[str, Any] | None) -> str:
+    return "-" if figures is None else f"{figures['accuracy']:.3f} ± {figures['standard_error']:.3f}"
+
+
 def _number(figures: Mapping[str, Any] | None, key: str) -> str:
-    return "-" if figures is None else f"{figures[key]:.3f}"
+    return "-" if figures is None or figures[key] is None else f"{figures[key]:.3f}"

@@ -4,6 +4,8 @@ Layers with one input are one: query, key and value, and gate and up. An adapter
 its layer's weight, so that it costs no pass of its own. What the passes are and why: `passes`.
 """
 
+import copy
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -16,7 +18,10 @@ PAD_COLUMNS = 32
 """Extra columns of a weight come in multiples of so many, which matrix units want."""
 
 HEAD_ROWS = 128
-"""Rows of logits in memory at a time: more do not fit the cache beside the output layer's weights."""
+"""Rows of logits made at a time: more do not fit the cache beside the output layer's weights."""
+
+EXACT_LOGITS = 2**18
+"""Logits in float32 at a time, which a core's own cache holds: 5 of 49,152 take a third of the time of 128."""
 
 
 class Dropout:
@@ -36,12 +41,25 @@ class Dropout:
         """The same dropout, whose masks follow from the seed."""
         return Dropout(self.rate, self.device, seed)
 
+    def copy(self) -> "Dropout":
+        """The same dropout, about to draw the same masks."""
+        return copy.deepcopy(self)
+
     def draw(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A mask (rows, columns) of what is kept, 1 or 0 in the type of what it will be multiplied with."""
+        """A mask (rows, columns) for `masked`: all bits of what is kept, in the integer type as wide as the values'."""
         words = self._draws.integers(0, 2**64, -(-rows * columns // 4), dtype=np.uint64)
         bits = torch.from_numpy(words.view(np.int16)[: rows * columns]).to(self.device)
-        mask = torch.empty(rows * columns, dtype=dtype, device=self.device)
-        return torch.ge(bits, self._below - 2**15, out=mask).view(rows, columns)
+        mask = torch.ge(bits, self._below - 2**15, out=torch.empty_like(bits)).neg_()
+        return mask.to(BITS[dtype]).view(rows, columns)
+
+
+BITS = {torch.bfloat16: torch.int16, torch.float16: torch.int16, torch.float32: torch.int32}
+
+
+def masked(values: Tensor, mask: Tensor, out: Tensor | None = None) -> Tensor:
+    """The values where the mask keeps them, else 0: on their bits, a quarter of a product's time in bfloat16."""
+    bits = values.view(mask.dtype)
+    return torch.bitwise_and(bits, mask, out=None if out is None else out.view(mask.dtype)).view(values.dtype)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,20 +67,17 @@ class Lora:
     """An adapter of one layer, in these columns of the fused layer's output."""
 
     b: Tensor  # (out, r) float32
-    b_gradient: Tensor
+    place: slice  # of B in the parameters laid out flat, and of its gradient in theirs
     columns: slice
     rows: slice  # of the fused layer's A
 
 
 @dataclass(frozen=True, eq=False)
 class Adapters:
-    """The adapters of a fused layer: y += scale * (x A^T) B^T, the factors A one under the other.
-
-    Gradients are added up in place.
-    """
+    """The adapters of a fused layer: y += scale * (x A^T) B^T, the factors A one under the other."""
 
     a: Tensor  # (R, in) float32
-    a_gradient: Tensor
+    place: slice  # of A in the parameters laid out flat, and of its gradient in theirs
     a_scaled: Tensor  # (R, in) in the weight's type, as the passes use it
     scale: float
     loras: tuple[Lora, ...]
@@ -98,6 +113,15 @@ class Block:
     down: Layer  # F -> D
 
 
+class HeadRoom(threading.local):
+    """Room for some rows of logits, a thread's own: to ask for it anew each time takes longer than to fill it."""
+
+    def __init__(self, head: Tensor) -> None:
+        self.logits = head.new_empty(HEAD_ROWS, len(head))
+        num_rows = min(HEAD_ROWS, max(1, EXACT_LOGITS // len(head)))
+        self.exact = torch.empty(num_rows, len(head), device=head.device)
+
+
 @dataclass(frozen=True, eq=False)
 class Decoder:
     """The parts of a Llama-shaped model, on which the passes below work; its tensors are shared with the model."""
@@ -112,8 +136,7 @@ class Decoder:
     epsilon: float
     rotary: Callable[[int], tuple[Tensor, Tensor]]
     """Cosines and sines (T, d) float32 of so many positions."""
-    logits: Tensor  # (HEAD_ROWS, V), room for some rows: to ask for it anew each time takes longer than to fill it
-    exact_logits: Tensor  # (HEAD_ROWS, V) float32
+    room: HeadRoom
 
     @cached_property
     def first_trained(self) -> int:

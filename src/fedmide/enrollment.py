@@ -6,9 +6,12 @@ Everything is joined by record id. Verdicts are given for every record asked abo
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
-from fedmide.config import ThresholdRule
+import numpy as np
+
+from fedmide.config import SplitRule, ThresholdRule
 from fedmide.records import RecordId
 from fedmide.thresholds import RULES
 
@@ -17,6 +20,7 @@ Reason = Literal[
     "below-threshold",  # its score is below the threshold: shared, or enrolled
     "at-or-above-threshold",  # its score is not: personal
     "no-threshold",  # a warning: the rule could part nothing, everything is shared
+    "ablation",  # the split was made otherwise than by the scores, as `enrollment.split` says
     "not-finite",  # its score is no number: personal, and counted
     "own-nll",  # no verdict: what the site's own model made of the record after training
 ]
@@ -59,6 +63,55 @@ def split(scores: Mapping[RecordId, float], rule: ThresholdRule) -> dict[RecordI
     if threshold is None:
         return {record: Verdict("shared", "no-threshold", None) for record in scores}
     return {record: _verdict(value, threshold) for record, value in scores.items()}
+
+
+LENGTH_GROUPS = 10
+"""Records are of like length where they are in one tenth of a client's records by length."""
+
+
+def rearranged(
+    verdicts: Mapping[RecordId, Verdict],
+    scores: Mapping[RecordId, float],
+    lengths: Mapping[RecordId, int],
+    how: SplitRule,
+    draw: np.random.Generator,
+) -> dict[RecordId, Verdict]:
+    """The verdicts of a split with as many shared records, but others: an ablation.
+
+    A record without a threshold or with a score that is not finite keeps its verdict. The order of the records does
+    not show.
+    """
+    movable = sorted(record for record, verdict in verdicts.items() if verdict.reason in _BY_SCORE)
+    count = sum(verdicts[record].set == "shared" for record in movable)
+    if how == "score" or not movable:
+        return dict(verdicts)
+    if how == "random":
+        shared = set(_drawn(movable, count, draw))
+    elif how == "reversed":
+        shared = set(sorted(movable, key=lambda record: (-scores[record], record))[:count])
+    else:
+        by_length = sorted(movable, key=lambda record: (lengths[record], record))
+        groups = [by_length[first:last] for first, last in pairwise(_cuts(len(by_length)))]
+        counts = [sum(verdicts[record].set == "shared" for record in group) for group in groups]
+        pairs = zip(groups, counts, strict=True)
+        shared = {record for group, number in pairs for record in _drawn(group, number, draw)}
+    moved = {record: Verdict(_set(record in shared), "ablation", verdicts[record].threshold) for record in movable}
+    return {record: moved.get(record, verdict) for record, verdict in verdicts.items()}
+
+
+_BY_SCORE: tuple[Reason, ...] = ("below-threshold", "at-or-above-threshold")
+
+
+def _drawn(records: Sequence[RecordId], count: int, draw: np.random.Generator) -> list[RecordId]:
+    return [records[row] for row in draw.permutation(len(records))[:count]]
+
+
+def _cuts(count: int) -> list[int]:
+    return [count * number // LENGTH_GROUPS for number in range(LENGTH_GROUPS + 1)]
+
+
+def _set(shared: bool) -> SetName:
+    return "shared" if shared else "personal"
 
 
 def enroll(scores: Mapping[RecordId, float], threshold: float) -> dict[RecordId, Verdict]:

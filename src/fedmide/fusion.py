@@ -4,6 +4,7 @@ The base weights are laid out anew, those with one input under each other, and t
 copy in memory, and the model works as before. It imports neither library; it goes by the names of their modules.
 """
 
+import threading
 from collections.abc import Sequence
 from itertools import accumulate, chain, pairwise
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmide.decoder import HEAD_ROWS, PAD_COLUMNS, Adapters, Block, Decoder, Layer, Lora
+from fedmide.decoder import PAD_COLUMNS, Adapters, Block, Decoder, HeadRoom, Layer, Lora
 
 MODEL_TYPES = ("llama", "mistral")
 
@@ -25,29 +26,23 @@ class Flat:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameter = nn.Parameter(torch.cat([each.detach().reshape(-1) for each in parameters]))
         self.parameter.grad = torch.zeros_like(self.parameter)
-        self._start: dict[int, int] = {}
-        start = 0
+        starts = accumulate((each.numel() for each in parameters), initial=0)
+        self._start = {id(each): start for each, start in zip(parameters, starts, strict=False)}
         for each in parameters:
-            self._start[id(each)] = start
-            end = start + each.numel()
-            each.data, each.grad = (part[start:end].view(each.shape) for part in self._both())
-            start = end
+            each.data, each.grad = (
+                part[self.place([each])].view(each.shape) for part in (self.parameter.data, self.gradient)
+            )
 
-    def gradient(self, parameter: nn.Parameter) -> Tensor:
-        """The view of a parameter's gradient, which stays the same one."""
-        assert parameter.grad is not None
-        return parameter.grad
-
-    def together(self, parameters: Sequence[nn.Parameter]) -> tuple[Tensor, Tensor]:
-        """Parameters that follow each other, as rows of one matrix, and its gradient."""
-        start = self._start[id(parameters[0])]
-        end = start + sum(each.numel() for each in parameters)
-        value, gradient = (part[start:end].view(-1, parameters[0].shape[1]) for part in self._both())
-        return value, gradient
-
-    def _both(self) -> tuple[Tensor, Tensor]:
+    @property
+    def gradient(self) -> Tensor:
+        """The gradient (P,), float32."""
         assert self.parameter.grad is not None
-        return self.parameter.data, self.parameter.grad
+        return self.parameter.grad
+
+    def place(self, parameters: Sequence[nn.Parameter]) -> slice:
+        """Where parameters that follow each other are."""
+        start = self._start[id(parameters[0])]
+        return slice(start, start + sum(each.numel() for each in parameters))
 
 
 def trained_parameters(network: Any) -> list[nn.Parameter]:
@@ -74,15 +69,18 @@ def fused(network: Any, flat: Flat) -> Decoder | None:
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         epsilon=config.rms_norm_eps,
         rotary=_Rotary(model.rotary_emb),
-        logits=head.new_empty(HEAD_ROWS, len(head)),
-        exact_logits=torch.empty(HEAD_ROWS, len(head), device=head.device),
+        room=HeadRoom(head),
     )
 
 
 def is_llama_shaped(config: Any) -> bool:
-    """Whether a model's blocks are those that `decoder` writes out: no biases, SiLU, attention to all before."""
+    """Whether a model's blocks are those that `decoder` writes out: no biases, SiLU, attention to all before.
+
+    The passes need plain weights, which a quantised model has not.
+    """
     return (
         config.model_type in MODEL_TYPES
+        and getattr(config, "quantization_config", None) is None
         and config.hidden_act == "silu"
         and not getattr(config, "attention_bias", False)
         and not getattr(config, "mlp_bias", False)
@@ -91,8 +89,8 @@ def is_llama_shaped(config: Any) -> bool:
     )
 
 
-class _Rotary:
-    """Cosines and sines of so many positions, by the model's own module; those of the last length are kept."""
+class _Rotary(threading.local):
+    """Cosines and sines of so many positions, by the model's own module; a thread keeps those of its last length."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -150,9 +148,10 @@ def _adapters(modules: Sequence[Any], columns: Sequence[slice], flat: Flat, dtyp
     adapted = [number for number, module in enumerate(modules) if hasattr(module, "lora_A")]
     ends = [0, *accumulate(len(a) for a in factors[0])]
     loras = tuple(
-        Lora(b.data, flat.gradient(b), columns[number], slice(first, last))
+        Lora(b.data, flat.place([b]), columns[number], slice(first, last))
         for number, b, (first, last) in zip(adapted, factors[1], pairwise(ends), strict=True)
     )
-    a, gradient = flat.together(factors[0])
+    place = flat.place(factors[0])
+    a = flat.parameter.data[place].view(-1, factors[0][0].shape[1])
     scale = modules[adapted[0]].scaling["default"]
-    return Adapters(a, gradient, torch.empty_like(a, dtype=dtype), scale, loras)
+    return Adapters(a, place, torch.empty_like(a, dtype=dtype), scale, loras)

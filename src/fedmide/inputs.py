@@ -16,17 +16,20 @@ import torch
 from fedmide import __version__
 from fedmide.checkpoints import fingerprint as model_fingerprint
 from fedmide.checkpoints import locate
-from fedmide.config import Config, ModelConfig, agreed
+from fedmide.config import Config, DataConfig, ModelConfig, agreed
 from fedmide.config import fingerprint as config_fingerprint
 from fedmide.errors import DataError, ModelError, UserError
 from fedmide.localmodel import Adapter
 from fedmide.prompts import prompt_hash, resolve
 from fedmide.records import ClientData, Record
-from fedmide.resident import Resident, open_model
+from fedmide.resident import Opener, Resident, open_model
 from fedmide.sources import load as load_data
 from fedmide.tokens import Encoder, Example, encode_all, encoder
 
 T = TypeVar("T")
+
+LoadData = Callable[[DataConfig, int], tuple[ClientData, ...]]
+"""Gives the clients that a configuration names, for a seed."""
 
 Tell = Callable[[str], None]
 """Says something to whoever waits."""
@@ -73,46 +76,41 @@ class Inputs:
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
 
 
-Load = Callable[[Config], Sequence[ClientData]]
-"""Reads the clients that a configuration names."""
-
-
-def all_clients(config: Config) -> tuple[ClientData, ...]:
-    """Every client that the configuration names."""
-    return load_data(config.data, config.seed)
-
-
-def only(name: str) -> Load:
+def only(name: str) -> LoadData:
     """What reads this one client: a site holds its own records, whoever else's its configuration leads to."""
 
-    def load(config: Config) -> tuple[ClientData, ...]:
-        clients = all_clients(config)
+    def load(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
+        clients = load_data(config, seed)
         if own := tuple(client for client in clients if client.name == name):
             return own
         found = ", ".join(client.name for client in clients)
-        raise DataError(
-            f"{config.data.path}: no client {name!r} there, only {found}", "Name file or folder like the site"
-        )
+        raise DataError(f"{config.path}: no client {name!r} there, only {found}", "Name file or folder like the site")
 
     return load
 
 
-def without_records(names: Sequence[str]) -> Load:
+def without_records(names: Sequence[str]) -> LoadData:
     """What reads nothing: a server of sites that are elsewhere has no records."""
-    return lambda config: tuple(ClientData(name, ()) for name in names)
+    return lambda config, seed: tuple(ClientData(name, ()) for name in names)
 
 
-def read(config: Config, tell: Tell = lambda message: None, threads: int = 0, load: Load = all_clients) -> Inputs:
+def read(
+    config: Config,
+    tell: Tell = lambda message: None,
+    threads: int = 0,
+    load: LoadData = load_data,
+    opener: Opener = open_model,
+) -> Inputs:
     """All that the configuration points at; `tell` hears what is being waited for.
 
-    `threads` of the processor are used, 0: as the configuration says. `load` reads the records.
+    `threads` of the processor are used, 0: as the configuration says. `load` gives the records, `opener` the model.
 
     What is wrong with the records, the prompt and a model's folder is raised together, then what is wrong with the
     model, then which records do not fit it.
     """
     tell("reading the records")
     errors: list[UserError] = []
-    clients = _attempt(errors, lambda: load(config))
+    clients = _attempt(errors, lambda: load(config.data, config.data_seed))
     _attempt(errors, lambda: resolve(config.prompt.template))
     folder = None
     if not errors or Path(config.model.name).expanduser().is_dir():  # anything else may be a long download
@@ -121,7 +119,7 @@ def read(config: Config, tell: Tell = lambda message: None, threads: int = 0, lo
         raise _together(errors)
     assert clients is not None and folder is not None  # no error
     tell(f"loading {config.model.name}")
-    resident = open_model(config, folder, threads)
+    resident = opener(config, folder, threads, tell)
     _check_positions(config.model, resident.model.num_positions)
     encode = encoder(resident.model.tokenizer, config.model, config.prompt)
     examples = _encode_clients(encode, clients)
@@ -202,11 +200,11 @@ def _parts(client: ClientData) -> tuple[tuple[str, Sequence[Record]], ...]:
 
 def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]:
     model = inputs.resident.model
-    dtype = str(next(model.network.parameters()).dtype).removeprefix("torch.")
+    dtype = str(model.dtype).removeprefix("torch.")
     return {
         "fedmide": __version__,
         "commit": _commit(),
-        "versions": {name: metadata.version(name) for name in VERSIONED},
+        "versions": {name: metadata.version(name) for name in _versioned(config.model)},
         "python": platform.python_version(),
         "platform": platform.platform(),
         "threads": torch.get_num_threads(),
@@ -229,6 +227,10 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
         "peak_memory_mb": 0,
         "status": "started",
     }
+
+
+def _versioned(model: ModelConfig) -> tuple[str, ...]:
+    return VERSIONED if model.quantization == "none" else (*VERSIONED, "bitsandbytes")
 
 
 def _federation(config: Config, model_hash: str, prompt: str) -> str:

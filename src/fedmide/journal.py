@@ -4,10 +4,12 @@
         manifest.json        versions, fingerprints, times, status
         events.jsonl         a line per client and round
         server/round-NNN/    adapter.safetensors and state.json: a round is there whole or not
-        clients/ID/          what stays on the site: ledger.jsonl, personalization.json, adapter/, evaluation-*.json
+        clients/ID/          what stays on the site: ledger.jsonl, personalization.json, adapter/, evaluation-*.json,
+                             memory/ where the method keeps something
         adapter/             the last aggregated adapter, as a PEFT folder
         predictions/ID.jsonl
-        metrics.json
+        questions/SET/       what each adapter makes of a public multiple-choice set, and its figures
+        metrics.json report.html
         .lock                empty; locked while a process works on the run
 
 Everything is written aside and renamed. A round counts once its folder stands in `server/`; what the sites wrote for a
@@ -24,10 +26,11 @@ from typing import Any, TextIO
 
 from fedmide import adapters, ledger
 from fedmide.atomic import clear_errors, lines_of, to_json, write_file, write_folder
-from fedmide.client import ClientState
+from fedmide.client import ClientState, Memory
 from fedmide.config import Config, load, to_toml
 from fedmide.errors import RunFolderError
 from fedmide.ledger import Ledger
+from fedmide.localmodel import Adapter
 from fedmide.server import RoundSummary, ServerState
 
 _BEGUN = {".lock", "manifest.json", ".manifest.json.partial", ".config.toml.partial"}
@@ -53,6 +56,7 @@ class RunFolder:
         files = {
             "adapter.safetensors": adapters.encode(state.adapter),
             "state.json": to_json({"next_round": state.round, "summary": asdict(summary)}),
+            **({"memory.safetensors": adapters.encode(state.memory)} if state.memory else {}),
         }
         write_folder(self.path / "server" / self.round_name(summary.round), files)
         self._append_events(summary)
@@ -65,7 +69,14 @@ class RunFolder:
         last = folders[-1]
         adapter = adapters.read(last / "adapter.safetensors", adapters.shapes(begin.adapter))
         next_round = _read_json(last / "state.json")["next_round"]
-        return ServerState(begin.federation, begin.clients, next_round, adapter)
+        kept = last / "memory.safetensors"
+        memory = adapters.read(kept) if kept.exists() else {}
+        return ServerState(begin.federation, begin.clients, next_round, adapter, memory)
+
+    def round_adapters(self) -> Iterator[tuple[int, Adapter]]:
+        """The aggregated adapter after each whole round, with the round's number."""
+        for number, folder in zip(self._round_numbers(), self._round_folders(), strict=False):
+            yield number, adapters.read(folder / "adapter.safetensors")
 
     def rebuild_events(self, clients: Sequence[str]) -> None:
         """Writes events.jsonl anew from what is whole, so that it tells of that and of nothing else."""
@@ -85,6 +96,22 @@ class RunFolder:
     def site(self, client: str) -> Path:
         """The folder of what stays on a client's site."""
         return self.path / "clients" / client
+
+    def save_site(self, state: ClientState) -> None:
+        """Writes what the client keeps: its ledger, and its method's memory of the last rounds."""
+        self.save_ledger(state)
+        for memory in state.memory:
+            write_file(self._memory(state.name, memory.round), adapters.encode(memory.arrays))
+        kept = {self._memory(state.name, memory.round) for memory in state.memory}
+        for path in set(self._memories(state.name)) - kept:
+            path.unlink()
+
+    def read_memory(self, client: str, next_round: int) -> tuple[Memory, ...]:
+        """What the client's method kept of the rounds before this one."""
+        rounds = {int(path.stem): path for path in self._memories(client)}
+        return tuple(
+            Memory(number, adapters.read(path)) for number, path in sorted(rounds.items()) if number < next_round
+        )
 
     def save_ledger(self, state: ClientState) -> None:
         """Writes the client's ledger."""
@@ -130,7 +157,28 @@ class RunFolder:
         path = self._evaluation(client, stage)
         return _read_json(path) if path.exists() else None
 
+    # --- public questions
+
+    def save_questions(self, name: str, about: str, values: Mapping[str, Any]) -> None:
+        """Keeps what an adapter makes of a public set, or the set's figures."""
+        write_file(self.path / "questions" / name / f"{about}.json", to_json(values))
+
+    def read_questions(self, name: str, about: str) -> dict[str, Any] | None:
+        """What was kept of a public set; None where nothing was."""
+        path = self.path / "questions" / name / f"{about}.json"
+        return _read_json(path) if path.exists() else None
+
+    def question_figures(self) -> dict[str, Any]:
+        """The figures of the public sets asked so far, by name."""
+        files = sorted((self.path / "questions").glob("*/figures.json"))
+        return {path.parent.name: _read_json(path) for path in files}
+
     # --- the run
+
+    def read_metrics(self) -> dict[str, Any]:
+        """What metrics.json holds; empty before the evaluation."""
+        path = self.path / "metrics.json"
+        return _read_json(path) if path.exists() else {}
 
     def read_manifest(self) -> dict[str, Any]:
         """What manifest.json holds."""
@@ -165,6 +213,12 @@ class RunFolder:
 
     def _personalization(self, client: str) -> Path:
         return self.site(client) / "personalization.json"
+
+    def _memory(self, client: str, round_number: int) -> Path:
+        return self.site(client) / "memory" / f"{round_number:03d}.safetensors"
+
+    def _memories(self, client: str) -> list[Path]:
+        return sorted(self._memory(client, 0).parent.glob("*.safetensors"))
 
     def _evaluation(self, client: str, stage: str) -> Path:
         return self.site(client) / f"evaluation-{stage}.json"

@@ -6,7 +6,7 @@ Kept free of torch, so that the logic is read and tested without it.
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,27 +47,58 @@ def total(values: Sequence[Nll]) -> Nll:
     return sum(values, ZERO)
 
 
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What a method changes in the plain local training; with no values, nothing.
+
+    `pull` adds `pull / 2 * norm(adapter - towards)^2` to the loss, before its gradient is clipped. `push` is added to
+    the gradient after it has been clipped. `share` is what of each value the model sees: where it is 0 the value is
+    frozen as it is, where it is a, the model holds a times a value that the optimiser steps.
+    """
+
+    pull: float = 0.0
+    towards: Adapter | None = None
+    push: Adapter | None = None
+    share: Adapter | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+
+PLAIN = Terms()
+
+
 @dataclass(frozen=True)
 class TrainingPlan:
-    """One local training: the settings and the name of its random streams."""
+    """One local training: the settings, the name of its random streams, and what a method changes in it."""
 
     settings: TrainingConfig
     seed: int
     round_number: int
     client: str
+    terms: Terms = PLAIN
+    purpose: str = "training"
 
     @property
     def stream_seed(self) -> int:
         """What the order of the records and dropout follow from."""
-        return entropy(self.seed, "training", self.round_number, self.client)
+        return entropy(self.seed, self.purpose, self.round_number, self.client)
 
 
-def personalization_plan(config: Config, client: str) -> TrainingPlan:
+def rate_at(step: int, num_steps: int, settings: TrainingConfig) -> float:
+    """The learning rate of a step, counted from 0: linear from the full rate towards 0 after the last, or constant.
+
+    >>> rate_at(1, 2, TrainingConfig(learning_rate=0.5))
+    0.25
+    """
+    share = 1.0 if settings.schedule == "constant" else (num_steps - step) / num_steps
+    return settings.learning_rate * share
+
+
+def personalization_plan(config: Config, client: str, terms: Terms = PLAIN) -> TrainingPlan:
     """The plan of the last stage: the training's settings with its own epochs and rate."""
     own: PersonalizationConfig = config.personalization
-    changes = {"epochs": max(1, own.epochs), "learning_rate": own.learning_rate, "max_steps": 0}
+    changes = {"epochs": max(1, own.epochs), "learning_rate": own.learning_rate, "max_steps": own.max_steps}
     settings = config.training.model_copy(update=changes)
-    return TrainingPlan(settings, config.seed, config.federation.rounds, client)
+    return TrainingPlan(settings, config.seed, config.federation.rounds, client, terms)
 
 
 @dataclass(frozen=True)
@@ -90,3 +121,6 @@ class LocalModel(Protocol):
 
     def fresh(self, seed: int) -> Adapter:
         """An adapter that changes nothing yet."""
+
+    def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
+        """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""

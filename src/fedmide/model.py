@@ -9,13 +9,14 @@ works for any model whose logits are a function of each position alone.
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
-import sys
+import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# PEFT imports bitsandbytes wherever it is installed, which warns of each product whose input it casts
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import peft
 import transformers
@@ -32,20 +35,22 @@ from peft import PeftModel
 from safetensors import SafetensorError
 from transformers.pytorch_utils import Conv1D
 
-from fedmide import adapters, attention, fusion, passes
-from fedmide.config import LoraConfig, ModelConfig
+from fedmide import adapters, attention, devices, fusion, passes, quantization
+from fedmide.basis import BaseWeights
+from fedmide.config import LoraConfig, ModelConfig, Quantization
 from fedmide.decoder import Dropout
 from fedmide.errors import ModelError
 from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
+from fedmide.memory import Room
 from fedmide.prefixes import Prefixes
 from fedmide.tokens import Batch
+from fedmide.workers import Workers
 
 TORCH_SEED_BITS = 63
 MODULES_MAX_PADDING = 64
-
-CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
-"""What torch calls a processor's instructions for products in bfloat16, on x86 and ARM."""
+OURS = "ours.safetensors"
+"""The file in a PEFT folder with what PEFT would not read."""
 
 
 class Positions(nn.Module):
@@ -72,11 +77,23 @@ class LoraModel:
     lora: peft.LoraConfig
     shapes: adapters.Shapes
     flat: Flat
+    workers: Workers
+    base: BaseWeights
     prefixes: Prefixes | None
     chosen: Positions
     device: torch.device
     num_positions: int | None
     """The longest text that the model was made for, in tokens, where its configuration says so."""
+    quantization: Quantization = "none"
+    """How the base's linear layers are kept; into others than plain ones no adapter can be merged."""
+    checkpointing: bool = False
+    """Whether each block's activations are made again on the way back instead of being kept."""
+    training_room: Room = field(default_factory=lambda: Room("training.tokens_per_batch"))
+    """What memory has room for in training; it shrinks where memory ends."""
+    scoring_room: Room = field(default_factory=lambda: Room("scoring.tokens_per_batch"))
+    """The same in scoring."""
+    modules: threading.Lock = field(default_factory=threading.Lock)
+    """The network's own modules are used by one worker at a time."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The trainable tensors, by the names that an adapter gives them."""
@@ -87,19 +104,40 @@ class LoraModel:
         }
 
     def put(self, adapter: Adapter) -> None:
-        """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit."""
+        """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit.
+
+        A lower rank than the layers' is filled up with zeros. Changes of base weights beside the factors are made.
+        """
+        self.base.change(adapters.deltas(adapter))
+        with torch.no_grad():
+            self.flat.parameter.copy_(self.laid_out(adapter))
+
+    def laid_out(self, adapter: Adapter) -> Tensor:
+        """An adapter's values in the order of the flat parameter; raises `ModelError` where it does not fit."""
+        adapter = adapters.padded(adapters.without_deltas(adapter), self.shapes)
         if problems := adapters.shape_problems(adapter, self.shapes):
             raise ModelError([f"adapter: {problem}" for problem in problems])
         values = np.concatenate([adapter[name].reshape(-1) for name in self.shapes])
-        with torch.no_grad():
-            self.flat.parameter.copy_(torch.from_numpy(values))
+        return torch.from_numpy(values).to(self.device)
 
     def take(self) -> Adapter:
-        """A copy of what the LoRA layers hold now."""
+        """A copy of what the LoRA layers hold now, at their rank, with the changes of base weights."""
         values = self.flat.parameter.detach().to("cpu", copy=True).numpy()
         ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
         pieces = np.split(values, ends[:-1])
-        return {name: piece.reshape(shape) for (name, shape), piece in zip(self.shapes.items(), pieces, strict=True)}
+        factors = zip(self.shapes.items(), pieces, strict=True)
+        return {**{name: piece.reshape(shape) for (name, shape), piece in factors}, **self.base.changes}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the base computes in, whatever its weights are kept as."""
+        weight: Tensor = self.network.get_input_embeddings().weight
+        return weight.dtype
+
+    @property
+    def beside(self) -> tuple[nn.Parameter, ...]:
+        """What is trained beside the flat parameter."""
+        return ()
 
     @property
     def prefix_bytes(self) -> int:
@@ -107,9 +145,9 @@ class LoraModel:
         return 0 if self.prefixes is None else self.prefixes.num_bytes
 
     @property
-    def max_padding(self) -> int:
-        """Padding tokens in one batch from which on two passes cost less than one; without limit where none passes."""
-        return MODULES_MAX_PADDING if self.prefixes is None else sys.maxsize
+    def max_padding(self) -> int | None:
+        """Padding tokens in one batch from which on two passes cost less than one; None where none passes."""
+        return MODULES_MAX_PADDING if self.prefixes is None else None
 
     def prepare(self, training: bool) -> None:
         """Makes the written-out passes ready for `nll` or `backpropagate` with the adapter as it is now."""
@@ -119,30 +157,42 @@ class LoraModel:
 
     def nll(self, batch: Batch) -> Tensor:
         """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`."""
-        with torch.inference_mode():
+        with torch.no_grad():
             if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
-                self._switch(training=False)
-                return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+                with self.modules:
+                    self._switch(training=False)
+                    return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
             states, rows, targets = self._inputs(self.prefixes, batch)
             above = slice(self.prefixes.decoder.first_trained, None)
             states = passes.hidden(self.prefixes.decoder, states, batch.lengths, above)
             return passes.losses(self.prefixes.decoder, states, rows, targets)
 
-    def backpropagate(self, batch: Batch, scale: float, seed: int) -> Tensor:
-        """NLL of each predicted token, as `nll`; adds the gradient of `scale` times their sum.
+    def backpropagate(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+        """NLL of each predicted token, as `nll`, and the gradient (P,) of `scale` times their sum.
 
-        Dropout follows from the seed.
+        P as in `flat`. Dropout follows from the seed.
         """
         if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
-            self._switch(training=True)
-            torch.manual_seed(seed % 2**TORCH_SEED_BITS)
-            losses = self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
-            (losses.sum() * scale).backward()
-            return losses.detach()
+            with self.modules:
+                return self._through_modules(batch, scale, seed)
         with torch.no_grad():
             states, rows, targets = self._inputs(self.prefixes, batch)
-            given = states, batch.lengths, rows, targets, scale
-            return passes.backpropagate(self.prefixes.decoder, *given, self.dropout and self.dropout.seeded(seed))
+            gradient = torch.empty_like(self.flat.parameter)
+            dropout = self.dropout and self.dropout.seeded(seed)
+            given = states, batch.lengths, rows, targets, scale, dropout, gradient
+            return passes.backpropagate(self.prefixes.decoder, *given, self.checkpointing), gradient
+
+    def _training_losses(self, batch: Batch, seed: int) -> Tensor:
+        """NLL of each predicted token through the modules, with dropout."""
+        self._switch(training=True)
+        torch.manual_seed(seed % 2**TORCH_SEED_BITS)
+        return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+
+    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+        losses = self._training_losses(batch, seed)
+        parameters = self.parameters()
+        gradients = torch.autograd.grad(losses.sum() * scale, [parameters[name] for name in self.shapes])
+        return losses.detach(), torch.cat([each.reshape(-1) for each in gradients])
 
     def _inputs(self, prefixes: Prefixes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """States below the adapters, the rows that predict, and what they are to predict."""
@@ -167,6 +217,19 @@ class LoraModel:
         with self._only(predicts.reshape(-1).nonzero().squeeze(1)):
             logits = self.network(input_ids=ids, use_cache=False).logits[0]  # (N, V)
         return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def last_state(self, ids: Tensor) -> Tensor:
+        """The last layer's normed state at the last of these tokens (T,), float32 (D,)."""
+        self._switch(training=False)
+        seen: list[Tensor] = []
+        head = self.network.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0, -1]))
+        try:
+            with torch.inference_mode(), self._only(torch.tensor([len(ids) - 1], device=self.device)):
+                self.network(input_ids=ids[None].to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0].float().cpu()
 
     def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
         """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T)."""
@@ -195,23 +258,36 @@ class LoraModel:
             self.chosen.rows = None
 
 
-def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int = 0) -> LoraModel:
+def load(
+    folder: Path,
+    model: ModelConfig,
+    lora: LoraConfig,
+    prefix_bytes: int = 0,
+    checkpointing: bool = False,
+    num_workers: int = 0,
+) -> LoraModel:
     """The model in a folder, frozen, with LoRA layers where the configuration wants them.
 
-    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. Raises `ModelError`.
+    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. `checkpointing`: activations are
+    made again on the way back. `num_workers`: batches side by side on a processor, by the passes that are written out;
+    0: as many as torch has threads. Raises `ModelError`.
     """
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    device = _device(model)
-    base, tokenizer = _load_base(folder, _dtype(model, device))
+    device = devices.device(model.device)
+    base, tokenizer = _load_base(folder, model.quantization, devices.dtype(model.dtype, device), device)
     config = _lora_config(base, model.name, lora)
+    if checkpointing:
+        _checkpoint(base, model.name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
         network = peft.get_peft_model(base, config)
     config.base_model_name_or_path = model.name  # PEFT puts the folder of this machine there
     chosen = Positions()
     network.get_output_embeddings().register_forward_pre_hook(chosen)
-    network.to(device).eval()
+    if model.quantization == "none":
+        network.to(device)
+    else:  # the base is there already
+        quantization.keep_in_training_mode(network)
+    network.eval()
     names = {id(parameter): name.replace(".default.", ".") for name, parameter in network.named_parameters()}
     trained = fusion.trained_parameters(network)
     shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in trained}
@@ -219,33 +295,107 @@ def load(folder: Path, model: ModelConfig, lora: LoraConfig, prefix_bytes: int =
     fused = fusion.fused(network, flat)
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    return LoraModel(network, tokenizer, config, shapes, flat, prefixes, chosen, device, num_positions)
+    workers = Workers(1 if prefixes is None or device.type != "cpu" else num_workers or torch.get_num_threads())
+    held = flat, workers, BaseWeights(network), prefixes, chosen
+    facts = device, num_positions, model.quantization, checkpointing
+    return LoraModel(network, tokenizer, config, shapes, *held, *facts)
 
 
 def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
-    """The files of a PEFT folder, which `PeftModel.from_pretrained` loads; equal adapters give equal bytes."""
-    return {
-        "adapter_config.json": _peft_json(lora).encode(),
-        "adapter_model.safetensors": adapters.encode(adapter),
+    """The files of a PEFT folder, which `PeftModel.from_pretrained` loads; equal adapters give equal bytes.
+
+    PEFT knows factors only, so changes of base weights become some. `ours.safetensors` has the arrays as they are where
+    the layers' rank is not theirs, or where there is more than factors.
+    """
+    scale = float(lora.lora_alpha) / lora.r
+    factors = adapters.as_factors(adapter, scale)
+    ranks = {layer: len(adapters.factors(factors, layer)[0]) for layer in adapters.layers(factors)}
+    files = {
+        "adapter_config.json": _peft_json(lora, ranks, scale).encode(),
+        "adapter_model.safetensors": adapters.encode(factors),
     }
+    as_it_is = factors.keys() == adapter.keys() and set(ranks.values()) <= {lora.r}
+    return files if as_it_is else {**files, OURS: adapters.encode(adapter)}
 
 
-def _peft_json(lora: peft.LoraConfig) -> str:
+def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) -> str:
     """The configuration as PEFT writes it, but with sets in order: equal ones give equal bytes."""
     values = {**lora.to_dict(), "inference_mode": True, "peft_version": peft.__version__}
+    if not set(ranks.values()) <= {lora.r}:
+        own = {layer.removeprefix("base_model.model."): rank for layer, rank in ranks.items()}
+        values |= {"rank_pattern": own, "alpha_pattern": {layer: scale * rank for layer, rank in own.items()}}
     values.pop("runtime_config", None)
     return json.dumps(values, indent=2, sort_keys=True, default=sorted) + "\n"
 
 
-def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTrainedModel, Any]:
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer in a model's folder; raises `ModelError`."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {first_line}") from None
+
+
+def adapted(folder: Path, adapter: Path) -> PeftModel:
+    """The model in a folder, in float32, under the adapter in a PEFT folder; raises `ModelError`."""
+    base, _ = _load_base(folder, "none", torch.float32, torch.device("cpu"))
+    if getattr(base.config, "quantization_config", None) is not None:
+        raise ModelError(f"{folder}: nothing can be merged into a quantised model", "Export without --merge")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
+        network: PeftModel = PeftModel.from_pretrained(base, adapter)
+    return network.eval()
+
+
+def save_merged(network: PeftModel, folder: Path, dtype: torch.dtype) -> None:
+    """Writes the network with its adapter in its weights, as a transformers folder; the sums are made in float32.
+
+    The network can't be used any more afterwards.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        merged: Any = network.merge_and_unload()
+        merged.to(dtype).save_pretrained(folder)
+
+
+def logits(network: Any, ids: Tensor) -> Tensor:
+    """The network's logits of token ids (B, T), float32 (B, T, V)."""
+    with torch.inference_mode():
+        scores: Tensor = network(input_ids=ids).logits
+        return scores.float()
+
+
+def load_merged(folder: Path) -> Any:
+    """The model in a folder, in the type that its weights are in."""
+    dtype = torch.bfloat16 if _is_bfloat16(folder) else torch.float32
+    return _load_base(folder, "none", dtype, torch.device("cpu"))[0].eval()
+
+
+def _is_bfloat16(folder: Path) -> bool:
+    values: dict[str, Any] = json.loads((folder / "config.json").read_text("utf-8"))
+    return values.get("dtype") == "bfloat16"
+
+
+def _load_base(
+    folder: Path, kind: Quantization, dtype: torch.dtype, device: torch.device
+) -> tuple[transformers.PreTrainedModel, Any]:
+    """The frozen base and its tokenizer; a quantised one on the device already."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    how: dict[str, Any] = {}
+    if kind != "none":
+        config = transformers.BitsAndBytesConfig(**quantization.settings(kind, dtype))
+        how = {"quantization_config": config, "device_map": {"": device}}
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             only_here = {"local_files_only": True, "trust_remote_code": False}
             loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here
+                folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here, **how
             )
-            tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **only_here)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ModelError(f"{folder}: the model can't be loaded: {first_line}") from None
@@ -255,7 +405,18 @@ def _load_base(folder: Path, dtype: torch.dtype) -> tuple[transformers.PreTraine
     base.requires_grad_(False)
     # what a checkpoint would add to greedy decoding, such as a penalty of repetition, is left out
     base.generation_config = transformers.GenerationConfig()
-    return base, tokenizer
+    return base, load_tokenizer(folder)
+
+
+def _checkpoint(base: transformers.PreTrainedModel, name: str) -> None:
+    """Lets the modules make their activations again on the way back in training."""
+    if not base.supports_gradient_checkpointing:
+        raise ModelError(
+            f"training.checkpointing: the modules of {name} have none", "Say training.checkpointing = false"
+        )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # later versions of transformers have another name for it
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # the old way needs inputs with a gradient
 
 
 def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> peft.LoraConfig:
@@ -300,19 +461,3 @@ def _linear_names(base: transformers.PreTrainedModel, blocks: Iterable[int] | No
         inside = [part for part in name.split(".") if part.isdigit()]
         if isinstance(module, nn.Linear | Conv1D) and inside and (numbers is None or inside[0] in numbers):
             yield name
-
-
-def _device(model: ModelConfig) -> torch.device:
-    if model.device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("model.device = 'cuda': there is no such device here", "Say 'auto' or 'cpu'")
-    use_gpu = model.device == "cuda" or (model.device == "auto" and torch.cuda.is_available())
-    return torch.device("cuda" if use_gpu else "cpu")
-
-
-def _dtype(model: ModelConfig, device: torch.device) -> torch.dtype:
-    if model.dtype != "auto":
-        return torch.bfloat16 if model.dtype == "bfloat16" else torch.float32
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
-    computes = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(computes.get(name) for name in CPU_BFLOAT16) else torch.float32

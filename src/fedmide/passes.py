@@ -57,16 +57,21 @@ def backpropagate(
     targets: Tensor,
     scale: float,
     dropout: Dropout | None,
+    into: Tensor,
+    checkpointing: bool = False,
 ) -> Tensor:
-    """NLL (M,) of the targets; adds the gradients of `scale` times their sum to the adapters'.
+    """NLL (M,) of the targets; writes the gradients of `scale` times their sum `into` those of the flat parameters.
 
-    `states` (N, D) are those before the lowest block with an adapter.
+    `states` (N, D) are those before the lowest block with an adapter. With checkpointing only each block's input is
+    kept, and the block is run again on the way back (Chen et al. 2016, arXiv:1604.06174): the same bits.
     """
     view = texts_of(decoder, lengths, states.device)
-    traces = []
+    traces: list[Trace | Checkpoint] = []
     for block in decoder.blocks[decoder.first_trained :]:
+        before = Checkpoint(block, states, dropout and dropout.copy()) if checkpointing else None
         states, trace = _forward(block, states, view, Keep(dropout))
-        traces.append(trace)
+        traces.append(before or trace)
+        del trace  # or it would be kept during the next block
     chosen = states[rows]
     normed, factor = norm(chosen, decoder.norm, decoder.epsilon)
     made = [_chunk_losses(decoder, *chunk, scale) for chunk in _chunks(normed.to(states.dtype), targets)]
@@ -74,7 +79,7 @@ def backpropagate(
     wanted = torch.cat([each for _, each in made])
     gradient[rows] = norm_backward(wanted, chosen, decoder.norm, factor).to(states.dtype)
     while traces:
-        gradient = _backward(traces.pop(), gradient, view, is_lowest=not traces)
+        gradient = _backward(_trace(traces.pop(), view), gradient, view, into, is_lowest=not traces)
     return torch.cat([each for each, _ in made])
 
 
@@ -94,6 +99,22 @@ class Trace:
     gate: Tensor  # (N, 2 F)
     opened: Tensor  # (N, F), what SiLU makes of the gate
     down: Product
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a block's trace is made of again."""
+
+    block: Block
+    states: Tensor
+    dropout: Dropout | None  # as it stood before the block
+
+
+def _trace(kept: Trace | Checkpoint, view: Texts) -> Trace:
+    """What the backward pass needs of a block, made again where only a checkpoint was kept."""
+    if isinstance(kept, Trace):
+        return kept
+    return _forward(kept.block, kept.states, view, Keep(kept.dropout))[1]
 
 
 def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tuple[Tensor, Trace]:
@@ -120,20 +141,20 @@ def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tu
     return after, Trace(block, *first_half, middle, mlp_factor, third, gate, opened, fourth)
 
 
-def _backward(trace: Trace, gradient: Tensor, view: Texts, is_lowest: bool) -> Tensor:
-    """The gradient of the hidden states before a block out of that after it; adapters' gradients are added up."""
+def _backward(trace: Trace, gradient: Tensor, view: Texts, into: Tensor, is_lowest: bool) -> Tensor:
+    """The gradient of the hidden states before a block out of that after it; adapters' are written `into` theirs."""
     block, inner = trace.block, trace.gate.shape[1] // 2
     gate, up = trace.gate[:, :inner], trace.gate[:, inner:]
-    activated = product_backward(trace.down, gradient)
+    activated = product_backward(trace.down, gradient, into)
     split = torch.empty_like(trace.gate)
     torch.mul(activated, trace.opened, out=split[:, inner:])
     split[:, :inner] = torch.ops.aten.silu_backward(activated.mul_(up), gate)
-    normed = product_backward(trace.gate_up, split)
+    normed = product_backward(trace.gate_up, split, into)
     middle = norm_backward(normed, trace.middle, block.mlp_norm, trace.mlp_factor).add_(gradient).to(gradient.dtype)
-    mixed = product_backward(trace.attention_out, middle)
+    mixed = product_backward(trace.attention_out, middle, into)
     assert trace.attended is not None  # a pass that is gone back keeps it
     projected = attention_backward(trace.attended, mixed, view)
-    before = product_backward(trace.query_key_value, projected, is_wanted=not is_lowest)
+    before = product_backward(trace.query_key_value, projected, into, is_wanted=not is_lowest)
     if is_lowest:
         return middle  # nothing below has an adapter
     below = norm_backward(before, trace.states, block.attention_norm, trace.attention_factor).add_(middle)
@@ -148,14 +169,19 @@ def _chunk_losses(
     decoder: Decoder, normed: Tensor, targets: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """NLL (M,) of the targets after normed states (M, D); with `scale` the gradient of the states too."""
-    count, index = len(targets), targets[:, None]
-    logits = torch.mm(normed, decoder.head.t(), out=decoder.logits[:count])
-    exact = decoder.exact_logits[:count].copy_(logits)
+    logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[: len(targets)])
+    few = len(decoder.room.exact)
+    pairs = zip(logits.split(few), targets[:, None].split(few), strict=True)
+    nll = torch.cat([_exact_losses(decoder, *pair, scale is not None) for pair in pairs]).squeeze(1)
+    return (nll, normed) if scale is None else (nll, (logits @ decoder.head).mul_(scale))
+
+
+def _exact_losses(decoder: Decoder, logits: Tensor, index: Tensor, is_wanted: bool) -> Tensor:
+    """NLL (M, 1) of the indices (M, 1) under a few rows of logits, which become the gradient where one is wanted."""
+    exact = decoder.room.exact[: len(logits)].copy_(logits)
     exact.sub_(exact.amax(-1, keepdim=True))
     wanted = exact.gather(1, index)
     total = exact.exp_().sum(-1, keepdim=True)
-    nll = (total.log() - wanted).squeeze(1)
-    if scale is None:
-        return nll, normed
-    exact.div_(total).scatter_add_(1, index, torch.full_like(total, -1))
-    return nll, (logits.copy_(exact) @ decoder.head).mul_(scale)
+    if is_wanted:
+        logits.copy_(exact.div_(total).scatter_add_(1, index, torch.full_like(total, -1)))
+    return total.log() - wanted

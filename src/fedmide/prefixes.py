@@ -4,6 +4,8 @@ No round, client or adapter touches those blocks. Each text passes through them 
 depend on the texts beside it, on the order of the work or on where a run was stopped: the same bits, always.
 """
 
+from threading import Lock
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -25,6 +27,7 @@ class Prefixes:
         self.max_bytes = max_bytes
         self.num_bytes = 0
         self._kept: dict[bytes, Tensor] = {}
+        self._lock = Lock()
 
     def states(self, batch: Batch, device: torch.device) -> Tensor:
         """Hidden states (N, D) before that block of the batch's texts, one after the other, padding left out."""
@@ -43,7 +46,8 @@ class Prefixes:
         ids = torch.from_numpy(np.ascontiguousarray(text)).to(device)
         states = hidden(self.decoder, embed(self.decoder, ids), [len(text)], slice(0, first))
         size = states.numel() * states.element_size()
-        if self.num_bytes + size <= self.max_bytes:
-            self._kept[key] = states
-            self.num_bytes += size
+        with self._lock:  # several workers may come with a text each
+            if self.num_bytes + size <= self.max_bytes and key not in self._kept:
+                self._kept[key] = states
+                self.num_bytes += size
         return states

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fedmide.decoder import Dropout, Layer
+from fedmide.decoder import Dropout, Layer, masked
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Product:
 
     layer: Layer
     extended: Tensor  # (N, in + R): the input and what the adapters' A made of it; of no use, and empty, without any
-    kept: tuple[Tensor, ...]  # dropout's masks (N, in), one an adapter
+    mask: Tensor | None  # dropout's (N, in)
     boost: float  # 1 / (1 - rate) under dropout
 
 
@@ -39,28 +39,29 @@ def input_of(layer: Layer, like: Tensor) -> Tensor:
 def product(
     layer: Layer, extended: Tensor, keep: Keep | None, residual: Tensor | None = None
 ) -> tuple[Tensor, Product]:
-    """The layer's output (N, out), on top of the residual if there is one; fills the adapters' columns."""
-    kept: tuple[Tensor, ...] = ()
-    boost = 1.0
+    """The layer's output (N, out), on top of the residual if there is one; fills the adapters' columns.
+
+    One dropout mask serves all adapters of an input, as PEFT draws it where the base model itself has such a fused
+    layer: each of them sees its input dropped as it would alone.
+    """
+    mask, boost = None, 1.0
     if layer.adapters is not None:
         given, room = extended[:, : layer.num_in], extended[:, layer.num_in :]
-        a = layer.adapters.a_scaled
-        if keep is None or keep.dropout is None:
-            room[:, : a.shape[0]] = given @ a.t()
-        else:
+        if keep is not None and keep.dropout is not None:
             boost = 1 / (1 - keep.dropout.rate)
-            kept = tuple(keep.dropout.draw(len(given), layer.num_in, given.dtype) for _ in layer.adapters.loras)
-            for mask, lora in zip(kept, layer.adapters.loras, strict=True):
-                room[:, lora.rows] = (given * mask) @ a[lora.rows].t()
+            mask = keep.dropout.draw(len(given), layer.num_in, given.dtype)
+            given = masked(given, mask)
+        a = layer.adapters.a_scaled
+        room[:, : a.shape[0]] = given @ a.t()
     used = extended if layer.adapters is not None else extended[:0].clone()  # a view would keep all of it
-    product = Product(layer, used, kept, boost)
+    product = Product(layer, used, mask, boost)
     if residual is None:
         return F.linear(extended, layer.weight), product
     return torch.addmm(residual, extended, layer.weight.t()), product
 
 
-def product_backward(product: Product, gradient: Tensor, is_wanted: bool = True) -> Tensor:
-    """The gradient of a layer's input (N, in) out of that of its output; adapters' gradients are added up."""
+def product_backward(product: Product, gradient: Tensor, into: Tensor, is_wanted: bool = True) -> Tensor:
+    """The gradient of a layer's input (N, in) out of that of its output; adapters' gradients are written `into`."""
     layer, num_in, adapters = product.layer, product.layer.num_in, product.layer.adapters
     if adapters is None:
         return gradient @ layer.weight[:, :num_in]
@@ -70,16 +71,15 @@ def product_backward(product: Product, gradient: Tensor, is_wanted: bool = True)
     given, made = product.extended[:, :num_in], product.extended[:, num_in:][:, :num_ranks]
     b_gradients = made.t() @ gradient  # (R, out); an adapter's is the block of its rows and columns
     for lora in adapters.loras:
-        lora.b_gradient.add_(b_gradients[lora.rows, lora.columns].t())
-    if not product.kept:
-        adapters.a_gradient.add_(inner.t() @ given, alpha=adapters.scale)
-        return extended[:, :num_in].addmm_(inner, adapters.a_scaled) if is_wanted else extended
-    for mask, lora in zip(product.kept, adapters.loras, strict=True):
-        kept = inner[:, lora.rows].t() @ (given * mask)
-        adapters.a_gradient[lora.rows].add_(kept, alpha=adapters.scale * product.boost)
-        if is_wanted:
-            extended[:, :num_in].add_((inner[:, lora.rows] @ adapters.a_scaled[lora.rows]).mul_(mask))
-    return extended[:, :num_in]
+        into[lora.place].view_as(lora.b).copy_(b_gradients[lora.rows, lora.columns].t())
+    dropped = given if product.mask is None else masked(given, product.mask)
+    into[adapters.place].view_as(adapters.a).copy_(inner.t() @ dropped).mul_(adapters.scale * product.boost)
+    if not is_wanted:
+        return extended
+    if product.mask is None:
+        return extended[:, :num_in].addmm_(inner, adapters.a_scaled)
+    back = inner @ adapters.a_scaled
+    return extended[:, :num_in].add_(masked(back, product.mask, out=back))
 
 
 def normed_input(states: Tensor, weight: Tensor, epsilon: float, layer: Layer) -> tuple[Tensor, Tensor]:

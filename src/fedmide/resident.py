@@ -3,23 +3,22 @@
 This is the `LocalModel` that clients train with, and what evaluation and generation use.
 """
 
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from fedmide import adapters, generation, scoring, training
-from fedmide.config import Config, Positions
-from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan
+from fedmide import adapters, generation, methods, scoring, training
+from fedmide.config import Config, LoraConfig, Positions
+from fedmide.localmodel import ZERO, Adapter, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel, load
+from fedmide.routing import routed
+from fedmide.threads import available_cores, free_threads
 from fedmide.tokens import Example
-
-CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""What a container may use of the processor: microseconds in so many microseconds, or "max"."""
 
 
 @dataclass
@@ -32,25 +31,68 @@ class Resident:
     heard: Callable[[str, int], None] = lambda kind, total: None
 
     def fresh(self, seed: int) -> Adapter:
-        """An adapter that changes nothing yet."""
-        return adapters.fresh(self.model.shapes, seed)
+        """An adapter that changes nothing yet, of the configured rank."""
+        shapes = {
+            name: (self.config.lora.r, inner) if ".lora_A." in name else (outer, self.config.lora.r)
+            for name, (outer, inner) in self.model.shapes.items()
+        }
+        return adapters.fresh(shapes, seed)
 
     def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
         """NLL of each example under the adapter."""
-        self.model.put(adapter)
-        budget = self.config.scoring.tokens_per_batch
-        return scoring.nll(self.model, examples, positions, budget, self._count("tokens scored"))
+        budget, count = self.config.scoring.tokens_per_batch, self._count("tokens scored")
+        found: list[Nll] = [ZERO] * len(examples)
+        for rows, each in self._by_record(adapter, examples):
+            model = self._holding(each)
+            for row, value in zip(
+                rows, scoring.nll(model, [examples[row] for row in rows], positions, budget, count), strict=True
+            ):
+                found[row] = value
+        return tuple(found)
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
         """The states after each pass of a training that starts from the adapter."""
-        self.model.put(adapter)  # only when the first state is asked for: until then another may be put in
-        yield from training.train(self.model, examples, plan, self._count("tokens trained"))
+        model = self._holding(adapter)  # only when the first state is asked for: until then another may be put in
+        for epoch in training.train(model, examples, plan, self._count("tokens trained")):
+            yield replace(epoch, adapter=adapters.cut_like(epoch.adapter, adapter))
+
+    def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
+        """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""
+        model = self._holding(adapter)
+        found = [model.last_state(torch.from_numpy(each.ids[: each.prompt_length])).numpy() for each in examples]
+        return np.stack(found) if found else np.zeros((0, 1), np.float32)
 
     def generate(self, adapter: Adapter, examples: Sequence[Example], max_new_tokens: int) -> tuple[str, ...]:
         """The responses to the examples' prompts under the adapter."""
-        self.model.put(adapter)
-        batch_size = self.config.generation.batch_size
-        return generation.generate(self.model, examples, max_new_tokens, batch_size, self._count("responses generated"))
+        batch_size, count = self.config.generation.batch_size, self._count("responses generated")
+        found = [""] * len(examples)
+        for rows, each in self._by_record(adapter, examples):
+            model = self._holding(each)
+            texts = generation.generate(model, [examples[row] for row in rows], max_new_tokens, batch_size, count)
+            for row, text in zip(rows, texts, strict=True):
+                found[row] = text
+        return tuple(found)
+
+    def _holding(self, adapter: Adapter) -> LoraModel:
+        """The model with the adapter in it."""
+        routers = [name for name in adapter if name.endswith(adapters.ROUTER)]
+        model = routed(self.model, routers) if routers else self.model
+        model.put(adapter)
+        return model
+
+    def _by_record(self, adapter: Adapter, examples: Sequence[Example]) -> Iterator[tuple[Sequence[int], Adapter]]:
+        """Which examples have which adapter: all the same, but where two are weighted per record."""
+        if adapters.MOST not in adapter:
+            yield range(len(examples)), adapter
+            return
+        own, common = adapters.under(adapters.OWN, adapter), adapters.under(adapters.COMMON, adapter)
+        prompts: dict[bytes, list[int]] = {}
+        for row, example in enumerate(examples):
+            prompts.setdefault(example.ids[: example.prompt_length].tobytes(), []).append(row)
+        states = self.states(own, [examples[rows[0]] for rows in prompts.values()])
+        for rows, state in zip(prompts.values(), states, strict=True):
+            weight = float(adapter[adapters.MOST][0]) * likeness(state, adapter[adapters.REFERENCES])
+            yield rows, adapters.stacked(own, common, weight, 1 - weight)
 
     def _count(self, kind: str) -> Callable[[int], None]:
         def count(number: int) -> None:
@@ -60,16 +102,64 @@ class Resident:
         return count
 
 
-def open_model(config: Config, folder: Path, threads: int = 0) -> Resident:
-    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured."""
-    torch.set_num_threads(threads or config.runtime.threads or available_cores())
-    return Resident(load(folder, config.model, config.lora, config.runtime.prefix_cache_mb * 10**6), config)
+def open_model(
+    config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
+) -> Resident:
+    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured.
+
+    `tell` hears of what turns out otherwise than configured.
+    """
+    torch.set_num_threads(threads or config.runtime.threads or free_threads(tell))
+    # batches side by side do not wait for each other at every product, and change no bit: every core is worth it
+    num_workers = config.runtime.threads or available_cores()
+    held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing, num_workers
+    model = load(folder, config.model, _lora(config), *held)
+    for room in (model.training_room, model.scoring_room):
+        room.tell = tell
+    return Resident(model, config)
 
 
-def available_cores() -> int:
-    """How many cores this process may use: those it is bound to, and no more than its control group is granted."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no Linux, no control group, or "max": no limit
-        quota, period = (int(each) for each in CPU_QUOTA.read_text().split())
-        cores = min(cores, max(1, quota // period))
-    return cores
+Opener = Callable[[Config, Path, int, Callable[[str], None]], Resident]
+"""What opens the model in a folder, as `open_model` does."""
+
+
+@dataclass
+class Kept:
+    """Opens models, and keeps the last one with its prefixes: the next run that needs the same one has it at once.
+
+    All runs have as many threads as the first, unless they say how many.
+    """
+
+    key: tuple[object, ...] = ()
+    model: LoraModel | None = None
+    threads: int = 0
+
+    def __call__(
+        self, config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
+    ) -> Resident:
+        """The resident model, its work counted from nothing."""
+        wanted = threads or config.runtime.threads or self.threads
+        key = (folder, config.model, _lora(config), config.runtime, config.training.checkpointing)
+        if self.model is None or key != self.key or wanted != self.threads:
+            self.model = None  # let go before another is loaded
+            self.key, self.model = key, open_model(config, folder, wanted, tell).model
+            self.threads = torch.get_num_threads()
+        return Resident(self.model, config)
+
+
+def _lora(config: Config) -> LoraConfig:
+    """What the network's layers are made for; the scale alpha / r is the same at any rank."""
+    rank = methods.of(config).rank(config)
+    return config.lora.model_copy(update={"r": rank, "alpha": config.lora.alpha * rank / config.lora.r})
+
+
+def likeness(state: NDArray[np.float32], references: NDArray[np.float32]) -> float:
+    """The mean cosine of a state (D,) with others (N, D), not below 0; 0 where there are none.
+
+    >>> likeness(np.array([1.0, 0.0]), np.array([[2.0, 0.0], [0.0, 3.0]]))
+    0.5
+    """
+    if not len(references):
+        return 0.0
+    norms = np.linalg.norm(references, axis=1) * np.linalg.norm(state)
+    return max(0.0, float(np.mean(references @ state / norms)))

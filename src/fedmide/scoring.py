@@ -8,7 +8,6 @@ another order.
 from collections.abc import Callable, Sequence
 
 import numpy as np
-import torch
 
 from fedmide.config import Positions
 from fedmide.localmodel import Nll
@@ -24,15 +23,21 @@ def nll(
     progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> tuple[Nll, ...]:
     """NLL of each example under the adapter that the model holds, without dropout, in the examples' order."""
-    results: list[Nll] = [Nll(0.0, 0)] * len(examples)
+    results: dict[int, Nll] = {}
     model.prepare(training=False)
-    for batch in batches(examples, positions, tokens_per_batch, model.max_padding):
-        losses = model.nll(batch)
-        sums = _row_sums(losses.to("cpu", torch.float64).numpy(), batch.predicts)
-        for row, value in zip(batch.rows, sums, strict=True):
-            results[row] = value
-        progress(sum(len(examples[row].ids) for row in batch.rows))
-    return tuple(results)
+
+    def score(most: int) -> None:
+        """Scores what has no result yet, with so many tokens at a time."""
+        left = [row for row in range(len(examples)) if row not in results]
+        parts = tuple(batches([examples[row] for row in left], positions, most, model.max_padding))
+        for batch, losses in zip(parts, model.workers.each(model.nll, parts), strict=True):
+            rows = [left[row] for row in batch.rows]
+            results.update(zip(rows, _row_sums(losses.cpu().double().numpy(), batch.predicts), strict=True))
+            progress(sum(len(examples[row].ids) for row in rows))
+
+    longest = max((len(example.ids) for example in examples), default=0)
+    model.scoring_room.within(tokens_per_batch, longest, score)
+    return tuple(results[row] for row in range(len(examples)))
 
 
 def _row_sums(losses: np.ndarray, predicts: np.ndarray) -> list[Nll]:

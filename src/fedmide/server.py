@@ -8,11 +8,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from fedmide import adapters
-from fedmide.aggregation import weighted_mean
+import numpy as np
+
+from fedmide import adapters, methods
 from fedmide.config import Config
 from fedmide.localmodel import Adapter
 from fedmide.messages import MAX_RECORDS, ClientReply, ClientTask, Metric, MetricName
+from fedmide.methods.method import Answer, Common
 from fedmide.seeds import stream
 
 Stage = Literal["warmup", "train", "personalize"]
@@ -20,12 +22,21 @@ Stage = Literal["warmup", "train", "personalize"]
 
 @dataclass(frozen=True)
 class ServerState:
-    """The federation between two rounds: `round` is the one to come, `adapter` the aggregated one it starts from."""
+    """The federation between two rounds: `round` is the one to come, `adapter` the aggregated one it starts from.
+
+    `memory` is what else the method keeps on the server.
+    """
 
     federation: str
     clients: tuple[str, ...]
     round: int
     adapter: Adapter
+    memory: Adapter = field(default_factory=dict)
+
+    @property
+    def common(self) -> Common:
+        """The part that the method works on."""
+        return Common(self.clients, self.round, self.adapter, self.memory)
 
 
 @dataclass(frozen=True)
@@ -68,8 +79,9 @@ class RoundSummary:
 
 
 def begin(federation: str, clients: Iterable[str], adapter: Adapter, config: Config) -> ServerState:
-    """The state before the first round."""
-    return ServerState(federation, tuple(clients), -config.warmup.rounds, adapter)
+    """The state before the first round, out of a fresh adapter."""
+    common = methods.of(config).begin(adapter, tuple(clients), config)
+    return ServerState(federation, common.clients, -config.warmup.rounds, common.adapter, common.memory)
 
 
 def stage_of(round_number: int, config: Config) -> Stage:
@@ -89,8 +101,9 @@ def plan(state: ServerState, config: Config) -> tuple[ClientTask, ...]:
     first_after_warmup = state.round == 0 and config.warmup.rounds > 0 and stage == "train"
     drawn = _participants(state, config) if stage == "train" else frozenset(state.clients)
     restart = first_after_warmup and config.warmup.reset
+    down = methods.of(config).down
     return tuple(
-        ClientTask(state.federation, client, state.round, state.adapter, restart, client in drawn)
+        ClientTask(state.federation, client, state.round, down(state.common, client, config), restart, client in drawn)
         for client in state.clients
         if client in drawn or first_after_warmup
     )
@@ -100,12 +113,13 @@ def apply(state: ServerState, deliveries: Iterable[Delivery], config: Config) ->
     """The state after the round: replies are checked and folded as they come."""
     rows: list[ClientRow] = []
     asked = {task.client: task.train for task in plan(state, config)}
-    mean = weighted_mean(_accepted(state, asked, deliveries, rows, config))
-    summary = RoundSummary(state.round, stage_of(state.round, config), mean is not None, tuple(rows))
-    return replace(state, round=state.round + 1, adapter=state.adapter if mean is None else mean), summary
+    combined = methods.of(config).combine(state.common, _accepted(state, asked, deliveries, rows, config), config)
+    summary = RoundSummary(state.round, stage_of(state.round, config), combined is not None, tuple(rows))
+    after = state.common if combined is None else combined
+    return replace(state, round=state.round + 1, adapter=after.adapter, memory=after.memory), summary
 
 
-def refusal(reply: ClientReply, state: ServerState) -> str:
+def refusal(reply: ClientReply, state: ServerState, config: Config) -> str:
     """Why a reply must not count; empty if it may."""
     if (reply.federation, reply.round) != (state.federation, state.round):
         return f"it answers round {reply.round} of {reply.federation!r}"
@@ -117,7 +131,8 @@ def refusal(reply: ClientReply, state: ServerState) -> str:
         return f"{reply.num_records} records do not go with {'no' if reply.adapter is None else 'an'} adapter"
     if reply.adapter is None:
         return ""
-    return "; ".join(adapters.problems(reply.adapter, adapters.shapes(state.adapter)))
+    expected = methods.of(config).up(state.common, reply.client, config)
+    return "; ".join(adapters.problems(reply.adapter, expected))
 
 
 def _accepted(
@@ -126,12 +141,12 @@ def _accepted(
     deliveries: Iterable[Delivery],
     rows: list[ClientRow],
     config: Config,
-) -> Iterator[tuple[Adapter, int]]:
-    """The adapters that count, with their weights; every delivery leaves a row."""
+) -> Iterator[Answer]:
+    """The answers that count; every delivery leaves a row."""
     answered: set[str] = set()
     for delivery in deliveries:
         reply = delivery.reply
-        reason = delivery.problem if reply is None else refusal(reply, state)
+        reason = delivery.problem if reply is None else refusal(reply, state, config)
         if not reason and (delivery.client in answered or (reply and reply.client != delivery.client)):
             reason = "it answers for another client, or twice"
         if (
@@ -148,28 +163,33 @@ def _accepted(
             continue
         answered.add(delivery.client)
         if reply.adapter is not None:
-            yield _clipped(reply.adapter, too_long, state, config), reply.num_records
+            arrays = _clipped(reply.adapter, too_long, state, config)
+            yield Answer(reply.client, arrays, reply.num_records)
 
 
 def _excessive(reply: ClientReply, state: ServerState, config: Config) -> float:
     """The length of the update that a reply brings, where it is longer than allowed; else 0."""
     if reply.adapter is None or not config.replies.max_update_norm:
         return 0.0
-    length = adapters.distance(reply.adapter, _start(state, config))
+    length = adapters.distance(reply.adapter, _start(reply.adapter, state, config))
     return length if length > config.replies.max_update_norm else 0.0
 
 
-def _clipped(adapter: Adapter, length: float, state: ServerState, config: Config) -> Adapter:
-    """The adapter as near to where the round started as is allowed; itself where its update is not too long."""
-    return (
-        adapters.between(_start(state, config), adapter, config.replies.max_update_norm / length) if length else adapter
-    )
+def _clipped(arrays: Adapter, length: float, state: ServerState, config: Config) -> Adapter:
+    """The arrays as near to where the round started as is allowed; themselves where their update is not too long."""
+    if not length:
+        return arrays
+    return adapters.between(_start(arrays, state, config), arrays, config.replies.max_update_norm / length)
 
 
-def _start(state: ServerState, config: Config) -> Adapter:
-    """The adapter that this round's training begins with."""
+def _start(arrays: Adapter, state: ServerState, config: Config) -> Adapter:
+    """What this round's training begins with, for these arrays; zero for those that the common adapter has not."""
     restarts = any(task.restart for task in plan(state, config)[:1])
-    return adapters.fresh(adapters.shapes(state.adapter), config.seed) if restarts else state.adapter
+    start = adapters.fresh(adapters.shapes(state.adapter), config.seed) if restarts else state.adapter
+    return {
+        name: start[name] if name in start and start[name].shape == array.shape else np.zeros_like(array)
+        for name, array in arrays.items()
+    }
 
 
 def _row(delivery: Delivery, refused: str, too_long: float) -> ClientRow:

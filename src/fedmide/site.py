@@ -33,27 +33,37 @@ from fedmide.messages import (
     encode_trouble,
 )
 from fedmide.model import peft_files
+from fedmide.records import RecordId
+
+EVERYONE = "(all clients)"
+"""The client that has everyone's records, where a method trains in one place; no folder of a client is called so."""
 
 _DIGEST_BYTES = 32
 
 
 def client_state(folder: RunFolder, inputs: Inputs, name: str, federation: str, next_round: int) -> ClientState:
-    """A client's state before a round, out of its records and its ledger."""
-    examples = inputs.examples[name]
+    """A client's state before a round, out of its records and of what it kept."""
+    owners = inputs.examples if name == EVERYONE else {name: inputs.examples[name]}
+    training = {
+        RecordId(example.id if owner == name else f"{owner}/{example.id}"): example
+        for owner, examples in owners.items()
+        for example in examples.training
+    }
     return ClientState(
         name,
         federation,
         folder.config,
-        {example.id: example for example in examples.training},
-        examples.validation,
+        training,
+        [example for examples in owners.values() for example in examples.validation],
         before(folder.read_ledger(name), next_round),
+        folder.read_memory(name, next_round),
     )
 
 
 def keep(folder: RunFolder, inputs: Inputs, state: ClientState) -> None:
-    """Makes a client's state last: its ledger or, once it has one, its personalised adapter."""
+    """Makes a client's state last: what its rounds left or, once it has one, its personalised adapter."""
     if state.adapter is None:
-        folder.save_ledger(state)
+        folder.save_site(state)
     else:
         folder.save_personal_adapter(state.name, peft_files(state.adapter, inputs.resident.model.lora))
 

@@ -9,35 +9,47 @@ import resource
 import secrets
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Protocol
 
-from fedmide import adapters, server
+from fedmide import adapters, methods, report, server
 from fedmide.atomic import check_room, to_json, write_file, write_folder
+from fedmide.client import ClientState
 from fedmide.config import Config
 from fedmide.errors import RunFolderError
 from fedmide.evaluation import summary
 from fedmide.evaluation.measure import Measured, measure
+from fedmide.evaluation.questions import Scored, score_questions, set_figures
 from fedmide.generation import default_max_new_tokens
 from fedmide.inputs import Inputs, Tell, changed, now, other_versions, read, without_records
 from fedmide.journal import RunFolder, check_new, create, locked, reopen
 from fedmide.ledger import before, standing
-from fedmide.localmodel import Adapter
+from fedmide.localmodel import Adapter, Nll, total
 from fedmide.messages import ClientTask, Metric
-from fedmide.model import peft_files
+from fedmide.model import OURS, peft_files
 from fedmide.records import RecordId
+from fedmide.resident import Opener, open_model
 from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
 from fedmide.server import Delivery, RoundSummary, ServerState
-from fedmide.site import client_state, keep
+from fedmide.site import EVERYONE, client_state, keep
+from fedmide.sources.questions import Question, SetName, fingerprint
 
 STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
 """How far a run is, as its manifest says."""
+
+Sets = Mapping[SetName, Sequence[Question]]
+"""Public multiple-choice questions by the set that they are from."""
+
+WRITERS = 8
+"""Sites whose files are written at a time, while the next ones train: a disk takes longest to say that it has them."""
 
 Advance = Callable[[int, str], None]
 """Tells how many units of work were done, and a word on the latest."""
@@ -74,7 +86,11 @@ class Run:
 
 @contextmanager
 def start(
-    config: Config, path: Path, tell: Tell = lambda message: None, elsewhere: Sequence[str] = ()
+    config: Config,
+    path: Path,
+    tell: Tell = lambda message: None,
+    opener: Opener = open_model,
+    elsewhere: Sequence[str] = (),
 ) -> Iterator[Run]:
     """A new run in a new folder, which no other process gets at meanwhile.
 
@@ -82,9 +98,12 @@ def start(
     machine does not hold; each such run is a federation of its own, told from others by a drawn ending.
     """
     check_new(path, config)
-    inputs = read(config, tell, load=without_records(elsewhere)) if elsewhere else read(config, tell)
+    reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
+    inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    check_room(path, num_adapters * len(adapters.encode(inputs.fresh_adapter())))
+    num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers else 0
+    begin = server.begin("", inputs.clients, inputs.fresh_adapter(), config)
+    check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
     with locked(path):
         tell(f"the run is in {path}")
         federation = f"{inputs.federation}-{secrets.token_hex(4)}" if elsewhere else inputs.federation
@@ -95,7 +114,11 @@ def start(
 
 @contextmanager
 def resume(
-    path: Path, config: Config | None = None, tell: Tell = lambda message: None, elsewhere: Sequence[str] = ()
+    path: Path,
+    config: Config | None = None,
+    tell: Tell = lambda message: None,
+    opener: Opener = open_model,
+    elsewhere: Sequence[str] = (),
 ) -> Iterator[Run]:
     """An earlier run, to go on with, which no other process gets at meanwhile, on as many threads as it began with.
 
@@ -105,8 +128,8 @@ def resume(
     with locked(path):
         tell(f"going on with {path}")
         earlier = folder.read_manifest()
-        load = {"load": without_records(elsewhere)} if elsewhere else {}
-        inputs = read(folder.config, tell, earlier["threads"], **load)
+        reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
+        inputs = reader(folder.config, tell, earlier["threads"], opener=opener)
         if problems := list(changed(earlier, inputs.manifest)):
             raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
         for difference in other_versions(earlier, inputs.manifest):
@@ -121,26 +144,34 @@ def resume(
 def set_sizes(run: Run) -> dict[str, tuple[int, int]]:
     """How many shared and personal records each site told of in the last round, where its reply in that counted."""
     last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
-    told = {name: event["metrics"] for name, event in last.items() if not event["refused"]}
+    told = {name: event["metrics"] for name, event in last.items() if "shared" in event["metrics"]}
     return {name: (int(each["shared"]["sum"]), int(each["personal"]["sum"])) for name, each in told.items()}
 
 
 def train(run: Run, progress: Progress = silent) -> None:
     """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
-    state = run.folder.last_round(_begin(run))
-    runtime = run.runtime or _in_process(run, list(run.inputs.clients), state.round)
+    state = run.folder.last_round(_begin_training(run))
+    writing: list[Future[None]] = []
+    writers = ThreadPoolExecutor(WRITERS)
+    runtime = run.runtime or _in_process(
+        run, state, lambda site: writing.append(writers.submit(keep, run.folder, run.inputs, site))
+    )
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
     shown = _listening(run, progress("rounds", num_tasks, "client rounds"))
 
     def commit(after: ServerState, summary: RoundSummary) -> None:
+        """Makes the round last, once what its sites keep does."""
         if run.runtime:
             _check_quorum(run, summary)
+        for written in writing:
+            written.result()
+        writing.clear()
         run.folder.commit_round(after, summary)
         for trouble in _troubles(run, summary):
             run.tell(trouble)
 
-    with _timed(run, "trained", num_tasks), shown as advance:
+    with _timed(run, "trained", num_tasks), shown as advance, writers:
         state = run_rounds(state, run.config, _shown(run, runtime, advance), commit)
         if not run.folder.adapter.is_dir():
             write_folder(run.folder.adapter, peft_files(state.adapter, run.inputs.resident.model.lora))
@@ -151,7 +182,8 @@ def personalize(run: Run, progress: Progress = silent) -> None:
     state = _trained(run)
     plan = server.plan(state, run.config)
     tasks = [task for task in plan if not run.folder.is_personalized(task.client)]
-    runtime = run.runtime or _in_process(run, [task.client for task in tasks], state.round)
+    waiting = replace(state, clients=tuple(task.client for task in tasks))
+    runtime = run.runtime or _in_process(run, waiting, partial(keep, run.folder, run.inputs))
     problems: list[str] = []
     shown = _listening(run, progress("personalisation", len(tasks), "clients"))
     with _timed(run, "personalized", len(tasks)), shown as advance:
@@ -186,18 +218,42 @@ def generate(run: Run, progress: Progress = silent) -> None:
             advance(1, f"client {name}")
 
 
-def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
+def validate(run: Run) -> dict[str, Nll]:
+    """The response NLL of each client's validation records under its personalised adapter; kept in validation.json.
+
+    Test records are not looked at: this is what settings may be chosen by.
+    """
+    _trained(run)
+    measured = {
+        name: total(run.inputs.resident.nll(_personal_adapter(run, name), examples.validation, "response"))
+        for name, examples in run.inputs.examples.items()
+    }
+    write_file(run.folder.path / "validation.json", to_json({name: asdict(nll) for name, nll in measured.items()}))
+    return measured
+
+
+def evaluate(
+    run: Run,
+    progress: Progress = silent,
+    questions: Sets = MappingProxyType({}),
+    wanted: Sequence[summary.StageName] = summary.STAGES,
+) -> dict[str, Any]:
     """What metrics.json holds: likelihood, choice and text metrics of each client's test records.
 
-    Under the base model, the aggregated adapter and, where there is one, the client's personalised one. What a client
-    measured is kept on its site, so that an evaluation that was stopped goes on.
+    Under the base model, the aggregated adapter and, where there is one, the client's personalised one; or under the
+    `wanted` ones of these. What a client measured is kept on its site, so that an evaluation that was stopped goes on.
+    Public `questions` are asked too; the figures of those that were asked before stay.
     """
     aggregated = _trained(run).adapter
-    stages = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
+    present = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
+    stages = [stage for stage in present if stage in wanted]
     work = [(name, stage) for name in run.inputs.clients for stage in stages]
     measured: dict[str, dict[summary.StageName, Measured]] = {name: {} for name in run.inputs.clients}
-    shown = _listening(run, progress("evaluation", len(work), "adapters"))
-    with _timed(run, "evaluated", len(work)), shown as advance:
+    num_asked = len(questions) * (2 + (len(present) > 2) * len(run.inputs.clients))
+    shown = _listening(run, progress("evaluation", len(work) + num_asked, "adapters"))
+    with _timed(run, "evaluated", len(work) + num_asked), shown as advance:
+        for asked in questions:
+            _ask(run, asked, questions[asked], aggregated, advance)
         for name, stage in work:
             measured[name][stage] = _measured(run, name, stage, aggregated)
             advance(1, f"client {name}, {stage}")
@@ -209,12 +265,29 @@ def evaluate(run: Run, progress: Progress = silent) -> dict[str, Any]:
             run.folder.events(),
             run.inputs.prompt_hash,
         )
+        metrics |= {"questions": figures} if (figures := run.folder.question_figures()) else {}
+        metrics["method"] = _method_figures(run)
         write_file(run.folder.path / "metrics.json", to_json(metrics))
+    _write_report(run)
     return metrics
+
+
+def _write_report(run: Run) -> None:
+    """Leaves `report.html`. Whatever goes wrong with it is told, and is no reason for a run to fail."""
+    try:
+        run.tell(f"the report is in {report.write(run.folder)}")
+    except Exception as error:  # noqa: BLE001
+        run.tell(f"no report could be written ({type(error).__name__}); see fedmide report {run.folder.path}")
 
 
 def _begin(run: Run) -> ServerState:
     return server.begin(run.federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
+
+
+def _begin_training(run: Run) -> ServerState:
+    """The state before the first round; where all train in one place, of a single client that has all records."""
+    begin = _begin(run)
+    return replace(begin, clients=(EVERYONE,)) if methods.of(run.config).in_one_place else begin
 
 
 def _trained(run: Run) -> ServerState:
@@ -230,11 +303,27 @@ def _trained(run: Run) -> ServerState:
 def _check_ledgers(run: Run) -> None:
     """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
     state = run.folder.last_round(_begin(run))
+    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
+    if run.config.method != "fedmide":
+        return _check_memories(run, last, state.round)
     problems = []
     for name, told in set_sizes(run).items():
         now = standing(before(run.folder.read_ledger(name), state.round), _record_ids(run, name))
         if told != (len(now.shared), len(now.personal)):
             problems.append(f"{run.folder.site(name)}: the ledger is not the one that its last round left")
+    if problems:
+        raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+
+
+def _check_memories(run: Run, last: Mapping[str, Mapping[str, Any]], next_round: int) -> None:
+    """The same for what a method keeps on the sites: it must be of the last round that each trained in."""
+    trained = {name: event["round"] for name, event in last.items() if "steps" in event["metrics"]}
+    kept = {name: run.folder.read_memory(name, next_round)[-1:] for name in trained}
+    problems = [
+        f"{run.folder.site(name)}: the memory of round {number} is missing"
+        for name, number in trained.items()
+        if methods.of(run.config).remembers and [memory.round for memory in kept[name]] != [number]
+    ]
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
 
@@ -245,7 +334,7 @@ def _troubles(run: Run, summary: RoundSummary) -> Iterator[str]:
     for row in summary.clients:
         if row.refused:
             yield f"{title}, client {row.client}: its reply does not count: {row.refused}"
-    if not summary.aggregated:
+    if not summary.aggregated and methods.of(run.config).travels:
         yield f"{title}: nobody's adapter counts, the aggregated one stays as it was"
 
 
@@ -264,10 +353,10 @@ def _is_personalized(run: Run) -> bool:
     return not missing
 
 
-def _in_process(run: Run, names: Sequence[str], next_round: int) -> Runtime:
+def _in_process(run: Run, state: ServerState, save: Callable[[ClientState], None]) -> Runtime:
     """The runtime of sites that are all in this process, as they stand before a round."""
-    sites = {name: client_state(run.folder, run.inputs, name, run.federation, next_round) for name in names}
-    return InProcess(sites, run.inputs.resident, partial(keep, run.folder, run.inputs))
+    sites = {name: client_state(run.folder, run.inputs, name, run.federation, state.round) for name in state.clients}
+    return InProcess(sites, run.inputs.resident, save)
 
 
 def _check_quorum(run: Run, summary: RoundSummary) -> None:
@@ -284,8 +373,10 @@ def _check_quorum(run: Run, summary: RoundSummary) -> None:
 
 
 def _personal_adapter(run: Run, name: str) -> Adapter:
-    path = run.folder.personal_adapter(name) / "adapter_model.safetensors"
-    return adapters.read(path, run.inputs.resident.model.shapes)
+    folder = run.folder.personal_adapter(name)
+    if (folder / OURS).exists():
+        return adapters.read(folder / OURS)
+    return adapters.read(folder / "adapter_model.safetensors", run.inputs.resident.model.shapes)
 
 
 def _responses(run: Run, name: str) -> bytes:
@@ -326,10 +417,32 @@ def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter
     return measured
 
 
+def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Adapter, advance: Advance) -> None:
+    """Asks every adapter a public set; what one makes of it is kept, so that it is asked once."""
+    longest = run.inputs.resident.model.num_positions or run.config.model.cutoff
+    own: list[tuple[summary.StageName, str]] = [("personalized", client) for client in run.inputs.clients]
+    scored: dict[tuple[summary.StageName, str], Scored] = {}
+    for stage, client in [("base", ""), ("aggregated", ""), *(own if _is_personalized(run) else ())]:
+        about = f"{stage}-{client}" if client else stage
+        earlier = run.folder.read_questions(name, about)
+        if earlier is None or earlier["questions"] != fingerprint(questions):
+            adapter = _adapter(run, client, stage, aggregated)
+            found = score_questions(run.inputs.resident, adapter, run.inputs.encode, questions, longest)
+            run.folder.save_questions(name, about, asdict(found))
+        scored[stage, client] = Scored.from_dict(run.folder.read_questions(name, about) or {})
+        advance(1, f"{name}, {about}")
+    run.folder.save_questions(name, "figures", set_figures(name, questions, scored, run.config))
+
+
 def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Adapter:
     if stage == "personalized":
         return _personal_adapter(run, name)
     return aggregated if stage == "aggregated" else run.inputs.fresh_adapter()
+
+
+def _method_figures(run: Run) -> dict[str, Any]:
+    method = methods.of(run.config)
+    return {"name": method.name, "source": method.source, **asdict(method.sizes(run.inputs.fresh_adapter()))}
 
 
 def _set_figures(run: Run, name: str) -> dict[str, Any]:

@@ -103,6 +103,18 @@ class Encoder:
             prompt = self._shortened(record, len(prompt), room)
         return tuple(self._joined(record.id, prompt, answer, cut) for answer in answers)
 
+    def continued(self, text: str, continuation: str, longest: int) -> Example:
+        """A text as it is, without a template, and how it goes on, which is what is predicted; no end of sequence.
+
+        Both are encoded together, so that a word that the boundary parts is tokenised as the model knows it. More than
+        `longest` tokens are cut at the beginning.
+        """
+        prompt = [*self._plain_opening, *self._ids(text, plain=True)]
+        whole = [*self._plain_opening, *self._ids(text + continuation, plain=True)]
+        cut = max(0, len(whole) - longest)
+        boundary = max(1, min(len(prompt), len(whole) - 1) - cut)
+        return Example(RecordId(""), np.asarray(whole[cut:], dtype=np.int64), boundary, cut > 0)
+
     def _joined(self, record_id: RecordId, prompt: list[int], answer: list[int], cut: bool) -> Example:
         ids = np.asarray((prompt + answer)[: self.cutoff], dtype=np.int64)
         return Example(record_id, ids, len(prompt), cut or len(prompt) + len(answer) > self.cutoff)
@@ -161,9 +173,12 @@ class Encoder:
 
     @cached_property
     def _opening(self) -> list[int]:
-        """What the tokenizer puts before plain text; a chat template writes that itself."""
-        if self.template == "chat":
-            return []
+        """What stands before a prompt; a chat template writes that itself."""
+        return [] if self.template == "chat" else self._plain_opening
+
+    @cached_property
+    def _plain_opening(self) -> list[int]:
+        """What the tokenizer puts before plain text."""
         whole: list[int] = self.tokenizer("a", add_special_tokens=True, split_special_tokens=False)["input_ids"]
         return whole[: whole.index(self._ids("a", plain=False)[0])]
 
@@ -207,15 +222,21 @@ class Batch:
 
 
 def batches(
-    examples: Sequence[Example], positions: Positions, tokens_per_batch: int, max_padding: int
+    examples: Sequence[Example], positions: Positions, tokens_per_batch: int, max_padding: int | None
 ) -> Iterator[Batch]:
-    """Batches of at most so many padded tokens (or a single example), longest first, every example in exactly one.
+    """Batches of at most so many tokens (or a single example), longest first, every example in exactly one.
 
-    Longest first, so that a batch too large for the memory fails at once. A batch ends early where it would hold more
-    than `max_padding` tokens of padding.
+    Longest first, so that a batch too large for the memory fails at once. Padding counts, and a batch ends early where
+    it would hold more than `max_padding` tokens of it. With None padding costs nothing: batches are of nearly one size
+    and even in number, so that two processor cores are done at the same time.
     """
-    order = sorted(range(len(examples)), key=lambda row: -len(examples[row].ids))
-    for rows in _groups(order, [len(example.ids) for example in examples], tokens_per_batch, max_padding):
+    lengths = [len(example.ids) for example in examples]
+    order = sorted(range(len(examples)), key=lambda row: -lengths[row])
+    if max_padding is None:
+        groups = _even_groups(order, lengths, tokens_per_batch)
+    else:
+        groups = _groups(order, lengths, tokens_per_batch, max_padding)
+    for rows in groups:
         yield pad([examples[row] for row in rows], positions, tuple(rows))
 
 
@@ -250,6 +271,24 @@ def _groups(order: Iterable[int], lengths: Sequence[int], budget: int, max_paddi
             group, padding, added = [], 0, 0
         group.append(row)
         padding += added
+    if group:
+        yield group
+
+
+def _even_groups(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
+    total = sum(lengths)
+    number = -(-total // budget)
+    number += number % 2 if number > 1 else 0
+    group: list[int] = []
+    size = before = num_groups = 0
+    for row in order:
+        is_next = (before + lengths[row] / 2) * number > total * (num_groups + 1)
+        if group and (is_next or size + lengths[row] > budget):
+            yield group
+            group, size, num_groups = [], 0, num_groups + 1
+        group.append(row)
+        size += lengths[row]
+        before += lengths[row]
     if group:
         yield group
 

@@ -1,4 +1,4 @@
-"""Local training: a plain loop with torch's AdamW.
+"""Local training: a plain loop with torch's AdamW, or SGD where a method needs it.
 
 One optimiser step is one batch of records. Its loss is the mean over the batch's predicted tokens, whatever the
 passes through the model that memory asks for: gradients of sums are added and divided once, so accumulation equals
@@ -9,14 +9,19 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedmide.config import TrainingConfig
-from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan
+from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan, rate_at
 from fedmide.model import LoraModel
-from fedmide.tokens import Example, batches
+from fedmide.tokens import Batch, Example, batches
 
 PASSES = 2**20
 """More passes through the model than an optimiser step ever has: each pass has a seed of its own."""
+
+LOSS_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
+"""What the loss is multiplied with over a float16 base, whose smallest number most gradients are below; the next one
+where a gradient overflows (Micikevicius et al. 2018, arXiv:1710.03740)."""
 
 
 def train(
@@ -31,7 +36,7 @@ def train(
     """
     settings = plan.settings
     order = np.random.default_rng(plan.stream_seed)
-    optimizer = torch.optim.AdamW([model.flat.parameter], lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    stepped = Stepped(model, plan)
     last_step = num_steps(len(examples), settings)
     step = 0
     for _ in range(settings.epochs):
@@ -39,9 +44,9 @@ def train(
         for rows in _record_batches(order.permutation(len(examples)), settings.batch_size):
             if step == last_step:
                 break
-            _set_rate(optimizer, settings, step, last_step)
             seed = plan.stream_seed + step * PASSES
-            loss += _step(model, optimizer, [examples[row] for row in rows], settings, seed)
+            loss += _gradient(model, [examples[row] for row in rows], settings, seed)
+            stepped.step(rate_at(step, last_step, settings))
             step += 1
             progress(sum(len(examples[row].ids) for row in rows))
         adapter = model.take()
@@ -66,25 +71,90 @@ def _record_batches(order: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         yield order[start : start + batch_size]
 
 
-def _set_rate(optimizer: torch.optim.Optimizer, settings: TrainingConfig, step: int, last_step: int) -> None:
-    """Linear decay from the full rate at the first step towards 0 after the last."""
-    share = 1.0 if settings.schedule == "constant" else (last_step - step) / last_step
-    for group in optimizer.param_groups:
-        group["lr"] = settings.learning_rate * share
+class Stepped:
+    """What the optimiser steps: the flat parameter, or where a method shows the model a share of each value, those.
+
+    A method's terms become flat vectors here. One is made anew for each local training: the optimiser starts fresh.
+    """
+
+    def __init__(self, model: LoraModel, plan: TrainingPlan) -> None:
+        settings, terms = plan.settings, plan.terms
+        self.flat, self.max_norm, self.pull = model.flat.parameter, settings.max_grad_norm, terms.pull
+        self.towards, self.push, self.share = (
+            None if each is None else model.laid_out(each) for each in (terms.towards, terms.push, terms.share)
+        )
+        self.values = self.flat if self.share is None else torch.nn.Parameter(_whole(self.flat.detach(), self.share))
+        make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[terms.optimizer]
+        self.stepped = [self.values, *model.beside]
+        self.optimizer = make(self.stepped, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+    @torch.no_grad()
+    def step(self, rate: float) -> None:
+        """One step with the gradient that the model holds."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        assert self.flat.grad is not None
+        if self.share is not None:
+            self.values.grad = self.flat.grad * self.share
+        assert self.values.grad is not None
+        if self.pull and self.towards is not None:
+            self.values.grad.add_(self.values - self.towards, alpha=self.pull)
+        torch.nn.utils.clip_grad_norm_(self.stepped, self.max_norm)
+        if self.push is not None:
+            self.values.grad.add_(self.push)
+        self.optimizer.step()
+        if self.share is not None:
+            self.flat.copy_(torch.where(self.share == 0, self.flat, self.values * self.share))
 
 
-def _step(
-    model: LoraModel, optimizer: torch.optim.Optimizer, examples: Sequence[Example], settings: TrainingConfig, seed: int
-) -> Nll:
-    """One optimiser step on these examples; the loss before it. Dropout follows from the seed."""
+def _whole(seen: Tensor, share: Tensor) -> Tensor:
+    """The values of which the model sees these shares; those that it sees nothing of are frozen, and as they are."""
+    return torch.where(share == 0, seen, seen / torch.where(share == 0, 1.0, share))
+
+
+def _gradient(model: LoraModel, examples: Sequence[Example], settings: TrainingConfig, seed: int) -> Nll:
+    """The loss of these examples, whose mean's gradient is left in the model. Dropout follows from the seed.
+
+    Where memory has no room for a pass, it is begun again with smaller ones.
+    """
     model.prepare(training=True)
-    optimizer.zero_grad(set_to_none=False)
     num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
-    loss_sum = 0.0
-    budget = settings.tokens_per_batch
-    for number, batch in enumerate(batches(examples, settings.positions, budget, model.max_padding)):
-        losses = model.backpropagate(batch, 1 / num_tokens, seed + number)
-        loss_sum += float(losses.double().sum())
-    torch.nn.utils.clip_grad_norm_(model.flat.parameter, settings.max_grad_norm)
-    optimizer.step()
+
+    def losses(most: int) -> float:
+        """The sum of the losses, in passes of so many tokens; leaves the gradient of their mean."""
+        parts = tuple(batches(examples, settings.positions, most, model.max_padding))
+        for scale in LOSS_SCALES if model.dtype == torch.float16 else (1.0,):
+            loss_sum = _pass(model, parts, scale / num_tokens, seed)
+            if scale == 1.0 or _unscale(model, scale):
+                break
+        return loss_sum
+
+    longest = max(len(example.ids) for example in examples)
+    loss_sum = model.training_room.within(settings.tokens_per_batch, longest, losses)
     return Nll(loss_sum, num_tokens)
+
+
+def _unscale(model: LoraModel, scale: float) -> bool:
+    """Divides the gradients; whether all of them are finite."""
+    gradients = _gradients(model)
+    for each in gradients:
+        each.div_(scale)
+    return all(bool(each.isfinite().all()) for each in gradients)
+
+
+def _gradients(model: LoraModel) -> list[Tensor]:
+    """The gradients of what is trained."""
+    return [each.grad for each in (model.flat.parameter, *model.beside) if each.grad is not None]
+
+
+def _pass(model: LoraModel, parts: Sequence[Batch], scale: float, seed: int) -> float:
+    """The sum of the batches' losses; leaves the gradient of `scale` times it."""
+    for gradient in _gradients(model):
+        gradient.zero_()
+    loss_sum = 0.0
+    for losses, gradient in model.workers.each(
+        lambda part: model.backpropagate(part[1], scale, seed + part[0]), enumerate(parts)
+    ):
+        model.flat.gradient.add_(gradient)
+        loss_sum += float(losses.cpu().double().sum())
+    return loss_sum

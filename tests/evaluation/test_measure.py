@@ -15,6 +15,7 @@ from fedmide.atomic import to_json
 from fedmide.config import Config, EvaluationConfig, ModelConfig, PromptConfig, RuntimeConfig
 from fedmide.evaluation.choice import choice_accuracy, draw_choices
 from fedmide.evaluation.measure import Measured, measure
+from fedmide.evaluation.summary import stage_figures
 from fedmide.localmodel import Adapter
 from fedmide.prompts import ALPACA, Template, render
 from fedmide.records import ClientData, Record, client_data
@@ -91,6 +92,40 @@ def test_choices_equal_a_slow_loop(tiny_folder: Path, resident: Resident, adapte
     assert found.num_truncated == 0
     assert choice_accuracy(found.choices, found.lengths).correct.tolist() == best
     assert 0 < sum(best) < len(best)
+
+
+LISTING = client_data(
+    "a",
+    [Record("never measured", "x")],
+    test=[
+        Record("Which organ makes bile?\nA. The heart\nB. The liver\nC. A stone", "It is B. The liver."),
+        Record("Which organ beats?\nA. The heart\nB. The liver", "Nobody knows."),
+        Record("Which organ?", "The liver."),
+        Record("Which?\nA. Skin\nB. Ear", "The answer is A.", context="Both are outside."),
+    ],
+)
+
+
+def test_listed_options_equal_a_slow_loop(tiny_folder: Path, resident: Resident, adapter: Adapter) -> None:
+    """The options' texts, without letter and end of sequence, the right one first; unclear ones have none."""
+    found = measured(resident, adapter, LISTING)
+    network, tokenizer = merged(tiny_folder, adapter), resident.model.tokenizer
+    expected = [["The liver", "The heart", "A stone"], [], ["Skin", "Ear"]]
+    assert found.option_lengths == tuple(tuple(map(len, row)) for row in expected)
+    for row, record, sums in zip(expected, (LISTING.test[number] for number in (0, 1, 3)), found.options, strict=True):
+        prompt = tokenizer(render(ALPACA, record))["input_ids"]
+        slow = []
+        for text in row:
+            ids = torch.tensor([prompt + tokenizer(text)["input_ids"]])
+            with torch.no_grad():
+                losses = torch.nn.functional.cross_entropy(
+                    network(ids).logits[0, len(prompt) - 1 : -1].double(), ids[0, len(prompt) :], reduction="none"
+                )
+            slow.append(float(losses.sum()))
+        assert sums == pytest.approx(slow, rel=1e-5)
+    assert Measured.from_dict(json.loads(to_json(asdict(found)))) == found
+    figures = stage_figures(found, CONFIG)["options"]
+    assert (figures["num_records"], figures["num_left_out"], figures["num_options"]) == (2, 1, 3)
 
 
 def test_number_of_choices_is_configured(resident: Resident, adapter: Adapter) -> None:

@@ -75,6 +75,7 @@ def test_without_a_number_there_is_no_figure() -> None:
         "response_nll": None,
         "perplexity": None,
         "choice": None,
+        "options": None,
     }
 
 

@@ -102,7 +102,9 @@ def family(consortium: Any) -> Iterator[psutil.Process]:
     for running in consortium.running.values():
         parent = psutil.Process(running.pid)
         for process in [parent, *parent.children(recursive=True)]:
-            if process.status() != psutil.STATUS_ZOMBIE:  # an app that has ended and that its executor has not looked for
+            if (
+                process.status() != psutil.STATUS_ZOMBIE
+            ):  # an app that has ended and that its executor has not looked for
                 yield process
 
 

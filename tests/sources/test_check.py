@@ -35,6 +35,7 @@ def test_check_by_hand() -> None:
         concepts=1,
         prompt_characters=Lengths(mean=20 / 3, longest=8),
         response_characters=Lengths(mean=11 / 3, longest=5),
+        category_mix={"y": 2, "x": 1},
     )
     assert report.clients[0].validation == PartReport(0, 0, 0, 0, 0, Lengths(0.0, 0), Lengths(0.0, 0))
     assert set(report.leaks) == {Leak("a", "test", "a", kind, 1, 1) for kind in ("text", "instruction")}
@@ -43,8 +44,19 @@ def test_check_by_hand() -> None:
 def test_a_report_is_fit_for_json_and_holds_no_text_of_a_record() -> None:
     secret = Record("secret-i", "secret-r", context="secret-c", category="secret-k", concept="secret-o")
     written = json.dumps(asdict(check([client_data("a", [secret], [secret], [secret])])))
-    assert "secret" not in written
+    assert written.count("secret") == written.count('{"secret-k": 1}') == 3  # a category is a label, not a text
     assert json.loads(written)["clients"][0]["test"]["records"] == 1
+
+
+def test_records_with_likely_identifiers_are_counted_by_kind() -> None:
+    records = [
+        Record("Who?", "J. Doe, j.doe@clinic.org, a.doe@clinic.org, MRN 00123456"),
+        Record("Whose?", "j.doe@clinic.org"),
+        Record("What?", "Asthma."),
+    ]
+    (client,) = check([client_data("a", records, test=records[:1])]).clients
+    assert client.training.identifiers == {"e-mail address": 2, "record number": 1}
+    assert client.test.identifiers == {"e-mail address": 1, "record number": 1} and not client.validation.identifiers
 
 
 @pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published data is not beside the repository")

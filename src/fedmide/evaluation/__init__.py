@@ -1,4 +1,4 @@
 """Figures from what was measured: texts, choices, intervals and summaries over clients.
 
-Only `measure` runs a model, through `LocalModel`; nothing here reads a file.
+Only `measure` and `questions` run a model, through `LocalModel`; nothing here reads a file.
 """

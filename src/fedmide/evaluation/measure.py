@@ -5,12 +5,13 @@ These figures stay on the site; what leaves it are the sums that `summary` makes
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
 from fedmide.config import Config
 from fedmide.evaluation.choice import draw_choices
+from fedmide.evaluation.options import Options, listed
 from fedmide.localmodel import Adapter, LocalModel
 from fedmide.records import ClientData, Record
 from fedmide.tokens import Encoder, Example
@@ -31,6 +32,8 @@ class Measured:
     choices: tuple[tuple[float, ...], ...]
     lengths: tuple[tuple[int, ...], ...]
     num_truncated: int
+    options: tuple[tuple[float, ...], ...] = ()
+    option_lengths: tuple[tuple[int, ...], ...] = ()
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Measured":
@@ -39,9 +42,11 @@ class Measured:
             tuple(values["record_ids"]),
             tuple(math.nan if value is None else value for value in values["nll_sums"]),
             tuple(values["num_tokens"]),
-            tuple(tuple(math.inf if each is None else each for each in row) for row in values["choices"]),
+            sums_from_json(values["choices"]),
             tuple(tuple(row) for row in values["lengths"]),
             values["num_truncated"],
+            sums_from_json(values["options"]),
+            tuple(tuple(row) for row in values["option_lengths"]),
         )
 
 
@@ -56,24 +61,31 @@ def measure(
     records = client.test
     references = [encode.encode(record) for record in records]
     answers = _answers(records, config, client.name)
-    options = [_options(encode, record, row) for record, row in zip(records, answers, strict=True)]
-    # the reference is mostly one of the options as it is, and is measured once
-    distinct = {_key(example): example for example in chain(references, *options)}
+    choices = [_options(encode, record, row) for record, row in zip(records, answers, strict=True)]
+    has_choices = config.evaluation.choices > 1
+    listing = [(record, _right_first(found)) for record in records if has_choices and (found := listed(record))]
+    options = [_continued(_options(encode, record, row)) for record, row in listing]
+    # the reference is mostly one of the choices as it is, and is measured once
+    distinct = {_key(example): example for example in chain(references, *choices, *options)}
     nlls = dict(zip(distinct, model.nll(adapter, list(distinct.values()), "response"), strict=True))
     has_choice = any(len(row) > 1 for row in answers)
     return Measured(
         tuple(record.id for record in records),
         tuple(nlls[_key(example)].sum for example in references),
         tuple(nlls[_key(example)].num_tokens for example in references),
-        tuple(tuple(nlls[_key(example)].sum for example in row) for row in options) if has_choice else (),
+        tuple(tuple(nlls[_key(example)].sum for example in row) for row in choices) if has_choice else (),
         tuple(tuple(map(len, row)) for row in answers) if has_choice else (),
         sum(example.truncated for example in references),
+        tuple(tuple(nlls[_key(example)].sum for example in row) for row in options),
+        tuple(tuple(map(len, row)) for _, row in listing),
     )
 
 
 def _answers(records: Sequence[Record], config: Config, client: str) -> list[list[str]]:
-    """For each record its reference and the responses that it is to be told from."""
-    draws = draw_choices([record.response for record in records], config.evaluation.choices, config.seed, client)
+    """For each record its reference and the responses that it is to be told from; nothing where none are wanted."""
+    if config.evaluation.choices < 2:
+        return [[] for _ in records]
+    draws = draw_choices([record.response for record in records], config.evaluation.choices, config.data_seed, client)
     return [
         [record.response, *(records[other].response for other in drawn)]
         for record, drawn in zip(records, draws, strict=True)
@@ -82,9 +94,27 @@ def _answers(records: Sequence[Record], config: Config, client: str) -> list[lis
 
 def _options(encode: Encoder, record: Record, answers: Sequence[str]) -> tuple[Example, ...]:
     """The record with each answer; none where an answer was cut, which would make it look likelier than it is."""
-    examples = encode.encode_options(record, answers)
+    examples = encode.encode_options(record, answers) if answers else ()
     end = encode.tokenizer.eos_token_id  # a response holds no other and ends with it, unless it was cut
     return examples if all(example.ids[-1] == end for example in examples) else ()
+
+
+def _right_first(options: Options) -> list[str]:
+    """The texts of a record's options, the right one first; none where it is not clear which that is."""
+    if options.answer is None:
+        return []
+    others = [text for number, text in enumerate(options.texts) if number != options.answer]
+    return [options.texts[options.answer], *others]
+
+
+def _continued(examples: Sequence[Example]) -> tuple[Example, ...]:
+    """The examples without the end of sequence: an answer may go on after the option."""
+    return tuple(replace(example, ids=example.ids[:-1]) for example in examples)
+
+
+def sums_from_json(rows: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
+    """NLL sums after a way through JSON, where one that was not finite is null."""
+    return tuple(tuple(math.inf if each is None else each for each in row) for row in rows)
 
 
 def _key(example: Example) -> tuple[bytes, int]:

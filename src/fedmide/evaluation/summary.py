@@ -80,7 +80,8 @@ def stage_figures(measured: Measured, config: Config) -> Figures:
         "num_truncated": measured.num_truncated,
         "response_nll": None,
         "perplexity": None,
-        "choice": _choice_figures(measured, config),
+        "choice": choice_figures(measured.choices, measured.lengths, config),
+        "options": choice_figures(measured.options, measured.option_lengths, config),
     }
     if finite:
         interval = bootstrap_ratio(sums, counts, config.evaluation.bootstrap, config.seed)
@@ -134,13 +135,18 @@ def _exp(value: float) -> float:
         return math.inf
 
 
-def _choice_figures(measured: Measured, config: Config) -> Figures | None:
-    """Accuracy of the choice by likelihood; a choice with an NLL that is no number counts as the worst."""
-    rows = [row for row in zip(measured.choices, measured.lengths, strict=True) if row[0] and math.isfinite(row[0][0])]
+def choice_figures(
+    choices: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]], config: Config
+) -> Figures | None:
+    """Accuracy of the choice by likelihood, from the NLL sums and characters of each record's choices, the right first.
+
+    A choice with an NLL that is no number counts as the worst. None where there is no record to measure.
+    """
+    rows = [row for row in zip(choices, lengths, strict=True) if row[0] and math.isfinite(row[0][0])]
     if not rows:
         return None
-    sums = [[value if math.isfinite(value) else math.inf for value in choices] for choices, _ in rows]
-    scores = choice_accuracy(sums, [lengths for _, lengths in rows])
+    sums = [[value if math.isfinite(value) else math.inf for value in values] for values, _ in rows]
+    scores = choice_accuracy(sums, [characters for _, characters in rows])
     interval = bootstrap_mean(scores.correct, config.evaluation.bootstrap, config.seed)
     return {
         "accuracy": interval.value,
@@ -149,8 +155,8 @@ def _choice_figures(measured: Measured, config: Config) -> Figures | None:
         "accuracy_norm": float(np.mean(scores.correct_norm)),
         "standard_error": standard_error(scores.correct),
         "num_records": len(sums),
-        "num_left_out": len(measured.choices) - len(sums),
-        "num_options": int(scores.num_options[0]),
+        "num_left_out": len(choices) - len(sums),
+        "num_options": int(scores.num_options.max()),
         "chance": scores.chance(),
     }
 
@@ -193,8 +199,12 @@ def _protocol(config: Config, prompt_hash: str) -> Figures:
         "response_nll": "sum of the NLL of all response tokens, end of sequence included / their number; nats",
         "interval": f"95 %, bootstrap over records, {config.evaluation.bootstrap} resamples",
         "choice": f"the reference against up to {config.evaluation.choices - 1} responses of other test records of the "
-        "same client, after one prompt; accuracy: largest summed log-probability; accuracy_norm: divided by "
-        "characters; left out: records with a response that the cutoff would cut, or whose likelihood is no number",
+        "same client, after one prompt, end of sequence included; accuracy: largest summed log-probability; "
+        "accuracy_norm: divided by characters; left out: records with a response that the cutoff would cut, or whose "
+        "likelihood is no number",
+        "options": "the options that an instruction lists from A on, a line each: their texts, without letter and end "
+        "of sequence, after the record's prompt; left out: records whose reference names no single option, or with an "
+        "option that the cutoff would cut",
         "decoding": "greedy, special tokens removed",
         "cutoff": config.model.cutoff,
     }

@@ -98,7 +98,7 @@ def run_(
 
     folder = ServerFolder.read(path)
     loaded = load(config or folder.path / "federation.toml", overrides)
-    _work(folder, start(loaded, out or _free(folder.path / "runs"), tell, folder.sites), as_json)
+    _work(folder, start(loaded, out or _free(folder.path / "runs"), tell, elsewhere=folder.sites), as_json)
 
 
 @app.command()
@@ -112,7 +112,7 @@ def resume(
     from fedmide.stages import resume as resume_run
 
     folder = ServerFolder.read(path)
-    _work(folder, resume_run(run, None, tell, folder.sites), as_json)
+    _work(folder, resume_run(run, None, tell, elsewhere=folder.sites), as_json)
 
 
 @app.command()

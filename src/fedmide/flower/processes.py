@@ -57,9 +57,11 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait(_GRACE_SECONDS)
     process.kill()
     process.wait()
-    for each in psutil.wait_procs(family, _GRACE_SECONDS)[1]:
+    _, alive = psutil.wait_procs(family, _GRACE_SECONDS)
+    for each in alive:
         with suppress(psutil.NoSuchProcess):
             each.kill()
+    psutil.wait_procs(alive, _GRACE_SECONDS)
 
 
 def _descendants(pid: int) -> list[psutil.Process]:

@@ -16,7 +16,7 @@ from fedmide.server import Delivery
 
 @dataclass(frozen=True)
 class InProcess:
-    """A runtime: call it with tasks. `sites` is updated in place and each state is kept by `save` before its reply."""
+    """A runtime: call it with tasks. `sites` is updated in place; `save` has each state before its reply."""
 
     sites: MutableMapping[str, ClientState]
     model: LocalModel

@@ -6,6 +6,7 @@ from pathlib import Path
 from fedmide.config import DataConfig, DataSource
 from fedmide.errors import DataError
 from fedmide.records import ClientData
+from fedmide.sources.changes import noisy, pieces
 from fedmide.sources.files import read_folder, read_table
 from fedmide.sources.published import is_published, read_published
 from fedmide.split import Parts, limit, split
@@ -19,7 +20,8 @@ _READERS = {"published": read_published, "files": read_folder, "table": read_tab
 def load(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
     """The clients that the configuration names, in order: one or more, each with training records."""
     clients = _made(config, seed) if config.source == "medical" else _split(_read(config), config, seed)
-    return tuple(limit(client, config, seed) for client in clients)
+    dealt = [piece for client in clients for piece in pieces(client, config.pieces, seed)]
+    return noisy([limit(client, config, seed) for client in dealt], config.noisy_clients, seed)
 
 
 def detect(path: Path) -> DataSource:

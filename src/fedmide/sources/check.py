@@ -1,9 +1,14 @@
-"""What a set of clients looks like: sizes, duplicates and leaks as plain data, without a word of a record."""
+"""What a set of clients looks like: sizes, duplicates, leaks and warnings as plain data.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+Nothing of a record's text is in it; the names of categories are.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from fedmide.records import ClientData, Record, canonical_text
+from fedmide.sources.identifiers import KINDS, kinds
 from fedmide.split import Leak, leaks
 
 
@@ -20,7 +25,8 @@ class PartReport:
     """One part of a client's records.
 
     `duplicates` counts the records whose text has occurred before in the part. A prompt is instruction and
-    context, without the template.
+    context, without the template. `category_mix`: records by category, the most frequent first. `identifiers`: records
+    that seem to hold a phone number or the like, by kind; a warning, never a promise.
     """
 
     records: int
@@ -30,6 +36,8 @@ class PartReport:
     concepts: int
     prompt_characters: Lengths
     response_characters: Lengths
+    category_mix: Mapping[str, int] = field(default_factory=dict)
+    identifiers: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +76,15 @@ def _part(records: Sequence[Record]) -> PartReport:
         concepts=len({record.concept for record in records} - {""}),
         prompt_characters=_lengths([len(record.instruction) + len(record.context) for record in records]),
         response_characters=_lengths([len(record.response) for record in records]),
+        category_mix=dict(Counter(record.category for record in records if record.category).most_common()),
+        identifiers=_identifiers(records),
     )
+
+
+def _identifiers(records: Sequence[Record]) -> dict[str, int]:
+    """How many records seem to hold each kind of identifier; kinds that none holds are left out."""
+    counts = Counter(kind for record in records for kind in kinds(canonical_text(record)))
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
 
 
 def _lengths(counts: Sequence[int]) -> Lengths:

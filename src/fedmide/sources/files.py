@@ -133,7 +133,7 @@ def checked_record(row: Row, fields: FieldNames) -> Reading[Record]:
         return Reading(problems=(f"{row.place}: {kind(value)}, expected an object",))
     required = (fields.instruction, fields.response)
     names = (*required, fields.context, fields.category, fields.concept)
-    faults = {name: _fault(value.get(name), name in required) for name in names}
+    faults = {name: text_fault(value.get(name), name in required) for name in names}
     problems = tuple(f"{row.place}: field '{name}' {fault}" for name, fault in faults.items() if fault)
     if problems:
         return Reading(problems=problems)
@@ -152,6 +152,14 @@ def json_rows(path: Path) -> Reading[Row]:
         return Reading(problems=(f"{path}:{line}: not UTF-8, expected text in UTF-8",))
     found = _line_rows(path, text) if path.suffix.lower() == ".jsonl" else _list_rows(path, text)
     return found if found.values or found.problems else Reading(problems=(f"{path}: {_NO_RECORDS}",))
+
+
+def rows_of(path: Path, columns: Iterable[str]) -> Reading[Row]:
+    """The elements of a .json list, a .jsonl or a .parquet file; of the last one only these columns are read."""
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        return Reading(problems=(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}",))
+    return _parquet_rows(path, columns) if suffix == ".parquet" else json_rows(path)
 
 
 def holds_half_a_pair(text: str) -> bool:
@@ -205,10 +213,7 @@ def _records(path: Path, fields: FieldNames) -> Reading[Record]:
 
 
 def _rows(path: Path, fields: FieldNames) -> Reading[Row]:
-    suffix = path.suffix.lower()
-    if suffix not in SUFFIXES:
-        return Reading(problems=(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}",))
-    return _parquet_rows(path, fields.model_dump().values()) if suffix == ".parquet" else json_rows(path)
+    return rows_of(path, fields.model_dump().values())
 
 
 def _line_rows(path: Path, text: str) -> Reading[Row]:
@@ -280,7 +285,7 @@ def _parquet_rows(path: Path, wanted: Iterable[str]) -> Reading[Row]:
     return Reading(rows) if rows else Reading(problems=(f"{path}: {_NO_RECORDS}",))
 
 
-def _fault(text: object, required: bool) -> str:
+def text_fault(text: object, required: bool) -> str:
     """What is wrong with what should be a text; empty where nothing is."""
     if text is None:
         return "is missing, expected text" if required else ""

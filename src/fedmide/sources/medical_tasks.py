@@ -6,7 +6,7 @@ OMIM id, an ICD-10-CM category, or an imaging term. Vocabularies that name the s
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 
@@ -83,8 +83,21 @@ def common_items(given: Material) -> Iterator[Item]:
     yield from definitions(given.common, "common-definitions")
     yield from lay_terms(given.common, "common-lay-terms")
     for entry in given.common:
-        response = f"It belongs to: {'; '.join(entry.systems)}."
-        yield Item("common-systems", entry.id, wordings.SYSTEM, entry.name, response)
+        yield Item("common-systems", entry.id, wordings.SYSTEM, entry.name, system_answer(entry.systems))
+
+
+def system_answer(systems: Sequence[str]) -> str:
+    """The answer that names these systems."""
+    return f"It belongs to: {'; '.join(systems)}."
+
+
+def systems_of(answer: str) -> list[str]:
+    """The systems that an answer of `system_answer` names.
+
+    >>> systems_of(system_answer(["Abnormality of the eye", "Growth abnormality"]))
+    ['Abnormality of the eye', 'Growth abnormality']
+    """
+    return answer.removeprefix("It belongs to: ").removesuffix(".").split("; ")
 
 
 def definitions(phenotypes: Iterable[Phenotype], category: str = "phenotype-definitions") -> Iterator[Item]:

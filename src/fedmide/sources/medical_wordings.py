@@ -18,6 +18,12 @@ SYSTEM = (
     'Classify the finding "{subject}" by the system that it affects.',
     'Name the main heading for "{subject}".',
 )
+OWN_SYSTEM = (
+    'Which group does our own scheme put "{subject}" into?',
+    'Under which heading of this house is "{subject}" filed?',
+    'Classify the finding "{subject}" by the scheme of this house.',
+    'Name our own heading for "{subject}".',
+)
 FINDINGS = (
     "List typical clinical features of {subject}.",
     "Which phenotypes are seen in patients with {subject}?",

@@ -1,0 +1,287 @@
+"""Methods compared: every run that is missing, then one folder with what they say of each other.
+
+    OUT/comparison.json   comparison.md   comparison.html
+        runs/NAME/rate-R-seed-S/     a run folder each
+
+All runs have the same records, whatever their seed, and the same budget of local steps (`entrants`). Where several
+learning rates are given, each entrant's is chosen on the first seed by the response NLL of the validation records, mean
+over clients; test records of the others are never measured. A run that is whole is not done again, one that was stopped
+goes on. The base model is loaded once.
+"""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmide import __version__, stages
+from fedmide.atomic import to_json, write_file
+from fedmide.config import Config
+from fedmide.entrants import Budget, Entrant, budget_of, entrants
+from fedmide.errors import RunFolderError, UsageError
+from fedmide.evaluation.comparison import Outcome, compare
+from fedmide.evaluation.measure import Measured
+from fedmide.evaluation.summary import StageName
+from fedmide.evaluation.tables import sheets, to_html, to_markdown
+from fedmide.inputs import Tell
+from fedmide.journal import RunFolder, locked, reopen
+from fedmide.resident import Kept
+from fedmide.stages import Progress, silent
+
+BASE = "base"
+"""The row of the model without an adapter."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run: an entrant with a learning rate and a seed."""
+
+    entrant: Entrant
+    rate: float
+    seed: int
+    path: Path
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.entrant.run(self.seed, self.rate)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is compared: the entrants, on these seeds, each with one of these learning rates; none: as set."""
+
+    out: Path
+    entrants: tuple[Entrant, ...]
+    budget: Budget
+    seeds: tuple[int, ...]
+    rates: tuple[float, ...]
+    against: tuple[str, ...]
+
+    def attempt(self, entrant: Entrant, rate: float, seed: int) -> Attempt:
+        """The run of an entrant with a rate and a seed."""
+        return Attempt(entrant, rate, seed, self.out / "runs" / entrant.name / f"rate-{rate!r}-seed-{seed}")
+
+    def rates_of(self, entrant: Entrant) -> tuple[float, ...]:
+        """The learning rates that an entrant is tried with."""
+        return self.rates or (entrant.config.training.learning_rate,)
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs it takes in all."""
+        return len(self.entrants) * (max(1, len(self.rates)) + len(self.seeds) - 1)
+
+
+@dataclass
+class Work:
+    """So many runs, done with one model, and word of how far they are."""
+
+    num_runs: int
+    tell: Tell
+    progress: Progress
+    opener: Kept = field(default_factory=Kept)
+    done: int = 0
+    worked: list[float] = field(default_factory=list)
+
+    def run(self, attempt: Attempt, wanted: Sequence[StageName]) -> None:
+        """Does what is missing of a run: its validation, then the measures that are wanted of its test records."""
+        has = _measured(attempt)
+        self.done += 1
+        if has is not None and set(wanted) <= has:
+            return
+        self.tell(f"{_title(attempt)}: run {self.done} of {self.num_runs}{self._left()}")
+        begun = time.monotonic()
+        with self._opened(attempt) as run:
+            stages.train(run, self.progress)
+            stages.personalize(run, self.progress)
+            if not (attempt.path / "validation.json").exists():
+                stages.validate(run)
+            if wanted:
+                stages.generate(run, self.progress)
+                stages.evaluate(run, self.progress, wanted=wanted)
+        self.worked.append(time.monotonic() - begun)
+
+    def _opened(self, attempt: Attempt) -> AbstractContextManager[stages.Run]:
+        if (attempt.path / "config.toml").exists():
+            return stages.resume(attempt.path, attempt.config, self.tell, self.opener)
+        return stages.start(attempt.config, attempt.path, self.tell, self.opener)
+
+    def _left(self) -> str:
+        if not self.worked:
+            return ""
+        seconds = sum(self.worked) / len(self.worked) * (self.num_runs - self.done + 1)
+        return f", about {seconds / 60:.0f} min left"
+
+
+def planned(
+    values: Mapping[str, Any],
+    names: Sequence[str],
+    seeds: Sequence[int],
+    out: Path,
+    rates: Sequence[float] = (),
+    against: Sequence[str] = ("fedavg-ft", "fedmide"),
+) -> Plan:
+    """What a configuration's values, method names, seeds and learning rates ask for; all refused before any run."""
+    for what, given in (("seeds", seeds), ("learning-rates", rates)):
+        if len(set(given)) < len(given) or (what == "seeds" and not given) or any(each < 0 for each in given):
+            raise UsageError(f"--{what}: expected numbers, none below 0, each once", f"For example --{what} 0,1,2")
+    found = entrants(values, names)
+    base = {key: each for key, each in values.items() if key != "variants"}
+    return Plan(
+        out, found, budget_of(base), tuple(seeds), tuple(rates), tuple(each for each in against if each in names)
+    )
+
+
+def run(plan: Plan, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:
+    """What comparison.json holds, after every run that was missing."""
+    with locked(plan.out):
+        work = Work(plan.num_runs, tell, progress)
+        chosen = {
+            entrant.name: _chosen(work, plan, entrant, number == 0) for number, entrant in enumerate(plan.entrants)
+        }
+        attempts = {
+            entrant.name: {seed: plan.attempt(entrant, chosen[entrant.name]["rate"], seed) for seed in plan.seeds}
+            for entrant in plan.entrants
+        }
+        for seed in plan.seeds[1:]:
+            for entrant in plan.entrants:
+                work.run(attempts[entrant.name][seed], ["personalized"])
+        figures = _figures(plan, attempts, chosen)
+        write_file(plan.out / "comparison.json", to_json(figures))
+        tables = sheets(figures)
+        write_file(plan.out / "comparison.md", to_markdown(tables).encode())
+        write_file(plan.out / "comparison.html", to_html(tables).encode())
+    return figures
+
+
+def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, Any]:
+    """The entrant's learning rate, chosen on the first seed; that run's test records are then measured."""
+    attempts = [plan.attempt(entrant, rate, plan.seeds[0]) for rate in plan.rates_of(entrant)]
+    validations: dict[float, float | None] = {}
+    if len(attempts) > 1:
+        for attempt in attempts:
+            work.run(attempt, ())
+            validations[attempt.rate] = _validation(attempt)
+        finite = {rate: value for rate, value in validations.items() if value is not None}
+        if not finite:
+            raise RunFolderError(
+                f"{plan.out / 'runs' / entrant.name}: no learning rate has a validation likelihood that is a number",
+                "Set data.validation_fraction above 0, or other --learning-rates",
+            )
+        rate = min(finite, key=lambda each: finite[each])
+        attempts = [attempt for attempt in attempts if attempt.rate == rate]
+        work.done -= 1  # it goes on
+    work.run(attempts[0], ["base", "personalized"] if first else ["personalized"])
+    tried = [{"rate": rate, "validation_nll": value} for rate, value in validations.items()]
+    return {"rate": attempts[0].rate, "tried": tried}
+
+
+def _title(attempt: Attempt) -> str:
+    return f"{attempt.entrant.name}, rate {attempt.rate!r}, seed {attempt.seed}"
+
+
+def _measured(attempt: Attempt) -> set[str] | None:
+    """The adapters whose test records a whole run has measured; None where it is not yet whole."""
+    if not (attempt.path / "validation.json").exists():
+        return None
+    reopen(attempt.path, attempt.config)
+    path = attempt.path / "metrics.json"
+    return set(json.loads(path.read_text("utf-8"))["over_clients"]) - {"generation"} if path.exists() else set()
+
+
+def _validation(attempt: Attempt) -> float | None:
+    """Response NLL of the validation records, mean over the clients that have some; None where there are none."""
+    clients = json.loads((attempt.path / "validation.json").read_text("utf-8")).values()
+    given = [(each["sum"], each["num_tokens"]) for each in clients if each["num_tokens"]]
+    if not given or any(nll is None for nll, _ in given):
+        return None
+    return float(np.mean([nll / num_tokens for nll, num_tokens in given]))
+
+
+def _figures(
+    plan: Plan, attempts: Mapping[str, Mapping[int, Attempt]], chosen: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    folders = {
+        name: {seed: reopen(attempt.path, attempt.config) for seed, attempt in runs.items()}
+        for name, runs in attempts.items()
+    }
+    _check_same_inputs(plan.out, [folder for runs in folders.values() for folder in runs.values()])
+    outcomes = {
+        name: {seed: _outcome(folder, "personalized") for seed, folder in runs.items()}
+        for name, runs in folders.items()
+    }
+    first = next(iter(folders.values()))[plan.seeds[0]]
+    config = plan.entrants[0].config
+    without = {BASE: {plan.seeds[0]: Outcome(_records(first, "base"), {})}}
+    figures = compare({**without, **outcomes}, plan.against, config.evaluation.bootstrap, config.data_seed)
+    manifest = first.read_manifest()
+    return {
+        **figures,
+        "learning_rates": dict(chosen),
+        "protocol": {
+            "fedmide": __version__,
+            "model": manifest["model"],
+            "prompt": manifest["prompt"],
+            "data": {
+                name: {part: each[part] for part in ("training", "validation", "test")}
+                for name, each in manifest["data"].items()
+            },
+            "data_seed": config.data_seed,
+            "seeds": list(plan.seeds),
+            "budget": {
+                "rounds": plan.budget.rounds,
+                "steps_per_round": plan.budget.steps,
+                "steps_per_client": plan.budget.rounds * plan.budget.steps,
+            },
+            "cutoff": config.model.cutoff,
+            "interval": f"95 %, {config.evaluation.bootstrap} resamples of the records of each client, the same for "
+            "all methods, after averaging a record over seeds; *_over_clients: of the clients too; of the other "
+            "figures the least and the greatest over seeds",
+        },
+        "commits": sorted({str(each.read_manifest()["commit"]) for runs in folders.values() for each in runs.values()}),
+        "runs": {
+            name: {str(seed): str(each.path.relative_to(plan.out)) for seed, each in runs.items()}
+            for name, runs in folders.items()
+        },
+    }
+
+
+def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
+    """What a run's clients measured, and what it cost."""
+    clients = _records(folder, stage)
+    manifest = folder.read_manifest()
+    metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
+    federation = metrics["federation"]
+    costs = {
+        **{name: float(federation[name]) for name in ("bytes_down", "bytes_up", "trained_tokens", "scored_tokens")},
+        "steps": float(federation["steps"]),
+        "steps_per_client": federation["steps"] / len(clients),
+        "seconds": sum(manifest["seconds"].get(stage, 0.0) for stage in ("trained", "personalized")),
+        **{name: float(metrics["method"][name]) for name in ("trained_parameters", "extra_parameters")},
+        **{name: float(each["mean"]) for name, each in metrics["over_clients"].get("generation", {}).items() if each},
+    }
+    return Outcome(clients, costs)
+
+
+def _records(folder: RunFolder, stage: StageName) -> dict[str, Measured]:
+    names = folder.read_manifest()["data"]
+    found = {name: folder.read_evaluation(name, stage) for name in names}
+    return {name: Measured.from_dict(each) for name, each in found.items() if each is not None}
+
+
+def _check_same_inputs(out: Path, folders: Sequence[RunFolder]) -> None:
+    """Refuses runs whose records, model or prompt are not the same."""
+    manifests = [folder.read_manifest() for folder in folders]
+    problems = [
+        f"{folder.path}: its {what} is not that of {folders[0].path}"
+        for folder, manifest in zip(folders, manifests, strict=True)
+        for what in ("data", "model", "prompt")
+        if manifest[what] != manifests[0][what]
+    ]
+    if problems:
+        raise RunFolderError(problems, f"Remove those runs, or give another --out than {out}")

@@ -1,0 +1,259 @@
+"""What several methods' runs over the same test records say of each other.
+
+A record's NLL is averaged over seeds first. Records are then resampled within each client, the same ones for all
+methods, so that two of them are compared record by record; the clients stand as they are. Where clients are resampled
+too, it is said so: that asks what another such federation would show. A record whose likelihood is no number under any
+method or seed is left out for all of them, and counted.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from fedmide.evaluation.choice import choice_accuracy
+from fedmide.evaluation.clients import worse_than_local
+from fedmide.evaluation.intervals import PERCENTILES, paired_bootstrap
+from fedmide.evaluation.measure import Measured
+from fedmide.seeds import stream
+
+FloatArray = npt.NDArray[np.float64]
+Figures = dict[str, Any]
+
+LOWER_IS_BETTER = {"response_nll": True, "choice_accuracy": False}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run: what each client's test records measure under its model, and what the run cost."""
+
+    clients: Mapping[str, Measured]
+    costs: Mapping[str, float]
+
+
+Outcomes = Mapping[str, Mapping[int, Outcome]]
+"""The runs by method and seed."""
+
+
+@dataclass(frozen=True)
+class Values:
+    """One metric: for each method and client the records' values [seeds, records], over the records' counts."""
+
+    values: Mapping[str, Mapping[str, FloatArray]]
+    counts: Mapping[str, FloatArray]
+    num_left_out: int
+
+
+def compare(outcomes: Outcomes, against: Sequence[str], resamples: int, seed: int) -> Figures:
+    """The figures of comparison.json: of each method, and its differences to those that it is held against.
+
+    ValueError where two runs do not measure the same records.
+    """
+    metrics = {"response_nll": _likelihoods(outcomes), "choice_accuracy": _choices(outcomes)}
+    figures: Figures = {name: {} for name in ("methods", "by_seed", "clients", "differences")}
+    figures["num_left_out"] = {}
+    for metric, values in metrics.items():
+        if values.counts:
+            figures["num_left_out"][metric] = values.num_left_out
+            _add_metric(figures, metric, values, against, resamples, seed)
+    _add_worse_than_local(figures, outcomes)
+    for method, runs in outcomes.items():
+        for cost in next(iter(runs.values())).costs:
+            _add_by_seed(figures, method, cost, {seed: run.costs[cost] for seed, run in runs.items()})
+    return figures
+
+
+def _add_metric(
+    figures: Figures, metric: str, values: Values, against: Sequence[str], resamples: int, seed: int
+) -> None:
+    """A metric's mean over clients, worst client and deviation over clients, and the differences of the first two."""
+    drawn = {name: _draws(len(counts), resamples, seed, name) for name, counts in values.counts.items()}
+    others = stream(seed, "bootstrap of clients").integers(len(drawn), size=(resamples, len(drawn)))
+    sampled: dict[str, dict[str, FloatArray]] = {}
+    points: dict[str, dict[str, float]] = {}
+    for method, clients in values.values.items():
+        means = {name: each.mean(axis=0) for name, each in clients.items()}
+        point = {name: float(means[name].sum() / values.counts[name].sum()) for name in drawn}
+        ratios = np.stack([_resampled(means[name], values.counts[name], drawn[name]) for name in drawn], axis=1)
+        worst = list(drawn).index(_worst(point, LOWER_IS_BETTER[metric]))
+        sampled[method] = {
+            metric: ratios.mean(axis=1),
+            f"{metric}_worst": ratios[:, worst],
+            "clients": np.take_along_axis(ratios, others, axis=1).mean(axis=1),
+        }
+        points[method] = {metric: _mean(point.values()), f"{metric}_worst": point[list(drawn)[worst]]}
+        _add_method(figures, method, metric, values, point, points[method], sampled[method])
+    for reference in against:
+        for method in values.values:
+            if reference in points and method != reference:
+                rows = figures["differences"].setdefault(reference, {}).setdefault(method, {})
+                for name, value in points[method].items():
+                    change = sampled[method][name] - sampled[reference][name]
+                    rows[name] = {"difference": value - points[reference][name], **_ends(change)}
+                change = sampled[method]["clients"] - sampled[reference]["clients"]
+                rows[metric] |= {f"{end}_over_clients": value for end, value in _ends(change).items()}
+                pair = values.values[method], values.values[reference]
+                rows[metric]["clients"] = dict(_by_client(*pair, values.counts, resamples, seed))
+
+
+def _add_method(
+    figures: Figures,
+    method: str,
+    metric: str,
+    values: Values,
+    point: Mapping[str, float],
+    points: Mapping[str, float],
+    sampled: Mapping[str, FloatArray],
+) -> None:
+    """A method's rows: intervals are over records, those of the deviation the least and the greatest over seeds."""
+    clients = values.values[method]
+    num_seeds = len(next(iter(clients.values())))
+    by_seed = [
+        {name: float(each[row].sum() / values.counts[name].sum()) for name, each in clients.items()}
+        for row in range(num_seeds)
+    ]
+    seeds = figures["by_seed"].setdefault(method, {})
+    seeds[metric] = [_mean(each.values()) for each in by_seed]
+    seeds[f"{metric}_worst"] = [each[_worst(each, LOWER_IS_BETTER[metric])] for each in by_seed]
+    rows = figures["methods"].setdefault(method, {})
+    for name, value in points.items():
+        rows[name] = {"mean": value, **_ends(sampled[name]), "seeds": num_seeds}
+    deviations = {seed: float(np.std(list(each.values()))) for seed, each in enumerate(by_seed)}
+    _add_by_seed(figures, method, f"{metric}_deviation_over_clients", deviations)
+    figures["clients"].setdefault(method, {})[metric] = dict(point)
+
+
+def _add_by_seed(figures: Figures, method: str, name: str, values: Mapping[int, float]) -> None:
+    """A figure that has no records: its mean, least and greatest over seeds."""
+    given = list(values.values())
+    ends = {"low": min(given), "high": max(given), "seeds": len(given)}
+    figures["methods"].setdefault(method, {})[name] = {"mean": _mean(given), **ends}
+    figures["by_seed"].setdefault(method, {})[name] = given
+
+
+def _add_worse_than_local(figures: Figures, outcomes: Outcomes) -> None:
+    """How many clients, and which, a method leaves worse off than training alone, by their NLL averaged over seeds."""
+    own = figures["clients"].get("local", {}).get("response_nll")
+    if own is None:
+        return
+    figures["worse_than_local"] = {
+        method: list(worse_than_local(each["response_nll"], own, lower_is_better=True))
+        for method, each in figures["clients"].items()
+    }
+    for method, names in figures["worse_than_local"].items():
+        count = float(len(names))
+        row = {"mean": count, "low": count, "high": count, "seeds": len(outcomes[method])}
+        figures["methods"][method]["clients_worse_than_local"] = row
+
+
+def _likelihoods(outcomes: Outcomes) -> Values:
+    """The records' NLL sums over their response tokens."""
+    _check_same_records(outcomes)
+    sums = {
+        method: {
+            name: np.array([run.clients[name].nll_sums for run in runs.values()], np.float64) for name in _names(runs)
+        }
+        for method, runs in outcomes.items()
+    }
+    first = _first(outcomes)
+    counts = {name: np.array(each.num_tokens, np.float64) for name, each in first.clients.items()}
+    return _finite(sums, counts)
+
+
+def _choices(outcomes: Outcomes) -> Values:
+    """The records' credits in the choice by likelihood; 1 for the right one."""
+    values = {
+        method: {
+            name: np.array([_credits(run.clients[name]) for run in runs.values()], np.float64)
+            for name in _names(runs)
+            if all(run.clients[name].choices for each in outcomes.values() for run in each.values())
+        }
+        for method, runs in outcomes.items()
+    }
+    first = next(iter(values.values()))
+    return _finite(values, {name: np.ones(each.shape[1]) for name, each in first.items()})
+
+
+def _credits(measured: Measured) -> list[float]:
+    """A credit for each record; not a number where it has no choice, or its right one no likelihood."""
+    credit = []
+    for sums, lengths in zip(measured.choices, measured.lengths, strict=True):
+        if not sums or not math.isfinite(sums[0]):
+            credit.append(math.nan)
+            continue
+        finite = [each if math.isfinite(each) else math.inf for each in sums]
+        credit.append(float(choice_accuracy([finite], [lengths]).correct[0]))
+    return credit
+
+
+def _finite(values: Mapping[str, Mapping[str, FloatArray]], counts: Mapping[str, FloatArray]) -> Values:
+    """The same without the records that are no number somewhere, and without clients that are left with none."""
+    kept = {
+        name: np.all([np.isfinite(each[name]).all(axis=0) for each in values.values()], axis=0)
+        for name, each in counts.items()
+        if len(each)
+    }
+    left = {name: mask for name, mask in kept.items() if mask.any()}
+    return Values(
+        {method: {name: each[name][:, mask] for name, mask in left.items()} for method, each in values.items()},
+        {name: counts[name][mask] for name, mask in left.items()},
+        sum(int((~mask).sum()) for mask in kept.values()),
+    )
+
+
+def _by_client(
+    method: Mapping[str, FloatArray],
+    reference: Mapping[str, FloatArray],
+    counts: Mapping[str, FloatArray],
+    resamples: int,
+    seed: int,
+) -> Iterator[tuple[str, Figures]]:
+    """Each client's difference with its interval."""
+    for name, tokens in counts.items():
+        means = method[name].mean(axis=0), reference[name].mean(axis=0)
+        interval = paired_bootstrap(*means, tokens, resamples=resamples, seed=seed)
+        yield name, {"difference": interval.value, "low": interval.low, "high": interval.high}
+
+
+def _draws(num_records: int, resamples: int, seed: int, client: str) -> npt.NDArray[np.int64]:
+    """Indices [resamples, records] of a client's own: two clients of one size are not resampled alike."""
+    return stream(seed, "bootstrap", client=client).integers(num_records, size=(resamples, num_records))
+
+
+def _resampled(sums: FloatArray, counts: FloatArray, drawn: npt.NDArray[np.int64]) -> FloatArray:
+    """The ratio of the sums in each resample."""
+    ratios: FloatArray = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    return ratios
+
+
+def _ends(values: FloatArray) -> dict[str, float]:
+    low, high = np.percentile(values, PERCENTILES)
+    return {"low": float(low), "high": float(high)}
+
+
+def _worst(point: Mapping[str, float], lower_is_better: bool) -> str:
+    return max(point, key=lambda name: point[name] if lower_is_better else -point[name])
+
+
+def _mean(values: Any) -> float:
+    given = list(values)
+    return math.fsum(given) / len(given)
+
+
+def _names(runs: Mapping[int, Outcome]) -> list[str]:
+    return list(next(iter(runs.values())).clients)
+
+
+def _first(outcomes: Outcomes) -> Outcome:
+    return next(iter(next(iter(outcomes.values())).values()))
+
+
+def _check_same_records(outcomes: Outcomes) -> None:
+    first = {name: each.record_ids for name, each in _first(outcomes).clients.items()}
+    for method, runs in outcomes.items():
+        for seed, run in runs.items():
+            if {name: each.record_ids for name, each in run.clients.items()} != first:
+                raise ValueError(f"{method}, seed {seed}: its test records are not those of the other runs")

@@ -1,0 +1,99 @@
+"""Public multiple-choice sets under an adapter, scored by likelihood as lm-evaluation-harness does it.
+
+A choice is scored as a continuation of the question's prompt, without a template and without an end of sequence. What
+is too long for the model is cut at the beginning and counted.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import chain
+from typing import Any
+
+from fedmide.config import Config
+from fedmide.evaluation.clients import over_clients
+from fedmide.evaluation.measure import sums_from_json
+from fedmide.evaluation.summary import Figures, StageName, choice_figures
+from fedmide.localmodel import Adapter, LocalModel
+from fedmide.seeds import stream
+from fedmide.sources.questions import FORMS, Question, SetName, fingerprint
+from fedmide.tokens import Encoder
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One adapter's NLL sums of the choices of each question, in nats, the right one first.
+
+    `questions` is the fingerprint of what was asked; `longest`: texts of more tokens were cut, so many of them.
+    """
+
+    questions: str
+    sums: tuple[tuple[float, ...], ...]
+    longest: int
+    num_truncated: int
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "Scored":
+        """What `dataclasses.asdict` made, after a way through JSON."""
+        return cls(values["questions"], sums_from_json(values["sums"]), values["longest"], values["num_truncated"])
+
+
+def draw_questions(questions: Sequence[Question], most: int, seed: int) -> tuple[Question, ...]:
+    """At most so many of the questions, in their order; 0: all. Every adapter and method is asked the same ones."""
+    if not most or len(questions) <= most:
+        return tuple(questions)
+    drawn = stream(seed, "questions").choice(len(questions), size=most, replace=False)
+    return tuple(questions[number] for number in sorted(drawn))
+
+
+def score_questions(
+    model: LocalModel, adapter: Adapter, encode: Encoder, questions: Sequence[Question], longest: int
+) -> Scored:
+    """What the adapter makes of the questions' choices; texts of more than `longest` tokens are cut."""
+    rows = [
+        [encode.continued(question.prompt, f" {choice}", longest) for choice in _right_first(question)]
+        for question in questions
+    ]
+    nlls = iter(model.nll(adapter, list(chain.from_iterable(rows)), "response"))
+    sums = tuple(tuple(next(nlls).sum for _ in row) for row in rows)
+    num_truncated = sum(any(example.truncated for example in row) for row in rows)
+    return Scored(fingerprint(questions), sums, longest, num_truncated)
+
+
+def set_figures(
+    name: SetName, questions: Sequence[Question], scored: Mapping[tuple[StageName, str], Scored], config: Config
+) -> Figures:
+    """The accuracies on a set under each adapter, by its stage and, where it is a client's own, its client."""
+    lengths = [[len(choice) for choice in _right_first(question)] for question in questions]
+    figures = {key: _figures(each, lengths, config) for key, each in scored.items()}
+    clients = {client: each for (stage, client), each in figures.items() if stage == "personalized" and each}
+    return {
+        "protocol": {
+            "prompt": FORMS[name].prompt,
+            "hash": FORMS[name].hash,
+            "questions": fingerprint(questions),
+            "scores": "as lm-evaluation-harness: a choice continues the prompt after a space; accuracy: largest summed "
+            "log-probability; accuracy_norm: divided by characters; equal choices share the credit; texts that are "
+            "longer than the model reads are cut at the beginning",
+            "interval": f"95 %, bootstrap over questions, {config.evaluation.bootstrap} resamples",
+        },
+        **{stage: each for (stage, _), each in figures.items() if stage != "personalized"},
+        **({"personalized": clients, "over_clients": _over(clients)} if clients else {}),
+    }
+
+
+def _figures(scored: Scored, lengths: Sequence[Sequence[int]], config: Config) -> Figures | None:
+    figures = choice_figures(scored.sums, lengths, config)
+    return figures and {**figures, "num_truncated": scored.num_truncated, "longest": scored.longest}
+
+
+def _over(clients: Mapping[str, Figures]) -> Figures:
+    weights = {client: each["num_records"] for client, each in clients.items()}
+    return {
+        metric: asdict(over_clients({c: each[metric] for c, each in clients.items()}, weights, lower_is_better=False))
+        for metric in ("accuracy", "accuracy_norm")
+    }
+
+
+def _right_first(question: Question) -> tuple[str, ...]:
+    others = question.choices[: question.answer] + question.choices[question.answer + 1 :]
+    return (question.choices[question.answer], *others)

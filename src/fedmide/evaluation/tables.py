@@ -1,0 +1,154 @@
+"""A comparison as tables for people: Markdown, and a page of HTML that needs nothing else."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+import numpy as np
+
+from fedmide.evaluation.summary import TEXT_METRICS
+
+Figures = Mapping[str, Any]
+
+STYLE = (
+    "body{font:15px/1.4 sans-serif;margin:2em;color:#222}table{border-collapse:collapse;margin:.6em 0 .4em}"
+    "th,td{padding:.25em .7em;border-bottom:1px solid #ddd;text-align:right;white-space:nowrap}"
+    "th:first-child,td:first-child{text-align:left}p{max-width:60em}"
+)
+
+
+@dataclass(frozen=True)
+class Sheet:
+    """A table with its title and a note of what it shows."""
+
+    title: str
+    header: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    note: str
+
+
+def sheets(figures: Figures) -> tuple[Sheet, ...]:
+    """The tables of a comparison: likelihood, differences, other measures, cost."""
+    tables = [_likelihoods(figures), *(_differences(figures, each) for each in figures["differences"])]
+    texts = [_texts(figures)] if any("rouge_l" in each for each in figures["methods"].values()) else []
+    return (*tables, *texts, _costs(figures))
+
+
+def to_markdown(tables: Sequence[Sheet]) -> str:
+    """The tables as Markdown."""
+    return "\n".join(f"## {each.title}\n\n{_markdown_rows(each)}\n\n{each.note}\n" for each in tables)
+
+
+def to_html(tables: Sequence[Sheet], more: str = "") -> str:
+    """A whole page: the tables, then `more` as it is."""
+    body = "".join(f"<h2>{escape(each.title)}</h2>{_html_rows(each)}<p>{escape(each.note)}</p>\n" for each in tables)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>fedmide: comparison</title>'
+        f"<style>{STYLE}</style></head><body>\n{body}{more}</body></html>\n"
+    )
+
+
+def _likelihoods(figures: Figures) -> Sheet:
+    header = ["method", "rate", "mean", "worst client", "sd clients", "sd seeds", "worse than local"]
+    has_choice = any("choice_accuracy" in each for each in figures["methods"].values())
+    rows = []
+    for name, each in figures["methods"].items():
+        rate = figures["learning_rates"].get(name)
+        row = [
+            name,
+            f"{rate['rate']:g}" if rate else "",
+            _interval(each["response_nll"]),
+            _interval(each["response_nll_worst"]),
+            f"{each['response_nll_deviation_over_clients']['mean']:.3f}",
+            _over_seeds(figures["by_seed"][name]["response_nll"]),
+            ", ".join(figures["worse_than_local"][name]) or "none" if "worse_than_local" in figures else "",
+        ]
+        rows.append((*row, _interval(each["choice_accuracy"])) if has_choice else tuple(row))
+    seeds = ", ".join(map(str, figures["protocol"]["seeds"]))
+    note = (
+        "Nats per response token of the clients' test records, lower is better; in brackets 95 % intervals over "
+        f"records. Seeds {seeds}; the records are the same for all. Worse than local: the clients that training alone "
+        "serves better."
+    )
+    return Sheet("Response NLL", (*header, "choice accuracy")[: len(header) + has_choice], tuple(rows), note)
+
+
+def _differences(figures: Figures, reference: str) -> Sheet:
+    rows = []
+    for name, each in figures["differences"][reference].items():
+        nll = each["response_nll"]
+        clients = nll["clients"].values()
+        rows.append(
+            (
+                name,
+                _change(nll),
+                f"[{nll['low_over_clients']:+.4f}, {nll['high_over_clients']:+.4f}]",
+                _change(each["response_nll_worst"]),
+                str(sum(one["high"] < 0 for one in clients)),
+                str(sum(one["low"] > 0 for one in clients)),
+            )
+        )
+    header = ("method", "mean", "clients resampled too", "worst client", "clients better", "clients worse")
+    note = (
+        f"Response NLL minus that of {reference} on the same records: below 0 is better than {reference}. In brackets "
+        "95 % intervals of the paired bootstrap. Clients better or worse: those whose own interval excludes 0."
+    )
+    return Sheet(f"Difference to {reference}", header, tuple(rows), note)
+
+
+def _texts(figures: Figures) -> Sheet:
+    methods = {name: each for name, each in figures["methods"].items() if "rouge_l" in each}
+    rows = tuple((name, *(f"{each[key]['mean']:.3f}" for key in TEXT_METRICS)) for name, each in methods.items())
+    note = "Of the generated responses, mean over clients and seeds; higher is better."
+    return Sheet("Generated responses", ("method", *TEXT_METRICS), rows, note)
+
+
+COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
+    ("steps_per_client", "steps a client", lambda value: f"{value:.4g}"),
+    ("steps", "steps in all", lambda value: f"{value:,.0f}"),
+    ("trained_tokens", "tokens trained", lambda value: f"{value:,.0f}"),
+    ("scored_tokens", "tokens scored", lambda value: f"{value:,.0f}"),
+    ("bytes_up", "MB up", lambda value: f"{value / 1e6:,.1f}"),
+    ("bytes_down", "MB down", lambda value: f"{value / 1e6:,.1f}"),
+    ("seconds", "seconds", lambda value: f"{value:,.0f}"),
+    ("trained_parameters", "parameters trained", lambda value: f"{value:,.0f}"),
+    ("extra_parameters", "extra at inference", lambda value: f"{value:,.0f}"),
+)
+
+
+def _costs(figures: Figures) -> Sheet:
+    methods = {name: each for name, each in figures["methods"].items() if "steps" in each}
+    shown = [cost for cost in COSTS if all(cost[0] in each for each in methods.values())]
+    rows = tuple((name, *(as_text(each[key]["mean"]) for key, _, as_text in shown)) for name, each in methods.items())
+    budget = figures["protocol"]["budget"]
+    note = (
+        f"Means over seeds. Every method's budget is {budget['rounds']} rounds of {budget['steps_per_round']} steps of "
+        f"the optimiser, {budget['steps_per_client']} a client, fewer for one without a shared record. "
+        "Seconds of training and scoring, evaluation left out."
+    )
+    return Sheet("Cost", ("method", *(title for _, title, _ in shown)), rows, note)
+
+
+def _interval(row: Figures) -> str:
+    return f"{row['mean']:.4f} [{row['low']:.3f}, {row['high']:.3f}]"
+
+
+def _change(row: Figures) -> str:
+    return f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+
+
+def _over_seeds(values: Sequence[float]) -> str:
+    """The sample's standard deviation; nothing for one seed."""
+    return f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
+
+
+def _markdown_rows(table: Sheet) -> str:
+    lines = [table.header, ("---", *("---:" for _ in table.header[1:])), *table.rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+
+
+def _html_rows(table: Sheet) -> str:
+    head = "".join(f"<th>{escape(cell)}</th>" for cell in table.header)
+    rows = ("".join(f"<td>{escape(cell)}</td>" for cell in row) for row in table.rows)
+    return f"<table><tr>{head}</tr>{''.join(f'<tr>{row}</tr>' for row in rows)}</table>"

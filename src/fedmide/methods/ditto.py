@@ -1,0 +1,34 @@
+"""Ditto: beside the common adapter each client trains a personal one that is pulled to it.
+
+    client: theta_k from theta^t as fedavg;  v_k from where it stood, with lambda / 2 norm(v_k - theta^t)^2 in the loss
+    server: fedavg on theta
+
+Li et al. 2021, arXiv:2012.04221, Algorithm 1. v_k begins at the first received adapter.
+"""
+
+from fedmide.localmodel import Adapter, LocalModel, Terms
+from fedmide.methods.method import Method, Trained, Visit, learn, two_adapters
+
+
+def _local(visit: Visit, model: LocalModel) -> Trained:
+    common = learn(visit, model, visit.received)
+    own = visit.config.ditto
+    terms = Terms(own.lam, visit.received)
+    personal = learn(visit, model, _own(visit, model), terms, "personal training", epochs=own.epochs)
+    return Trained(common.adapter, common, personal.adapter, personal)
+
+
+def _own(visit: Visit, model: LocalModel) -> Adapter:
+    return visit.memory or visit.received
+
+
+DITTO = Method(
+    "ditto",
+    "fedavg, and beside it a personal adapter that is pulled to the common one: twice the steps",
+    "Li et al. 2021, arXiv:2012.04221",
+    local=_local,
+    trainings=2,
+    remembers=True,
+    own=_own,
+    sizes=two_adapters,
+)

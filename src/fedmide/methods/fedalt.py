@@ -1,0 +1,92 @@
+"""FedALT: the client's own adapter goes on from where it stood, beside a frozen one of the rest of the world.
+
+    client: trains its own A, B and a router per layer; output g_1 own(x) + g_2 world(x), g = softmax(router x) by token
+    server: world_k = mean of the own adapters of all other clients; routers stay on the sites
+
+Bian et al. 2026, arXiv:2503.11880. Routers begin at zero, so both count half. The server keeps each client's latest
+adapter,
+so a client that sits out still counts for the others. Before anyone else has answered the world is nothing.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from fedmide.adapters import ROUTER, A, layers, prefixed, stacked, under, unstacked
+from fedmide.aggregation import weighted_mean
+from fedmide.config import Config
+from fedmide.localmodel import Adapter, LocalModel, Terms
+from fedmide.methods.feddpa import own_share
+from fedmide.methods.method import Answer, Common, Method, Sizes, Trained, Visit, learn, num_values
+
+
+def _local(visit: Visit, model: LocalModel) -> Trained:
+    own, _, _ = _parts(visit, model)
+    work = learn(visit, model, _routed(visit, model), Terms(share=own_share(own, 1.0)))
+    trained = unstacked(work.adapter, own)[0]
+    routers = {name: array for name, array in work.adapter.items() if name.endswith(ROUTER)}
+    return Trained(trained, work, {**prefixed("own", trained), **prefixed("router", routers)})
+
+
+def _routed(visit: Visit, model: LocalModel) -> Adapter:
+    """Both adapters as one of both ranks, and the routers."""
+    own, world, routers = _parts(visit, model)
+    return {**stacked(own, world), **routers}
+
+
+def _parts(visit: Visit, model: LocalModel) -> tuple[Adapter, Adapter, Adapter]:
+    """The own adapter, that of the rest of the world, and the routers."""
+    fresh = model.fresh(visit.config.seed)
+    own = under("own", visit.memory) or fresh
+    world = visit.received or {name: np.zeros_like(array) for name, array in fresh.items()}
+    zeros = {layer + ROUTER: np.zeros((2, fresh[layer + A].shape[1]), np.float32) for layer in layers(fresh)}
+    return own, world, under("router", visit.memory) or zeros
+
+
+def _down(common: Common, client: str, config: Config) -> Adapter:
+    return _mean(common.memory, [other for other in common.clients if other != client])
+
+
+def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+    latest = {
+        name: array for answer in answers for name, array in prefixed(_name(answer.client), answer.arrays).items()
+    }
+    if not latest:
+        return None
+    memory = {**common.memory, **latest}
+    return replace(common, adapter=_mean(memory, common.clients), memory=memory)
+
+
+def _mean(memory: Adapter, clients: Sequence[str]) -> Adapter:
+    """The mean of these clients' latest adapters; nothing where none has answered yet."""
+    present = [adapter for client in clients if (adapter := under(_name(client), memory))]
+    return weighted_mean((adapter, 1) for adapter in present) or {}
+
+
+def _name(client: str) -> str:
+    return f"client {client}"
+
+
+def _routed_sizes(adapter: Adapter) -> Sizes:
+    """The own adapter and the routers train; a weight for each token can't be merged."""
+    size, routers = num_values(adapter), sum(2 * adapter[layer + A].shape[1] for layer in layers(adapter))
+    return Sizes(size + routers, 2 * size + routers)
+
+
+def _both_ranks(config: Config) -> int:
+    return 2 * config.lora.r
+
+
+FEDALT = Method(
+    "fedalt",
+    "an own adapter beside one of the rest of the world, mixed per token by a router that is trained",
+    "Bian et al. 2026, arXiv:2503.11880",
+    local=_local,
+    remembers=True,
+    own=_routed,
+    down=_down,
+    combine=_combine,
+    sizes=_routed_sizes,
+    rank=_both_ranks,
+)

@@ -1,0 +1,78 @@
+"""FlexLoRA: clients of different ranks; the server cuts the mean of their products to each one's rank.
+
+    server: M = sum p_k B_k A_k;  M = U S V^T;  client k gets B = U S, A = V^T, cut to its r_k largest singular values
+
+Bai et al. 2024, arXiv:2402.11505. M is never formed: with Q_B R_B and Q_A R_A of the stacked factors, the singular
+values of M are those of the small R_B R_A^T (as HLoRA does). The scale alpha / r is the same for every
+rank, so that an adapter means the same after it has been cut.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmide.adapters import Shapes, factors, layers, shapes
+from fedmide.config import Config
+from fedmide.localmodel import Adapter
+from fedmide.methods.method import Answer, Common, Method
+from fedmide.methods.stacking import stacked
+
+
+def rank_of(client: str, clients: tuple[str, ...], config: Config) -> int:
+    """A client's rank: the ranks of the configuration are dealt out in the clients' order, again and again."""
+    ranks = config.flexlora.ranks or [config.lora.r]
+    return ranks[clients.index(client) % len(ranks)]
+
+
+def highest_rank(config: Config) -> int:
+    """The rank of the common adapter."""
+    return max(config.flexlora.ranks or [config.lora.r])
+
+
+def cut(adapter: Adapter, rank: int) -> Adapter:
+    """The adapter's first ranks, which are those of its largest singular values."""
+    return {name: array[:rank] if ".lora_A." in name else array[:, :rank] for name, array in adapter.items()}
+
+
+def decomposed(stack: Adapter, rank: int) -> Adapter:
+    """The nearest adapter of this rank to a stack: B = U S, A = V^T; zeros where the product has fewer ranks."""
+    result: dict[str, NDArray[np.float32]] = {}
+    for layer in layers(stack):
+        a, b = (each.astype(np.float64) for each in factors(stack, layer))
+        q_a, r_a = np.linalg.qr(a.T)  # (in, m), (m, sum r)
+        q_b, r_b = np.linalg.qr(b)  # (out, n), (n, sum r)
+        u, s, vt = np.linalg.svd(r_b @ r_a.T, full_matrices=False)
+        size = min(rank, len(s))
+        right, left = np.zeros((rank, a.shape[1])), np.zeros((b.shape[0], rank))
+        right[:size], left[:, :size] = vt[:size] @ q_a.T, (q_b @ u[:, :size]) * s[:size]
+        result[f"{layer}.lora_A.weight"] = right.astype(np.float32)
+        result[f"{layer}.lora_B.weight"] = left.astype(np.float32)
+    return result
+
+
+def _down(common: Common, client: str, config: Config) -> Adapter:
+    return cut(common.adapter, rank_of(client, common.clients, config))
+
+
+def _up(common: Common, client: str, config: Config) -> Shapes:
+    return shapes(_down(common, client, config))
+
+
+def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+    given = list(answers)
+    if not given:
+        return None
+    return replace(common, adapter=decomposed(stacked(given), highest_rank(config)))
+
+
+FLEXLORA = Method(
+    "flexlora",
+    "each client has its own rank; the mean of the products is cut to it by singular values",
+    "Bai et al. 2024, arXiv:2402.11505",
+    rank=highest_rank,
+    down=_down,
+    up=_up,
+    combine=_combine,
+)

@@ -1,0 +1,75 @@
+"""SCAFFOLD: control variates take out of each client's gradient what is special about its records.
+
+    client: SGD with theta <- theta - lr (g - c_k + c), from theta^t
+            c_k' = c_k - c + (theta^t - theta_k) / sum of the steps' rates
+    server: theta <- theta + server_rate (sum p_k theta_k - theta);  c <- c + 1 / N sum (c_k' - c_k)
+
+Karimireddy et al. 2020, arXiv:1910.06378, Algorithm 1, option II. N counts all clients. Only SGD makes the change of
+theta a sum of gradients, so AdamW is not offered. Gradients are clipped before they are corrected: so c_k' is the mean
+of what the client's steps were made of.
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+import numpy as np
+
+from fedmide.adapters import Shapes, prefixed, shapes, under
+from fedmide.aggregation import weighted_mean
+from fedmide.config import Config
+from fedmide.localmodel import Adapter, LocalModel, Terms, rate_at
+from fedmide.methods.method import Answer, Common, Method, Trained, Visit, learn
+
+
+def _local(visit: Visit, model: LocalModel) -> Trained:
+    start, c = under("adapter", visit.received), under("control", visit.received)
+    c_k = visit.memory or {name: np.zeros_like(array) for name, array in start.items()}
+    push = {name: c[name] - c_k[name] for name in c}
+    rate = visit.config.scaffold.learning_rate
+    work = learn(visit, model, start, Terms(push=push, optimizer="sgd"), learning_rate=rate)
+    settings = visit.config.training.model_copy(update={"learning_rate": rate})
+    rates = sum(rate_at(step, work.steps, settings) for step in range(work.steps))
+    after = {name: (start[name] - work.adapter[name]) / np.float32(rates) - push[name] for name in c}
+    change = {name: after[name] - c_k[name] for name in c}
+    return Trained({**prefixed("adapter", work.adapter), **prefixed("control", change)}, work, after)
+
+
+def _down(common: Common, client: str, config: Config) -> Adapter:
+    return {**prefixed("adapter", common.adapter), **prefixed("control", _control(common))}
+
+
+def _up(common: Common, client: str, config: Config) -> Shapes:
+    return shapes(_down(common, client, config))
+
+
+def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+    given = list(answers)
+    mean = weighted_mean((under("adapter", answer.arrays), answer.num_records) for answer in given)
+    change = weighted_mean((under("control", answer.arrays), 1) for answer in given)
+    if mean is None or change is None:
+        return None
+    part, rate = np.float32(len(given) / len(common.clients)), np.float32(config.scaffold.server_rate)
+    control = {name: array + part * change[name] for name, array in _control(common).items()}
+    adapter = {name: array + rate * (mean[name] - array) for name, array in common.adapter.items()}
+    return replace(common, adapter=adapter, memory=control)
+
+
+def _control(common: Common) -> Adapter:
+    return common.memory or {name: np.zeros_like(array) for name, array in common.adapter.items()}
+
+
+def _own(visit: Visit, model: LocalModel) -> Adapter:
+    return under("adapter", visit.received)
+
+
+SCAFFOLD = Method(
+    "scaffold",
+    "fedavg by SGD, with control variates against client drift: twice the traffic",
+    "Karimireddy et al. 2020, arXiv:1910.06378",
+    local=_local,
+    remembers=True,
+    own=_own,
+    down=_down,
+    up=_up,
+    combine=_combine,
+)

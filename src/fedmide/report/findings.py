@@ -1,0 +1,175 @@
+"""What the figures come to, in sentences: the headline, the numbers beside it, and what to mind before trust."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fedmide.evaluation.intervals import Interval
+from fedmide.report.facts import RunFacts
+from fedmide.report.figure import megabytes, number, ranged, seconds
+
+FEW_RECORDS = 50
+"""Fewer test records a client than this give wide intervals."""
+
+FOLLOWS_LENGTH = 0.5
+
+
+@dataclass(frozen=True)
+class Number:
+    """A figure for the top of the page."""
+
+    value: str
+    label: str
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Headline:
+    """The answer to "did it help?": a sentence, and further ones that qualify it."""
+
+    answer: str
+    details: tuple[str, ...]
+
+
+def headline(facts: RunFacts) -> Headline:
+    """Whether personalisation helped, whom and by how much, as far as the run says."""
+    gains = {each.client: each.gain for each in facts.outcomes if each.gain}
+    if not facts.outcomes:
+        status = facts.manifest["status"]
+        return Headline(f"This run is not evaluated yet (it is {status}), so nobody knows whether it helped.", ())
+    if not gains or facts.mean_gain is None:
+        return Headline("The run was evaluated without personalised adapters to compare.", tuple(_learned(facts)))
+    helped, hurt = (_clear(gains, sign) for sign in (1, -1))
+    lower = sum(gain.value > 0 for gain in gains.values())
+    mean = facts.mean_gain
+    return Headline(
+        _answer(mean),
+        (
+            f"On average the NLL of a client's test responses {'falls' if mean.value >= 0 else 'rises'} by "
+            f"{abs(mean.value):.3f} nats per token (95 % interval of the change {_change(mean)}): perplexity times "
+            f"{math.exp(-mean.value):.2f}.",
+            f"It is lower for {lower} of {_clients(len(gains))}. By the clients' own intervals it is clearly lower for "
+            f"{_named(helped)} and clearly higher for {_named(hurt)}; for the others the test records are too few.",
+            *_learned(facts),
+        ),
+    )
+
+
+def numbers(facts: RunFacts) -> tuple[Number, ...]:
+    """The figures that a visitor should see first."""
+    return tuple(_numbers(facts))
+
+
+def cautions(facts: RunFacts) -> tuple[str, ...]:
+    """What went wrong, and what a reader should know before trusting the figures."""
+    return (*_troubles(facts), *_limits(facts))
+
+
+def _numbers(facts: RunFacts) -> Iterator[Number]:
+    gains = [each.gain for each in facts.outcomes if each.gain]
+    if facts.mean_gain is not None:
+        yield Number(
+            number(facts.mean_gain.value, signed=True),
+            "nats per token gained by personalising",
+            _ends(facts.mean_gain),
+        )
+        lower = sum(gain.value > 0 for gain in gains)
+        yield Number(f"{lower} of {len(gains)}", "clients better with their own adapter", "by their test records")
+    judged = [each.sets for each in facts.outcomes if each.sets.get("shared_at_split") is not None]
+    if judged:
+        split, end = (sum(sets[name] for sets in judged) for name in ("shared_at_split", "shared"))
+        total = sum(sets["shared"] + sets["personal"] for sets in judged)
+        yield Number(f"{split} → {end}", f"of {total} training records shared", "at the split → at the end")
+    if facts.turns:
+        traffic = sum(turn.bytes_up + turn.bytes_down for turn in facts.turns)
+        yield Number(megabytes(traffic), "sent, both ways", f"{len(facts.clients)} clients, {len(facts.titles)} rounds")
+    if facts.manifest["seconds"]:
+        spent = sum(facts.manifest["seconds"].values())
+        yield Number(seconds(spent), "of work", f"at most {facts.manifest['peak_memory_mb']:,} MB of memory")
+
+
+def _answer(mean: Interval) -> str:
+    if mean.low > 0:
+        return "Personalisation helped."
+    if mean.high < 0:
+        return "Personalisation hurt: the aggregated adapter was better."
+    return "These test records can't tell whether personalisation helped."
+
+
+def _learned(facts: RunFacts) -> Iterator[str]:
+    """What the common training brought against the base model."""
+    learned = [each.learned for each in facts.outcomes if each.learned]
+    if learned:
+        lower = sum(each.value > 0 for each in learned)
+        mean = sum(each.value for each in learned) / len(learned)
+        change = "lowered" if mean >= 0 else "raised"
+        yield (
+            f"Before that, the common training had {change} it by {abs(mean):.3f} on average against the base "
+            f"model; it is lower for {lower} of {_clients(len(learned))}."
+        )
+
+
+def _troubles(facts: RunFacts) -> Iterator[str]:
+    """What went wrong in this run."""
+    for turn in facts.turns:
+        if turn.refused:
+            yield f"{turn.title}: the reply of client {turn.client} did not count: {turn.refused}."
+    empty = facts.metrics.get("federation", {}).get("rounds_without_aggregate", 0)
+    if empty:
+        yield f"In {empty} rounds nobody's adapter counted; the aggregated one stayed as it was."
+    unparted = sorted({turn.client for turn in facts.rounds if turn.warnings})
+    if unparted:
+        yield f"No threshold could part the records of {', '.join(unparted)}: all of them are shared."
+    odd = {each.client: each.sets["not_finite"] for each in facts.outcomes if each.sets.get("not_finite")}
+    if odd:
+        yield f"Records whose score was no number (they stay personal): {_counts(odd)}."
+    cut = {name: each["truncated"] for name, each in facts.manifest["data"].items() if each.get("truncated")}
+    if cut:
+        yield f"Records that were cut at {facts.config.model.cutoff} tokens: {_counts(cut)}."
+    if str(facts.manifest.get("commit") or "").endswith("-dirty"):
+        yield "The code was changed after its commit, so the commit does not say what ran."
+
+
+def _limits(facts: RunFacts) -> Iterator[str]:
+    """What the figures can't say."""
+    follows = {
+        each.client: each.sets["spearman_score_tokens"]
+        for each in facts.outcomes
+        if abs(each.sets.get("spearman_score_tokens") or 0) >= FOLLOWS_LENGTH
+    }
+    if follows:
+        told = ", ".join(f"{client} {number(value, 2, signed=True)}" for client, value in follows.items())
+        yield f"The score follows the records' length (rank correlation {told}): the split may go by that, not content."
+    few = [each.num_records for each in facts.outcomes if each.num_records < FEW_RECORDS]
+    if few:
+        yield f"{_clients(len(few))} have under {FEW_RECORDS} test records (at least {min(few)}): intervals are wide."
+    if facts.outcomes:
+        yield (
+            f"Intervals are over the test records of this one run with seed {facts.config.seed}; "
+            "another seed may give other figures."
+        )
+
+
+def _clear(gains: dict[str, Interval], sign: int) -> list[str]:
+    """The clients whose interval lies on one side of 0."""
+    return [name for name, gain in gains.items() if min(sign * gain.low, sign * gain.high) > 0]
+
+
+def _named(names: list[str]) -> str:
+    return "none" if not names else f"{len(names)} ({', '.join(names[:12])}{', …' if len(names) > 12 else ''})"
+
+
+def _clients(count: int) -> str:
+    return f"{count} client{'' if count == 1 else 's'}"
+
+
+def _counts(counts: dict[str, int]) -> str:
+    return ", ".join(f"{client} {count}" for client, count in counts.items())
+
+
+def _change(gain: Interval) -> str:
+    return f"{number(-gain.high, signed=True)} to {number(-gain.low, signed=True)}"
+
+
+def _ends(interval: Interval) -> str:
+    return f"95 % interval {ranged(interval, signed=True).partition(' ')[2]}"

@@ -1,0 +1,181 @@
+"""Figures of the scores: where they lie, what the threshold parts, and whether they follow the records' length.
+
+Only counts in bins are drawn, never a record's own score.
+"""
+
+import math
+
+from fedmide.report.facts import RunFacts
+from fedmide.report.figure import Data, Figure, Plot, Row, axis, bars, number, score_axis, table
+from fedmide.report.scores import NUM_LEVELS, Histogram, ScoreRound, edges, grid, histogram
+
+MAX_CLIENTS = 40
+"""So many small plots at most; the tables have every client."""
+
+
+def histogram_figure(facts: RunFacts) -> Figure | None:
+    """Each client's scores in each round of verdicts, with the threshold."""
+    if not facts.scores:
+        return None
+    bins = edges(facts.scores)
+    titles = _titles(facts)
+    counts = {(client, each.title): histogram(each, bins) for client, rounds in facts.scores.items() for each in rounds}
+    plots = []
+    for client, rounds in list(facts.scores.items())[:MAX_CLIENTS]:
+        data = [trace for each in rounds for trace in _histogram(each, counts[client, each.title])]
+        layout = {
+            "xaxis": score_axis(bins[0], bins[-1]),
+            "yaxis": axis("records"),
+            "barmode": "stack",
+            "bargap": 0.05,
+            "height": 250,
+            "showlegend": False,
+        }
+        plots.append(Plot(data, layout, client, client))
+    rows = [
+        _histogram_row(client, each, counts[client, each.title])
+        for client, rounds in facts.scores.items()
+        for each in rounds
+    ]
+    return Figure(
+        "scores",
+        "The scores and the threshold",
+        "Score: perplexity under the aggregated adapter over that under the client's own; above 1 the own model "
+        "explains the record better. Left of the dashed threshold a record becomes shared (blue), right of it it stays "
+        "personal (orange). At the split each client has its own threshold, later all have the same; then only records "
+        f"that were still personal are scored. The outermost bars hold all that lies beyond.{_only(facts)}",
+        tuple(plots),
+        table(
+            ("client", "round", "scored", "below threshold", "threshold", "not a number", "counts by score"),
+            rows,
+        ),
+        titles,
+        "Round",
+    )
+
+
+def length_figure(facts: RunFacts) -> Figure | None:
+    """Score against length at the split."""
+    splits = {client: rounds[0] for client, rounds in facts.scores.items() if len(rounds[0].logs)}
+    if not splits:
+        return None
+    bins = edges({client: (each,) for client, each in splits.items()}, NUM_LEVELS)
+    cells = {client: grid(each, bins) for client, each in splits.items()}
+    most = max((cell.shared + cell.personal for rows in cells.values() for cell in rows), default=1)
+    plots = []
+    for client, rows in list(cells.items())[:MAX_CLIENTS]:
+        data: Data = {
+            "type": "scatter",
+            "mode": "markers",
+            "x": [(cell.shortest + cell.longest) / 2 for cell in rows],
+            "y": [(cell.low + cell.high) / 2 for cell in rows],
+            "marker": {
+                "size": [6 + 22 * math.sqrt((cell.shared + cell.personal) / most) for cell in rows],
+                "color": ["--shared" if cell.shared >= cell.personal else "--personal" for cell in rows],
+                "opacity": 0.85,
+                "line": {"width": 0},
+            },
+            "text": [_cell_text(cell.shortest, cell.longest, cell.shared, cell.personal) for cell in rows],
+            "hovertemplate": "%{text}<extra></extra>",
+            "meta": {},
+        }
+        layout = {
+            "xaxis": axis("scored tokens", rangemode="tozero"),
+            "yaxis": score_axis(bins[0] - 0.06 * (bins[-1] - bins[0]), bins[-1] + 0.06 * (bins[-1] - bins[0])),
+            "height": 250,
+            "showlegend": False,
+        }
+        spearman = splits[client].spearman
+        plots.append(Plot([data], layout, f"{client} (ρ = {number(spearman, 2)})", client))
+    rows_of_table = [
+        Row(
+            (
+                client,
+                f"{cell.shortest}–{cell.longest}",
+                f"{math.exp(cell.low):.2f}–{math.exp(cell.high):.2f}",
+                str(cell.shared),
+                str(cell.personal),
+            ),
+            client,
+        )
+        for client, rows in cells.items()
+        for cell in rows
+    ]
+    return Figure(
+        "length",
+        "Does the score only measure length?",
+        "Records at the split by length and score; a dot's area is their number, blue where most became shared, orange "
+        "where most stayed personal. A rank correlation ρ far from 0 says that the split goes by length as much as by "
+        f"content.{_only(facts)}",
+        tuple(plots),
+        table(("client", "tokens", "score", "shared", "personal"), rows_of_table),
+    )
+
+
+def _histogram(each: ScoreRound, counts: Histogram) -> list[Data]:
+    """The bars of one round, and its threshold as a line."""
+    places = [(low + high) / 2 for low, high in zip(counts.edges, counts.edges[1:], strict=False)]
+    names = [
+        f"{math.exp(low):.3g} to {math.exp(high):.3g}"
+        for low, high in zip(counts.edges, counts.edges[1:], strict=False)
+    ]
+    traces = [
+        {
+            **bars(places, values, name, color, "records"),
+            "customdata": names,
+            "hovertemplate": "score %{customdata}: %{y} records<extra>" + name + "</extra>",
+            "meta": {"choice": each.title},
+        }
+        for name, color, values in (
+            ("shared", "--shared", counts.shared),
+            ("personal", "--personal", counts.personal),
+        )
+    ]
+    if each.threshold is not None and each.threshold > 0:
+        # rounded: a threshold can be a record's own score
+        place = round(min(max(math.log(each.threshold), counts.edges[0]), counts.edges[-1]), 3)
+        top = max((a + b for a, b in zip(counts.shared, counts.personal, strict=True)), default=1)
+        traces.append(
+            {
+                "type": "scatter",
+                "mode": "lines",
+                "name": "threshold",
+                "x": [place, place],
+                "y": [0, max(1, top) * 1.05],
+                "line": {"color": "--ink", "width": 2, "dash": "dash"},
+                "hovertemplate": f"threshold {each.threshold:.3f}<extra></extra>",
+                "meta": {"choice": each.title},
+            }
+        )
+    return traces
+
+
+def _histogram_row(client: str, each: ScoreRound, counts: Histogram) -> Row:
+    bins = zip(counts.edges, counts.edges[1:], counts.shared, counts.personal, strict=False)
+    told = "; ".join(
+        f"{math.exp(low):.2f}–{math.exp(high):.2f}: {shared + personal}"
+        for low, high, shared, personal in bins
+        if shared + personal
+    )
+    below = f"{int(each.is_shared.sum())}"
+    cells = (client, _name(each), str(len(each.logs)), below, number(each.threshold), str(each.num_not_finite), told)
+    return Row(cells, client)
+
+
+def _name(each: ScoreRound) -> str:
+    return f"{each.title} (split)" if each.is_split else each.title
+
+
+def _titles(facts: RunFacts) -> tuple[str, ...]:
+    """The rounds in which anyone was judged, in order."""
+    judged = {each.title for rounds in facts.scores.values() for each in rounds}
+    return tuple(title for title in facts.titles if title in judged)
+
+
+def _cell_text(shortest: int, longest: int, shared: int, personal: int) -> str:
+    return f"{shortest} to {longest} tokens: {shared} shared, {personal} personal"
+
+
+def _only(facts: RunFacts) -> str:
+    shown = min(len(facts.scores), MAX_CLIENTS)
+    return "" if shown == len(facts.scores) else f" Drawn are the first {shown} clients; the table has all."

@@ -1,0 +1,73 @@
+"""What a run was: its configuration, versions, fingerprints and protocol, as tables."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from fedmide.config import Config, knobs
+from fedmide.report.facts import RunFacts
+from fedmide.report.figure import Row, Table, table
+
+
+def provenance_table(facts: RunFacts) -> Table:
+    """Versions, seed, machine and fingerprints."""
+    manifest = facts.manifest
+    model = manifest["model"]
+    rows = {
+        "status": manifest["status"],
+        "started": manifest["started"],
+        "last stage ended": manifest.get("updated", "–"),
+        "fedmide": f"{manifest['fedmide']}, commit {manifest.get('commit') or 'unknown'}",
+        "seed": str(manifest["seed"]),
+        "base model": f"{model['name']}, {model['dtype']}, fingerprint {model['fingerprint']}",
+        "prompt's hash": str(manifest["prompt"]),
+        "configuration's fingerprint": str(manifest["config"]),
+        "machine": f"{manifest['platform']}, {manifest['device']}, {manifest['threads']} threads",
+        "Python": manifest["python"],
+        "libraries": ", ".join(f"{name} {version}" for name, version in manifest["versions"].items()),
+        "peak memory": f"{manifest['peak_memory_mb']:,} MB",
+    }
+    return table(("what", "value"), [Row((name, value)) for name, value in rows.items()])
+
+
+def data_table(facts: RunFacts) -> Table:
+    """Each client's records by part, and their fingerprint."""
+    parts = ("training", "validation", "test", "truncated", "fingerprint")
+    rows = [
+        Row((name, *(str(each.get(part, "–")) for part in parts)), name)
+        for name, each in facts.manifest["data"].items()
+    ]
+    return table(("client", "training", "validation", "test", "cut at the end", "fingerprint"), rows)
+
+
+def config_table(facts: RunFacts) -> Table:
+    """Every knob, the published method's value where it differs, and what the knob means."""
+    own, published = (dict(flat(config.model_dump())) for config in (facts.config, Config()))
+    rows = []
+    for name, meaning in knobs():
+        differs = own[name] != published[name]
+        rows.append(Row((name, shown(own[name]), shown(published[name]) if differs else "", meaning)))
+    return table(("knob", "value", "default, if another", "meaning"), rows)
+
+
+def protocol_table(facts: RunFacts) -> Table:
+    """How the figures were measured."""
+    return table(
+        ("figure", "protocol"),
+        [Row((name, shown(value))) for name, value in flat(facts.metrics.get("protocol", {}))],
+    )
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested sections by their dotted names."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def shown(value: object) -> str:
+    """A knob's value as people read it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return '""' if value == "" else str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,163 @@
+"""Facts into one self-contained page: no network, no other file, whole or not there."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from fedmide import __version__
+from fedmide.atomic import without_nan, write_file
+from fedmide.errors import UsageError
+from fedmide.journal import RunFolder
+from fedmide.report import compared, findings, flow, outcome, score_figures, settings
+from fedmide.report.facts import RunFacts, read
+from fedmide.report.figure import Figure, Table
+from fedmide.report.records import Passage, passages
+
+OUTCOME = (outcome.gain_figure, outcome.nll_figure)
+ROUNDS = (flow.enrollment_figure, flow.shared_part_figure, flow.loss_figure, flow.convergence_figure)
+SCORES = (score_figures.histogram_figure, score_figures.length_figure)
+COST = (flow.cost_figure,)
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page under one heading; it is left out where it has nothing."""
+
+    key: str
+    title: str
+    figures: tuple[Figure, ...] = ()
+    tables: tuple[tuple[str, Table], ...] = ()
+    remark: str = ""
+
+
+def write(folder: RunFolder, out: Path | None = None, with_records: bool = False) -> Path:
+    """Writes a run's report and says where: RUN/report.html, or `out`.
+
+    `with_records` puts texts of records on the page, which is then marked as private to the sites.
+    """
+    facts = read(folder)
+    texts = passages(folder, facts) if with_records else ()
+    path = out or folder.path / ("report-with-records.html" if with_records else "report.html")
+    write_file(path, page(facts, texts).encode())
+    return path
+
+
+def compare(folders: Sequence[RunFolder], out: Path) -> Path:
+    """Writes a page that compares runs, the first being what the others are compared with; says where."""
+    if len({folder.path.resolve() for folder in folders}) < len(folders):
+        raise UsageError("a run can't be compared with itself", "Name each run folder once")
+    runs = compared.labelled([read(folder) for folder in folders])
+    write_file(out, comparison_page(runs).encode())
+    return out
+
+
+def page(facts: RunFacts, texts: Sequence[Passage] = ()) -> str:
+    """The report of one run as HTML."""
+    sections = [
+        Section(
+            "outcome",
+            "Did it help?",
+            _drawn(OUTCOME, facts),
+            (
+                ("Likelihood of each client's test responses", outcome.likelihood_table(facts)),
+                ("Choice, generated responses and sets of each client", outcome.other_table(facts)),
+            )
+            if facts.outcomes
+            else (),
+        ),
+        Section("flow", "What happened to the records", _drawn(ROUNDS, facts)),
+        Section("scores", "How records were told apart", _drawn(SCORES, facts), remark=_about_scores(facts)),
+        Section("cost", "What it cost", _drawn(COST, facts)),
+        Section(
+            "settings",
+            "What exactly ran",
+            tables=(
+                ("Versions, seed and fingerprints", settings.provenance_table(facts)),
+                ("Records of each client", settings.data_table(facts)),
+                ("How the figures were measured", settings.protocol_table(facts)),
+                ("Configuration", settings.config_table(facts)),
+            ),
+        ),
+    ]
+    rounds = facts.config.federation.rounds
+    return _render(
+        title=facts.name,
+        subtitle=f"{facts.config.method}: {len(facts.clients)} clients, {rounds} rounds, {facts.config.model.name}",
+        headline=findings.headline(facts),
+        numbers=findings.numbers(facts),
+        cautions=findings.cautions(facts),
+        clients=facts.clients,
+        sections=sections,
+        passages=tuple(texts),
+    )
+
+
+def comparison_page(runs: Sequence[RunFacts]) -> str:
+    """The comparison of runs as HTML."""
+    clients = tuple(dict.fromkeys(client for run in runs for client in run.clients))
+    sections = [
+        Section("outcome", "Which run is better?", compared.figures(runs), (("The runs", compared.runs_table(runs)),)),
+        Section("settings", "How they differ", tables=(("Knobs that are not the same", compared.knobs_table(runs)),)),
+    ]
+    return _render(
+        title=" against ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
+        subtitle=f"each against {runs[0].name}",
+        headline=compared.headline(runs),
+        numbers=(),
+        cautions=compared.cautions(runs),
+        clients=clients,
+        sections=sections,
+        passages=(),
+    )
+
+
+def _drawn(makers: Sequence[Any], facts: RunFacts) -> tuple[Figure, ...]:
+    """The figures that the facts have something for."""
+    return tuple(figure for make in makers if (figure := make(facts)) is not None)
+
+
+def _about_scores(facts: RunFacts) -> str:
+    """Where the scores are from, or why there are none."""
+    if facts.scores:
+        return (
+            "These figures come from the sites' own ledgers, counted in bins. Whoever passes this page on passes on "
+            "the distribution of the sites' scores."
+        )
+    return "No scores are shown: there are no ledgers with verdicts in this run folder."
+
+
+def _render(sections: Sequence[Section], **values: Any) -> str:
+    shown = [each for each in sections if each.figures or each.tables or each.remark]
+    drawn = {figure.key: [asdict(plot) for plot in figure.plots] for each in shown for figure in each.figures}
+    return _template().render(
+        **values,
+        sections=shown,
+        figures=without_nan(drawn),
+        version=__version__,
+        style=_asset("report.css"),
+        script=_asset("report.js"),
+        plotly=_asset("plotly-basic.min.js"),
+    )
+
+
+@cache
+def _template() -> jinja2.Template:
+    environment = jinja2.Environment(
+        autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined
+    )
+    environment.policies["json.dumps_function"] = _dumps
+    return environment.from_string(_asset("report.html.j2"))
+
+
+def _dumps(value: object, **options: Any) -> str:
+    return json.dumps(value, allow_nan=False, separators=(",", ":"), default=list)
+
+
+def _asset(name: str) -> str:
+    return resources.files("fedmide.report").joinpath("page", name).read_text("utf-8")

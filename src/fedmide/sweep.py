@@ -1,0 +1,145 @@
+"""A knob turned: methods at several values of it, on several seeds; mean and worst client as figures and a picture.
+
+    OUT/KNOB/sweep.json   sweep.svg
+            runs/METHOD/VALUE-seed-S/    a run folder each
+
+All values have the budget of local steps of the configuration as it is (`entrants`), unless the knob is what makes it.
+Runs are done as a comparison's are: what is whole is kept, what was stopped goes on.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedmide.atomic import to_json, write_file
+from fedmide.compare import Attempt, Work
+from fedmide.config import apply_overrides, fingerprint, for_method
+from fedmide.entrants import BUDGET, Entrant, budget_of, within
+from fedmide.errors import UsageError
+from fedmide.evaluation.curves import Point, curves_svg
+from fedmide.inputs import Tell
+from fedmide.journal import locked, reopen
+from fedmide.methods import METHODS
+from fedmide.stages import Progress, silent
+
+METRICS = {"response_nll": "mean", "response_nll_worst": "worst"}
+"""What is shown of a run, and what it is called among the figures over clients."""
+
+_VALUE = re.compile(r"[A-Za-z0-9._:+-]+")
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A knob, its values as they were given, and the configuration of each method at each of them."""
+
+    out: Path
+    knob: str
+    values: tuple[str, ...]
+    entrants: Mapping[str, tuple[Entrant, ...]]
+    seeds: tuple[int, ...]
+
+    @property
+    def num_runs(self) -> int:
+        """How many runs it takes in all."""
+        return len(self.entrants) * len(self.values) * len(self.seeds)
+
+    def attempt(self, method: str, place: int, seed: int) -> Attempt:
+        """The run of a method at one of the values."""
+        entrant = self.entrants[method][place]
+        path = self.out / "runs" / method / f"{self.values[place]}-seed-{seed}"
+        return Attempt(entrant, entrant.config.training.learning_rate, seed, path)
+
+
+def planned(values: Mapping[str, Any], turned: str, names: Sequence[str], seeds: Sequence[int], out: Path) -> Sweep:
+    """What `KNOB=VALUE,VALUE,...`, method names and seeds ask for; every configuration is checked."""
+    knob, _, given = (each.strip() for each in turned.partition("="))
+    texts = [each.strip() for each in given.split(",")]
+    if not knob or len(set(texts)) < len(texts) or not all(_VALUE.fullmatch(each) for each in texts):
+        raise UsageError(f"--knob {turned!r}: expected KNOB=VALUE,VALUE", "For example enrollment.threshold=0.9,1.0")
+    if wrong := [name for name in names if name not in METHODS]:
+        raise UsageError(f"--methods: {wrong[0]!r} is no method", "See fedmide methods")
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise UsageError("--seeds: expected numbers, each once", "For example --seeds 0,1,2")
+    entrants: dict[str, tuple[Entrant, ...]] = {
+        method.name: tuple(_entrant(values, method.name, knob, text) for text in texts)
+        for method in METHODS.values()
+        if method.name in names
+    }
+    if len(texts) > 1 and not any(_differ(each) for each in entrants.values()):
+        raise UsageError(f"--knob {turned!r}: makes no difference to {', '.join(entrants)}", "Turn another knob")
+    return Sweep(out / knob, knob, tuple(texts), entrants, tuple(seeds))
+
+
+def _differ(entrants: Sequence[Entrant]) -> bool:
+    """Whether no two of them would run alike."""
+    return len({fingerprint(entrant.run(0)) for entrant in entrants}) == len(entrants)
+
+
+def _entrant(values: Mapping[str, Any], method: Any, knob: str, text: str) -> Entrant:
+    turned = apply_overrides(values, [f"{knob}={text}"])
+    budget = budget_of(turned if knob in BUDGET else values)
+    return Entrant(f"{method}, {knob} = {text}", within(budget, for_method(turned, method), f"{knob} = {text}"))
+
+
+def run(sweep: Sweep, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:
+    """What sweep.json holds, after every run that was missing."""
+    with locked(sweep.out):
+        work = Work(sweep.num_runs, tell, progress)
+        for seed in sweep.seeds:
+            for place in range(len(sweep.values)):
+                for method in sweep.entrants:
+                    work.run(sweep.attempt(method, place, seed), ["personalized"])
+        figures = {
+            "knob": sweep.knob,
+            "seeds": list(sweep.seeds),
+            "methods": {method: _rows(sweep, method) for method in sweep.entrants},
+        }
+        write_file(sweep.out / "sweep.json", to_json(figures))
+        write_file(sweep.out / "sweep.svg", picture(figures).encode())
+    return figures
+
+
+def picture(figures: Mapping[str, Any]) -> str:
+    """The sweep as SVG: a panel for the mean over clients and one for the worst, with deviations over seeds."""
+    panels = {
+        title: {
+            method: [Point(value, row[metric]["mean"], row[metric]["deviation"]) for value, row in rows.items()]
+            for method, rows in figures["methods"].items()
+        }
+        for metric, title in (("response_nll", "mean over clients"), ("response_nll_worst", "worst client"))
+    }
+    seeds = len(figures["seeds"])
+    about = f"response NLL by {figures['knob']}; bars: standard deviation over {seeds} seeds" if seeds > 1 else ""
+    return curves_svg(panels, figures["knob"], about or f"response NLL by {figures['knob']}, one seed")
+
+
+def _rows(sweep: Sweep, method: str) -> dict[str, dict[str, Any]]:
+    """By value: each metric's mean over seeds, sample deviation, least and greatest."""
+    rows: dict[str, dict[str, Any]] = {}
+    for place, value in enumerate(sweep.values):
+        by_seed = [_figures(sweep.attempt(method, place, seed)) for seed in sweep.seeds]
+        rows[value] = {name: _over_seeds([each[name] for each in by_seed]) for name in by_seed[0]}
+    return rows
+
+
+def _figures(attempt: Attempt) -> dict[str, float]:
+    folder = reopen(attempt.path, attempt.config)
+    metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
+    nll = metrics["over_clients"]["personalized"]["response_nll"]
+    shared = [client["sets"]["shared"] for client in metrics["clients"].values()]
+    return {
+        **{name: float(nll[key]) for name, key in METRICS.items()},
+        "steps_per_client": metrics["federation"]["steps"] / len(metrics["clients"]),
+        "shared_at_the_end": float(np.mean(shared)),
+    }
+
+
+def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    ends = {"low": min(values), "high": max(values), "seeds": len(values)}
+    return {"mean": float(np.mean(values)), "deviation": deviation, **ends}

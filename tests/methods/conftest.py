@@ -1,0 +1,147 @@
+"""Small federations with a real (tiny, random) model, whose value layers are not square: 64 in, 32 out."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmide import methods, server
+from fedmide.client import ClientState
+from fedmide.config import Config, apply_overrides, parse
+from fedmide.localmodel import Adapter
+from fedmide.messages import ClientTask
+from fedmide.resident import Resident, open_model
+from fedmide.rounds import run
+from fedmide.runtimes.inprocess import InProcess
+from fedmide.server import Delivery, RoundSummary, ServerState
+from fedmide.tokens import Example
+
+SMALL: dict[str, Any] = {
+    "seed": 3,
+    "model": {"name": "tiny-random", "dtype": "float32", "device": "cpu"},
+    "lora": {"r": 2, "alpha": 4.0, "dropout": 0.0, "blocks": "top:2"},
+    "training": {"batch_size": 4, "learning_rate": 1e-2},
+    "federation": {"rounds": 2},
+    "personalization": {"epochs": 2},
+    "runtime": {"threads": 1},
+}
+SIZES = (7, 4, 5)
+"""Training records of the clients a, b and c; they differ, so that weights show."""
+
+
+@dataclass
+class Federation:
+    """A federation that has been run: the server's states round by round, every delivery, and the sites after it."""
+
+    config: Config
+    resident: Resident
+    sites: dict[str, ClientState]
+    states: list[ServerState]
+    deliveries: list[Delivery] = field(default_factory=list)
+    summaries: list[RoundSummary] = field(default_factory=list)
+
+    @property
+    def adapter(self) -> Adapter:
+        """The last aggregated adapter."""
+        return self.states[-1].adapter
+
+    def own(self, client: str) -> Adapter:
+        """The client's personalised adapter."""
+        adapter = self.sites[client].adapter
+        assert adapter is not None
+        return adapter
+
+    def replies(self, number: int) -> dict[str, Adapter]:
+        """What travelled from each client in a round."""
+        found = [each.reply for each in self.deliveries if each.reply and each.reply.round == number]
+        return {reply.client: reply.adapter for reply in found if reply.adapter is not None}
+
+
+RunFederation = Callable[..., Federation]
+
+
+@pytest.fixture(scope="session")
+def run_federation(
+    tiny_folder: Path, one_thread: None, random_examples: Callable[..., tuple[Example, ...]]
+) -> RunFederation:
+    """What runs a federation by its method, on so many clients, and personalises them.
+
+    `failing`: (round, client) that give no reply. `model`: made from the configuration.
+    """
+    opened: dict[str, Resident] = {}
+
+    def resident_of(config: Config) -> Resident:
+        key = f"{methods.of(config).rank(config)}, {config.lora}"
+        if key not in opened:
+            opened[key] = open_model(config, tiny_folder)
+        return replace(opened[key], config=config)
+
+    def do(
+        method: str,
+        *overrides: str,
+        sizes: Sequence[int] = SIZES,
+        failing: Sequence[tuple[int, str]] = (),
+    ) -> Federation:
+        config = parse(apply_overrides({**SMALL, "method": method}, overrides))
+        resident = resident_of(config)
+        sites = {
+            name: site(name, random_examples(size + 2, 8, 24, seed=number), size, config)
+            for number, (name, size) in enumerate(zip("abcdefgh", sizes, strict=False))
+        }
+        states = [server.begin("f", sites, resident.fresh(config.seed), config)]
+        federation = Federation(config, resident, sites, states)
+        runtime = InProcess(sites, resident, lambda state: None)
+
+        def deliver(tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
+            for task in tasks:
+                if (task.round, task.client) in failing:
+                    delivery = Delivery(task.client, None, "the site can't be reached")
+                else:
+                    (delivery,) = runtime([task])
+                federation.deliveries.append(delivery)
+                yield delivery
+
+        def commit(state: ServerState, summary: RoundSummary) -> None:
+            states.append(state)
+            federation.summaries.append(summary)
+
+        last = run(states[0], config, deliver, commit)
+        for _ in deliver(server.plan(last, config)):
+            pass
+        return federation
+
+    return do
+
+
+def site(name: str, examples: Sequence[Example], size: int, config: Config) -> ClientState:
+    """A site whose first records train and whose others validate."""
+    return ClientState(name, "f", config, {each.id: each for each in examples[:size]}, examples[size:])
+
+
+@pytest.fixture(scope="session")
+def distance() -> Callable[[Adapter, Adapter], float]:
+    """How far two adapters are apart at most."""
+
+    def measure(one: Adapter, two: Adapter) -> float:
+        assert one.keys() == two.keys()
+        return max((float(np.abs(one[name] - two[name]).max()) for name in one), default=0.0)
+
+    return measure
+
+
+@pytest.fixture(scope="session")
+def product() -> Callable[..., dict[str, Any]]:
+    """The weights' change that an adapter makes, scale left out: B A by the layer's name."""
+
+    def multiply(adapter: Adapter) -> dict[str, Any]:
+        names = [name for name in adapter if ".lora_A." in name]
+        return {
+            name.split(".lora_A.")[0]: adapter[name.replace("lora_A", "lora_B")].astype(float)
+            @ adapter[name].astype(float)
+            for name in names
+        }
+
+    return multiply

@@ -1,0 +1,80 @@
+"""Sentences: what they say follows from the intervals and from nothing else."""
+
+from dataclasses import replace
+
+import pytest
+
+from fedmide.evaluation.intervals import Interval
+from fedmide.journal import RunFolder
+from fedmide.report.facts import Outcome, RunFacts, read
+from fedmide.report.findings import cautions, headline, numbers
+
+HELPED, UNCLEAR, HURT = Interval(0.2, 0.1, 0.3), Interval(0.05, -0.1, 0.2), Interval(-0.2, -0.3, -0.1)
+
+
+@pytest.fixture
+def facts(run_folder: RunFolder) -> RunFacts:
+    return read(run_folder)
+
+
+def gained(facts: RunFacts, mean: Interval, **gains: Interval) -> RunFacts:
+    first = facts.outcomes[0]
+    outcomes = tuple(replace(first, client=name, gain=gain) for name, gain in gains.items())
+    return replace(facts, outcomes=outcomes, mean_gain=mean)
+
+
+@pytest.mark.parametrize(
+    ("mean", "answer"),
+    [
+        (HELPED, "Personalisation helped."),
+        (HURT, "Personalisation hurt: the aggregated adapter was better."),
+        (UNCLEAR, "These test records can't tell whether personalisation helped."),
+    ],
+)
+def test_the_answer_goes_by_the_interval_of_the_mean(facts: RunFacts, mean: Interval, answer: str) -> None:
+    assert headline(gained(facts, mean, a=HELPED)).answer == answer
+
+
+def test_clients_are_named_by_their_own_intervals(facts: RunFacts) -> None:
+    told = headline(gained(facts, HELPED, north=HELPED, south=UNCLEAR, east=HURT)).details
+    assert (
+        "falls by 0.200 nats per token (95 % interval of the change −0.300 to −0.100): perplexity times 0.82" in told[0]
+    )
+    assert "lower for 2 of 3 clients" in told[1]
+    assert "clearly lower for 1 (north) and clearly higher for 1 (east)" in told[1]
+    worse = headline(gained(facts, HURT, east=HURT)).details
+    assert "rises by 0.200" in worse[0] and "clearly lower for none" in worse[1]
+
+
+def test_a_run_without_figures_says_so(facts: RunFacts) -> None:
+    bare = replace(facts, outcomes=(), mean_gain=None, manifest={**facts.manifest, "status": "trained"})
+    assert headline(bare).answer.startswith("This run is not evaluated yet (it is trained)")
+    without: tuple[Outcome, ...] = tuple(replace(each, gain=None) for each in facts.outcomes)
+    assert "without personalised adapters" in headline(replace(facts, outcomes=without, mean_gain=None)).answer
+
+
+def test_numbers_are_the_runs(facts: RunFacts) -> None:
+    shown = {each.label: each.value for each in numbers(gained(facts, HELPED, a=HELPED, b=HURT))}
+    assert shown["nats per token gained by personalising"] == "+0.200"
+    assert shown["clients better with their own adapter"] == "1 of 2"
+    assert shown["sent, both ways"] == f"{sum(t.bytes_up + t.bytes_down for t in facts.turns) / 1e6:,.1f} MB"
+
+
+def test_cautions_name_what_went_wrong(facts: RunFacts) -> None:
+    turns = (replace(facts.turns[0], refused="it came too late", warnings=1), *facts.turns[1:])
+    sets = {**facts.outcomes[0].sets, "not_finite": 2, "spearman_score_tokens": -0.75}
+    data = {"a": {**facts.manifest["data"]["a"], "truncated": 3}, "b": facts.manifest["data"]["b"]}
+    manifest = {**facts.manifest, "data": data, "commit": "abc-dirty"}
+    outcomes = (replace(facts.outcomes[0], sets=sets), *facts.outcomes[1:])
+    told = " ".join(cautions(replace(facts, turns=turns, outcomes=outcomes, manifest=manifest)))
+    for part in (
+        "the reply of client a did not count: it came too late.",
+        "No threshold could part the records of a",
+        "no number (they stay personal): a 2",
+        "cut at 64 tokens: a 3",
+        "a −0.75",
+        "changed after its commit",
+        "2 clients have under 50 test records",
+        "one run with seed",
+    ):
+        assert part in told

@@ -1,0 +1,187 @@
+"""Where memory ends, work goes on with half the tokens at a time: the same results, told once."""
+
+import resource
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from fedmide import model, scoring, stages, training
+from fedmide.config import LoraConfig, ModelConfig, TrainingConfig, load
+from fedmide.errors import ModelError
+from fedmide.localmodel import Adapter, TrainingPlan
+from fedmide.memory import Room, is_out_of_memory
+from fedmide.model import LoraModel
+from fedmide.tokens import Batch, Example
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+MakeExamples = Callable[..., tuple[Example, ...]]
+FLOAT32 = ModelConfig(dtype="float32", device="cpu")
+TOLD = "memory has no room for {} = {}: from here on {}; bytes may differ from those of a run that had room"
+
+ERRORS: dict[str, Callable[[], BaseException]] = {
+    "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    "cpu": lambda: RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+        "4000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "numpy": lambda: np._core._exceptions._ArrayMemoryError((10**9,), np.dtype("float64")),  # type: ignore[attr-defined]
+    "blas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "onednn": lambda: RuntimeError("could not create a primitive"),
+    "apple": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+}
+
+
+@pytest.fixture(params=ERRORS)
+def error(request: pytest.FixtureRequest) -> Callable[[], BaseException]:
+    """What makes an error that means that memory has ended."""
+    return ERRORS[request.param]
+
+
+@pytest.fixture
+def lora(tiny_folder: Path) -> LoraModel:
+    loaded = model.load(tiny_folder, FLOAT32, LoraConfig(dropout=0.3))
+    loaded.put(start(loaded))
+    return loaded
+
+
+def start(lora: LoraModel) -> Adapter:
+    draw = np.random.default_rng(0)
+    return {name: draw.normal(0, 0.2, shape).astype(np.float32) for name, shape in lora.shapes.items()}
+
+
+def limited(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], BaseException]) -> list[int]:
+    """Lets a pass of more tokens end in an error, after it has added to the gradient; gives the sizes tried."""
+    tried: list[int] = []
+
+    def within(work: Callable[..., Any]) -> Callable[..., Any]:
+        def act(self: LoraModel, batch: Batch, *given: Any) -> Any:
+            tried.append(batch.ids.size)
+            result = work(self, batch, *given)
+            if batch.ids.size > most:
+                raise error()
+            return result
+
+        return act
+
+    for name in ("nll", "backpropagate"):
+        monkeypatch.setattr(LoraModel, name, within(getattr(LoraModel, name)))
+    return tried
+
+
+def listening(lora: LoraModel) -> list[str]:
+    told: list[str] = []
+    lora.training_room.tell = lora.scoring_room.tell = told.append
+    return told
+
+
+def trained(lora: LoraModel, examples: tuple[Example, ...], tokens: int) -> tuple[Adapter, list[float]]:
+    lora.put(start(lora))
+    how = TrainingConfig(epochs=2, batch_size=8, learning_rate=1e-2, tokens_per_batch=tokens)
+    epochs = list(training.train(lora, examples, TrainingPlan(how, 0, 1, "a")))
+    return epochs[-1].adapter, [epoch.loss.sum for epoch in epochs]
+
+
+def test_training_goes_on_as_if_it_had_been_given_less(
+    lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    """Bit for bit, dropout included: a step that failed leaves nothing behind, not even half a gradient."""
+    examples, told = random_examples(20, shortest=20), listening(lora)
+    wanted, losses = trained(lora, examples, 100)
+    assert told == []
+    tried = limited(monkeypatch, 150, error)
+    found, their_losses = trained(lora, examples, 400)
+    assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
+    assert their_losses == losses
+    assert told == [TOLD.format("training.tokens_per_batch", 400, 100)]
+    assert sum(size > 150 for size in tried) == 2, "later steps do not try again what failed"
+
+
+def test_scoring_goes_on_with_what_is_left(
+    lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    examples, told = random_examples(30), listening(lora)
+    wanted = scoring.nll(lora, examples, "all", 10**6)
+    limited(monkeypatch, 90, error)
+    progress: list[int] = []
+    found = scoring.nll(lora, examples, "all", 400, progress.append)
+    assert [each.sum for each in found] == pytest.approx([each.sum for each in wanted], rel=1e-5)
+    assert [each.num_tokens for each in found] == [each.num_tokens for each in wanted]
+    assert sum(progress) == sum(len(example.ids) for example in examples), "nothing is counted twice"
+    scoring.nll(lora, examples, "all", 400)
+    assert told == [TOLD.format("scoring.tokens_per_batch", 400, 50)]
+
+
+def test_one_record_that_has_no_room_alone_is_told_in_plain_words(
+    lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    examples, told = random_examples(10, longest=40), listening(lora)
+    limited(monkeypatch, 20, error)
+    for act in (lambda: scoring.nll(lora, examples, "all", 400), lambda: trained(lora, examples, 400)):
+        with pytest.raises(ModelError, match=r"^memory has no room for one record alone: .*Lower model\.cutoff"):
+            act()
+    assert told == []
+
+
+@pytest.mark.parametrize("other", [RuntimeError("shapes do not match"), ValueError("memory"), KeyboardInterrupt()])
+def test_other_errors_are_left_as_they_are(other: BaseException) -> None:
+    assert not is_out_of_memory(other)
+
+    def act(tokens: int) -> None:
+        raise other
+
+    with pytest.raises(type(other)):
+        Room("x").within(100, 1, act)
+
+
+def test_a_room_shrinks_for_good_and_keeps_to_less_where_less_is_wanted() -> None:
+    room, tried, told = Room("knob"), [], list[str]()
+    room.tell = told.append
+
+    def act(tokens: int) -> int:
+        tried.append(tokens)
+        if tokens > 300:
+            raise MemoryError
+        return tokens
+
+    assert [room.within(wanted, 10, act) for wanted in (1000, 1000, 40, 280, 1000)] == [250, 250, 40, 250, 250]
+    assert tried == [1000, 500, 250, 250, 40, 250, 250]
+    assert told == [TOLD.format("knob", 1000, 250)]
+
+
+@contextmanager
+def little_memory(num_bytes: int) -> Iterator[None]:
+    """No more than so many bytes beyond what this process has now."""
+    size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    earlier = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (size + num_bytes, earlier[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, earlier)
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for the size of this process")
+def test_memory_that_really_ends(lora: LoraModel, random_examples: MakeExamples) -> None:
+    examples, told = random_examples(200, shortest=200, longest=200), listening(lora)
+    few = scoring.nll(lora, examples[:3], "all", 10**6)
+    with little_memory(40 * 10**6):  # one tensor of the first pass has 82 MB, more than an allocator keeps for later
+        found = scoring.nll(lora, examples, "all", 40_000)
+    assert [each.sum for each in found[:3]] == pytest.approx([each.sum for each in few], rel=1e-5)
+    assert len(told) == 1 and told[0].startswith("memory has no room for scoring.tokens_per_batch = 40000")
+
+
+def test_a_run_tells_it_and_ends_well(small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    limited(monkeypatch, 150, ERRORS["gpu"])
+    with stages.start(load(small_input.config, ["training.batch_size=10"]), tmp_path / "run", told.append) as run:
+        stages.train(run)
+        stages.personalize(run)
+    notices = [line for line in told if line.startswith("memory has no room")]
+    assert len(notices) == len(set(notices)) == 2
+    assert run.folder.read_manifest()["status"] == "personalized"

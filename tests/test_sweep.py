@@ -1,0 +1,93 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fedmide import sweep
+from fedmide.config import read_toml
+from fedmide.errors import ConfigError, UsageError
+
+
+def values_of(config: Path) -> dict[str, Any]:
+    values = read_toml(config)
+    values["personalization"] = {"epochs": 1}
+    values["evaluation"]["choices"] = 0
+    values["generation"] = {"enabled": False}
+    values["enrollment"] = {"rule": "median"}
+    return values
+
+
+def test_a_sweep_tells_of_each_value_and_draws_it(small_input: Any, tmp_path: Path) -> None:
+    plan = sweep.planned(values_of(small_input.config), "warmup.rounds=1,2", ["fedmide"], [0, 1], tmp_path)
+    said: list[str] = []
+    figures = sweep.run(plan, said.append)
+    assert sum(": run " in each for each in said) == 4
+    rows = figures["methods"]["fedmide"]
+    assert list(rows) == ["1", "2"]
+    for value, row in rows.items():
+        runs = [tmp_path / f"warmup.rounds/runs/fedmide/{value}-seed-{seed}/metrics.json" for seed in (0, 1)]
+        metrics = [json.loads(each.read_text())["over_clients"]["personalized"]["response_nll"] for each in runs]
+        for name, key in (("response_nll", "mean"), ("response_nll_worst", "worst")):
+            by_seed = [each[key] for each in metrics]
+            assert row[name]["mean"] == pytest.approx(np.mean(by_seed))
+            assert row[name]["deviation"] == pytest.approx(abs(by_seed[0] - by_seed[1]) / 2**0.5)
+        assert row["steps_per_client"]["low"] == row["steps_per_client"]["high"] == 12  # (1 + 2 + 1) rounds of 3 steps
+    assert json.loads((tmp_path / "warmup.rounds/sweep.json").read_text())["knob"] == "warmup.rounds"
+    assert (tmp_path / "warmup.rounds/sweep.svg").read_text().count("<circle") == 4
+    said.clear()
+    assert sweep.run(plan, said.append) == figures
+    assert said == []
+
+
+@pytest.mark.parametrize(
+    "turned",
+    [
+        "federation.participation=0.25,1.0",
+        "data.noisy_clients=0,1",
+        "data.pieces=1,5",
+        "lora.r=4,8",
+        "enrollment.threshold=0.9,1.0,1.1",
+        "federation.rounds=1,2",
+    ],
+)
+def test_any_knob_turns(small_input: Any, tmp_path: Path, turned: str) -> None:
+    plan = sweep.planned(values_of(small_input.config), turned, ["fedmide", "fedavg-ft"], [0], tmp_path)
+    knob, _, given = turned.partition("=")
+    section, name = knob.split(".")
+    configs = [each.config.model_dump()[section][name] for each in plan.entrants["fedmide"]]
+    assert configs == [pytest.approx(float(each)) for each in given.split(",")]
+    steps = [(each.config.warmup.rounds + each.config.federation.rounds) for each in plan.entrants["fedmide"]]
+    assert steps == ([2, 3] if knob == "federation.rounds" else [3] * len(steps))
+
+
+def test_a_knob_that_takes_a_warm_up_away_pays_it_back(small_input: Any, tmp_path: Path) -> None:
+    plan = sweep.planned(values_of(small_input.config), "warmup.rounds=0,1,2", ["fedmide"], [0], tmp_path)
+    assert [each.config.federation.rounds for each in plan.entrants["fedmide"]] == [3, 2, 1]
+
+
+@pytest.mark.parametrize("turned", ["enrollment.threshold", "=1", "x.y=", "lora.r=4,4", "data.path=../x,y"])
+def test_a_knob_without_values_is_refused(small_input: Any, tmp_path: Path, turned: str) -> None:
+    with pytest.raises(UsageError, match="--knob"):
+        sweep.planned(values_of(small_input.config), turned, ["fedmide"], [0], tmp_path)
+
+
+@pytest.mark.parametrize("turned", ["seed=0,1", "personalization.max_steps=1,2", "scaffold.learning_rate=0.1,0.2"])
+def test_a_knob_that_makes_no_difference_is_refused(small_input: Any, tmp_path: Path, turned: str) -> None:
+    with pytest.raises(UsageError, match="makes no difference to fedmide"):
+        sweep.planned(values_of(small_input.config), turned, ["fedmide"], [0], tmp_path)
+
+
+def test_an_unknown_knob_is_refused_before_any_run(small_input: Any, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"enrollment\.treshold"):
+        sweep.planned(values_of(small_input.config), "enrollment.treshold=1,2", ["fedmide"], [0], tmp_path)
+    assert list(tmp_path.glob("enrollment*")) == []
+
+
+def test_unknown_methods_and_seeds_are_refused(small_input: Any, tmp_path: Path) -> None:
+    values = values_of(small_input.config)
+    with pytest.raises(UsageError, match="no method"):
+        sweep.planned(values, "lora.r=4,8", ["fedmidi"], [0], tmp_path)
+    with pytest.raises(UsageError, match="--seeds"):
+        sweep.planned(values, "lora.r=4,8", ["fedmide"], [], tmp_path)
