@@ -189,6 +189,23 @@ def is_finite(adapter: Adapter) -> bool:
     return all(bool(np.isfinite(array).all()) for array in adapter.values())
 
 
+def distance(adapter: Adapter, other: Adapter) -> float:
+    """The Euclidean length of the difference of two adapters of the same shapes, summed in float64.
+
+    >>> distance({"a": np.array([3.0, 1.0])}, {"a": np.array([0.0, 5.0])})
+    5.0
+    """
+    differences = (adapter[name].astype(np.float64) - other[name] for name in adapter)
+    return math.sqrt(sum(float(np.vdot(each, each)) for each in differences))
+
+
+def between(start: Adapter, end: Adapter, part: float) -> Adapter:
+    """The adapter that lies so far on the way from one to another: 0 is the start, 1 the end."""
+    return {
+        name: (start[name] + part * (end[name].astype(np.float64) - start[name])).astype(np.float32) for name in end
+    }
+
+
 def encode(adapter: Adapter) -> bytes:
     """The adapter as safetensors, names sorted: equal adapters give equal bytes."""
     return save({name: np.ascontiguousarray(adapter[name]) for name in sorted(adapter)})
