@@ -160,6 +160,20 @@ def as_factors(adapter: Adapter, scale: float) -> Adapter:
     return result
 
 
+def between(start: Adapter, end: Adapter, beta: float) -> Adapter:
+    """start + beta (end - start), array by array: `start` where beta is 0, `end` where it is 1, bit by bit.
+
+    >>> between({"x": np.float32([1])}, {"x": np.float32([3])}, 0.25)["x"]
+    array([1.5], dtype=float32)
+    """
+    if beta in (0, 1):
+        return end if beta else start
+    return {
+        name: (array + beta * (end[name].astype(np.float64) - array)).astype(np.float32)
+        for name, array in start.items()
+    }
+
+
 def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
     """Why the adapter can't stand where one of the expected shapes is; empty if it can."""
     if found := shape_problems(adapter, expected):
