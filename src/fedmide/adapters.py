@@ -169,8 +169,8 @@ def between(start: Adapter, end: Adapter, beta: float) -> Adapter:
     if beta in (0, 1):
         return end if beta else start
     return {
-        name: (array + beta * (end[name].astype(np.float64) - array)).astype(np.float32)
-        for name, array in start.items()
+        name: (start[name] + beta * (array.astype(np.float64) - start[name])).astype(np.float32)
+        for name, array in end.items()
     }
 
 
@@ -211,13 +211,6 @@ def distance(adapter: Adapter, other: Adapter) -> float:
     """
     differences = (adapter[name].astype(np.float64) - other[name] for name in adapter)
     return math.sqrt(sum(float(np.vdot(each, each)) for each in differences))
-
-
-def between(start: Adapter, end: Adapter, part: float) -> Adapter:
-    """The adapter that lies so far on the way from one to another: 0 is the start, 1 the end."""
-    return {
-        name: (start[name] + part * (end[name].astype(np.float64) - start[name])).astype(np.float32) for name in end
-    }
 
 
 def encode(adapter: Adapter) -> bytes:
