@@ -166,3 +166,17 @@ def test_a_file_of_another_model_is_refused_with_all_problems(tmp_path: Path) ->
         adapters.read(path, SHAPES)
     assert len(caught.value.problems) == 3
     assert all(problem.startswith(f"{path}: ") for problem in caught.value.problems)
+
+
+# --- how far one is from another
+
+
+def test_an_adapter_on_the_way_to_another_is_as_far_as_it_should_be() -> None:
+    start, end = adapters.fresh(SHAPES, 0), adapters.fresh(SHAPES, 1)
+    whole = adapters.distance(start, end)
+    flat = np.concatenate([(end[name].astype(float) - start[name]).ravel() for name in SHAPES])
+    assert whole == pytest.approx(float(np.linalg.norm(flat)), rel=1e-12)
+    for part in (0.0, 0.25, 1.0):
+        assert adapters.distance(start, adapters.between(start, end, part)) == pytest.approx(part * whole, rel=1e-6)
+    assert adapters.encode(adapters.between(start, end, 1.0)) == adapters.encode(end)
+    assert adapters.distance(end, end) == 0.0

@@ -15,6 +15,7 @@ from fedmide.config import (
     METHOD_TABLES,
     Config,
     MethodName,
+    agreed,
     apply_overrides,
     fingerprint,
     knobs,
@@ -431,6 +432,18 @@ def test_a_file_with_variants_for_a_comparison_is_a_runs_configuration_too(tmp_p
     path = tmp_path / "compare.toml"
     path.write_text('seed = 2\n[variants.near]\nmethod = "fedprox"\n')
     assert load(path) == Config(seed=2)
+
+
+def test_parties_agree_on_every_knob_but_those_of_their_own_machine() -> None:
+    left = {name for name, _ in knobs()} - set(agreed(Config()))
+    assert {name.partition(".")[0] for name in left} == {"data", "runtime", "replies", "model", "prompt"}
+    assert {name for name in left if name.startswith(("model.", "prompt."))} == {
+        "model.name",
+        "model.device",
+        "prompt.template",
+    }
+    assert agreed(parse({"lora": {"r": 4}}))["lora.r"] == "4"
+    assert agreed(parse({"data": {"path": "/here"}})) == agreed(Config())
 
 
 # --- the natural threshold

@@ -38,7 +38,7 @@ def test_the_published_example_says_the_defaults() -> None:
 def test_named_knobs_exist(name: str) -> None:
     sections = "|".join(field for field in Config.model_fields if field != "seed")
     named = set(re.findall(rf"`(?:--set )?((?:{sections})\.[a-z_0-9]+)", DOCUMENTS[name]))
-    files = {f"{section}.py" for section in Config.model_fields}
+    files = {f"{section}.{suffix}" for section in Config.model_fields for suffix in ("py", "toml")}
     assert named - files <= {knob for knob, _ in knobs()} | {"data.fields"}
 
 

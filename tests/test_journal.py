@@ -123,20 +123,21 @@ def test_an_event_is_a_client_in_a_round(folder: journal.RunFolder) -> None:
         "bytes_up": 20,
         "seconds": 0.25,
         "refused": "",
+        "clipped_from": 0.0,
     }
 
 
 def test_events_are_rebuilt_from_what_is_whole(folder: journal.RunFolder) -> None:
     commit(folder, -2, -1, 0, 1)
     for client in "ab":
-        folder.commit_personalization(summary(2, "personalize", client), {"adapter_model.safetensors": b""})
+        folder.commit_personalization(summary(2, "personalize", client))
     whole = (folder.path / "events.jsonl").read_bytes()
     assert len(whole.splitlines()) == 10
     for damaged in (b"", whole[: len(whole) // 2], whole + b'{"stage"'):
         (folder.path / "events.jsonl").write_bytes(damaged)
         folder.rebuild_events(("a", "b"))
         assert (folder.path / "events.jsonl").read_bytes() == whole
-    shutil.rmtree(folder.personal_adapter("a"))
+    (folder.site("a") / "personalization.json").unlink()
     folder.rebuild_events(("a", "b"))
     assert told(folder)[-1] == (2, "b") and len(told(folder)) == 9
 

@@ -22,12 +22,22 @@ from fedmide.messages import (
     MAX_RECORDS,
     ClientReply,
     ClientTask,
+    Facts,
+    Hello,
     Metric,
     MetricName,
+    Trouble,
+    TroubleCode,
+    decode_answer,
     decode_reply,
+    decode_request,
     decode_task,
+    encode_facts,
+    encode_hello,
     encode_reply,
     encode_task,
+    encode_trouble,
+    parts,
 )
 from fedmide.records import Record, with_ids
 from fedmide.tokens import Example
@@ -374,3 +384,57 @@ def test_the_search_would_find_it(leak: dict[str, Any]) -> None:
     fields_of_reply: dict[str, Any] = {"federation": "f", "client": "a", "round": 0, "adapter": None, "num_records": 1}
     data = encode_reply(ClientReply(**{**fields_of_reply, **leak}))
     assert found_in(data, ["my secret", "my \u20ac secret"], [1.2345678])
+
+
+# --- a greeting, and what a site says of itself
+
+
+def test_a_greeting_and_its_answers_come_back() -> None:
+    facts = Facts("f", "a", "0.1.0", "model", "prompt", {"lora.r": "8", "lora.targets": '["q_proj"]'}, 3, 4)
+    assert decode_request(encode_hello(Hello("f", -1))) == Hello("f", -1)
+    assert decode_answer(encode_facts(facts)) == facts
+    for code in get_args(TroubleCode):
+        assert decode_answer(encode_trouble(Trouble("a", code))) == Trouble("a", code)
+
+
+def test_tasks_and_replies_are_requests_and_answers_too() -> None:
+    task, reply = ClientTask("f", "a", 0, ADAPTER), ClientReply("f", "a", 0, ADAPTER, 3)
+    request, answer = decode_request(encode_task(task)), decode_answer(encode_reply(reply))
+    assert isinstance(request, ClientTask) and adapters.encode(request.adapter) == adapters.encode(ADAPTER)
+    assert isinstance(answer, ClientReply) and answer.num_records == 3
+
+
+def test_trouble_has_no_room_for_words() -> None:
+    frame = encode_trouble(Trouble("a", "disk"))
+    with pytest.raises(MessageError, match="code"):
+        decode_answer(frame.replace(b'"disk"', b'"sick"'))
+    with pytest.raises(MessageError, match="a field"):
+        decode_answer(struct.pack("<4sI", b"FMD1", 52) + b'{"kind":"trouble","client":"a","code":"disk","x":"y"}'[:52])
+    with pytest.raises(MessageError):
+        encode_trouble(Trouble("a" * 65, "disk"))
+
+
+@pytest.mark.parametrize("frame", [encode_hello(Hello("f", 0)), encode_trouble(Trouble("a", "disk"))])
+def test_a_frame_that_goes_on_after_its_end_is_refused(frame: bytes) -> None:
+    decode = decode_request if b"hello" in frame else decode_answer
+    with pytest.raises(MessageError, match="after its end"):
+        decode(frame + b"x")
+
+
+@given(st.binary(max_size=200))
+def test_noise_is_no_message(data: bytes) -> None:
+    for decode in (decode_request, decode_answer, parts):
+        with pytest.raises(MessageError):
+            decode(data)
+        framed = struct.pack("<4sI", b"FMD1", len(data)) + data
+        if decode is not parts:
+            with pytest.raises(MessageError):
+                decode(framed)
+
+
+def test_a_frame_has_a_head_of_its_own_and_an_adapter() -> None:
+    frames = [encode_task(ClientTask("f", name, 0, ADAPTER)) for name in "ab"]
+    heads, payloads = zip(*map(parts, frames), strict=True)
+    assert heads[0] != heads[1]
+    assert payloads[0] == payloads[1] == adapters.encode(ADAPTER)
+    assert [head + payload for head, payload in zip(heads, payloads, strict=True)] == frames

@@ -213,7 +213,7 @@ def refusal(lasting: Lasting) -> Refusal:
 def test_a_stage_before_its_time_is_refused_with_the_one_that_comes_first(copied: Path, refusal: Refusal) -> None:
     shutil.rmtree(copied / "predictions")
     for client in CLIENTS:
-        shutil.rmtree(copied / "clients" / client / "adapter")
+        (copied / "clients" / client / "personalization.json").unlink()
     assert f"First: fedmide personalize {copied}" in refusal(copied, stages.generate)
     shutil.rmtree(copied / "adapter")
     for stage in STAGES[1:]:
@@ -224,7 +224,7 @@ def test_a_stage_before_its_time_is_refused_with_the_one_that_comes_first(copied
 
 
 def test_half_a_personalisation_is_not_evaluated(copied: Path, refusal: Refusal) -> None:
-    shutil.rmtree(copied / "clients" / "b" / "adapter")
+    (copied / "clients" / "b" / "personalization.json").unlink()
     shutil.rmtree(copied / "predictions")
     for stage in (stages.generate, stages.evaluate):
         found = refusal(copied, stage)
@@ -233,7 +233,7 @@ def test_half_a_personalisation_is_not_evaluated(copied: Path, refusal: Refusal)
 
 def test_a_run_can_be_evaluated_before_it_is_personalised(reference: tuple[Any, Path], copied: Path) -> None:
     for client in CLIENTS:
-        shutil.rmtree(copied / "clients" / client / "adapter")
+        (copied / "clients" / client / "personalization.json").unlink()
     shutil.rmtree(copied / "predictions")
     with stages.resume(copied) as run:
         metrics = stages.evaluate(run)

@@ -179,8 +179,8 @@ def between(start: Adapter, end: Adapter, beta: float) -> Adapter:
     if beta in (0, 1):
         return end if beta else start
     return {
-        name: (array + beta * (end[name].astype(np.float64) - array)).astype(np.float32)
-        for name, array in start.items()
+        name: (start[name] + beta * (array.astype(np.float64) - start[name])).astype(np.float32)
+        for name, array in end.items()
     }
 
 
@@ -211,6 +211,16 @@ def shape_problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
 def is_finite(adapter: Adapter) -> bool:
     """Whether every value is a number."""
     return all(bool(np.isfinite(array).all()) for array in adapter.values())
+
+
+def distance(adapter: Adapter, other: Adapter) -> float:
+    """The Euclidean length of the difference of two adapters of the same shapes, summed in float64.
+
+    >>> distance({"a": np.array([3.0, 1.0])}, {"a": np.array([0.0, 5.0])})
+    5.0
+    """
+    differences = (adapter[name].astype(np.float64) - other[name] for name in adapter)
+    return math.sqrt(sum(float(np.vdot(each, each)) for each in differences))
 
 
 def encode(adapter: Adapter) -> bytes:

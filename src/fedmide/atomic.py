@@ -38,8 +38,9 @@ def clear_errors(path: Path) -> Iterator[None]:
             raise RunFolderError(
                 f"{path}: no room on disk",
                 "Free some and give the command again; a run that has begun goes on with fedmide run --resume RUN",
+                is_disk=True,
             ) from None
-        raise RunFolderError(f"{path}: can't be written: {error.strerror}") from None
+        raise RunFolderError(f"{path}: can't be written: {error.strerror}", is_disk=True) from None
 
 
 def write_file(path: Path, data: bytes) -> None:

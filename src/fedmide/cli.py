@@ -7,7 +7,7 @@ mistake is one paragraph and exit code 2.
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -17,6 +17,7 @@ import typer
 from fedmide import __version__
 from fedmide.atomic import without_nan
 from fedmide.errors import UsageError, UserError
+from fedmide.flower import commands as flower_commands
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -31,12 +32,21 @@ app = typer.Typer(
 )
 data_app = typer.Typer(help="Look at records, or make some.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
+app.add_typer(flower_commands.app, name="flower")
 
 ConfigOrRun = Annotated[Path | None, typer.Argument(help="A configuration (TOML), or a run folder to go on with.")]
 RunFolderPath = Annotated[Path, typer.Argument(help="A run folder.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the configuration's own.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NAME-NNN.")]
 Resume = Annotated[Path | None, typer.Option(help="A run folder to go on with.")]
+RuntimeName = Literal["inprocess", "flower-simulation", "flower"]
+RuntimeOption = Annotated[
+    RuntimeName,
+    typer.Option(
+        "--runtime", help="Where the clients are: here, in processes that Ray starts, or at a consortium's sites."
+    ),
+]
+ServerFolder = Annotated[Path | None, typer.Option("--server", help="With --runtime flower: the server's folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 Rule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]  # those of config, which takes long to import
@@ -45,6 +55,7 @@ WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.i
 Part = Literal["training", "validation", "test"]
 
 StageVerb = Literal["train", "personalize", "generate", "evaluate"]
+BY_SITES = ("train", "personalize")
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
 
 EXIT_USER_ERROR = 2
@@ -96,14 +107,19 @@ def run(
     overrides: Overrides = [],  # noqa: B006
     out: Out = None,
     resume: Resume = None,
+    runtime: RuntimeOption = "inprocess",
+    server: ServerFolder = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole method, from records to metrics.
 
     Warm-up, split, rounds with enrollment, personalisation, generation and metrics: what train, personalize, generate
-    and evaluate do one by one.
+    and evaluate do one by one. With --runtime flower, rounds and personalisation: what fedmide flower run does.
     """
-    _work(_opened(config, overrides, out, resume), WHOLE, as_json)
+    if runtime == "flower":
+        _at_sites(config, overrides, out, resume, server, as_json)
+        return
+    _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime)
 
 
 @app.command()
@@ -112,10 +128,11 @@ def train(
     overrides: Overrides = [],  # noqa: B006
     out: Out = None,
     resume: Resume = None,
+    runtime: RuntimeOption = "inprocess",
     as_json: AsJson = False,
 ) -> None:
     """Warm-up, split and federated rounds only."""
-    _work(_opened(config, overrides, out, resume), ["train"], as_json)
+    _work(_opened(config, overrides, out, resume), ["train"], as_json, runtime=runtime)
 
 
 @app.command()
@@ -551,6 +568,7 @@ def _work(
     names: Sequence[StageVerb],
     as_json: bool,
     questions: "Sets | None" = None,
+    runtime: RuntimeName = "inprocess",
 ) -> None:
     """Does stages of a run, then tells of them; `questions` are for the evaluation."""
     with opening as opened:
@@ -562,8 +580,34 @@ def _work(
                 f"{opened.folder.path}: generation.enabled is false in this run", "Start a new run with it"
             )
         more = {"questions": questions} if questions else {}
-        results = [getattr(stages, name)(opened, bars, **more) for name in names]  # each verb is called like its stage
+        with _reached(opened, runtime) as run:
+            results = [getattr(stages, name)(run, bars) for name in names if name in BY_SITES]
+        # each verb is called like its stage
+        results += [getattr(stages, name)(opened, bars, **more) for name in names if name not in BY_SITES]
         _report(opened, as_json, results[-1])
+
+
+def _at_sites(
+    config: Path | None, overrides: list[str], out: Path | None, resume: Path | None, server: Path | None, as_json: bool
+) -> None:
+    """Begins or goes on with a run at a consortium's sites."""
+    if server is None:
+        raise UsageError("--runtime flower needs --server", "Make a consortium with fedmide flower init")
+    if resume is not None:
+        flower_commands.resume(server, resume, as_json)
+    else:
+        flower_commands.run_(server, config, overrides, out, as_json)
+
+
+def _reached(run: "Run", runtime: RuntimeName) -> AbstractContextManager["Run"]:
+    """The same run, its clients reached as wanted."""
+    if runtime == "inprocess":
+        return nullcontext(run)
+    if runtime == "flower":
+        raise UsageError("train has no --runtime flower", "Use fedmide flower run")
+    from fedmide.flower.runs import simulated
+
+    return simulated(run)
 
 
 def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":

@@ -190,6 +190,20 @@ class FederationConfig(Section):
     """Part of the clients that trains in a round; at least one does."""
 
 
+class RepliesConfig(Section):
+    """What the server asks of replies. Each server sets its own."""
+
+    quorum: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
+    """Part of the asked clients whose replies must count, where they are in other processes; with fewer the run stops,
+    to go on from the round before."""
+    deadline_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 3600.0
+    """How long a round waits for clients that are in other processes: to be there, then to answer."""
+    max_update_norm: Annotated[float, Field(ge=0.0, le=1e30)] = 0.0
+    """Largest Euclidean length of what a client's training added to the adapter; 0: any."""
+    oversized: Literal["refuse", "clip"] = "refuse"
+    """A longer one: its reply does not count, or it is scaled down to that length."""
+
+
 class WarmupConfig(Section):
     """FedAvg on all records, to tell shared from personal."""
 
@@ -414,6 +428,8 @@ class Config(Section):
     """Local training."""
     federation: FederationConfig = FederationConfig()
     """Rounds."""
+    replies: RepliesConfig = RepliesConfig()
+    """Replies."""
     warmup: WarmupConfig = WarmupConfig()
     """Warm-up."""
     scoring: ScoringConfig = ScoringConfig()
@@ -595,6 +611,29 @@ def fingerprint(config: Config) -> str:
     """A short hash that tells two configurations apart."""
     canonical = json.dumps(_used(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+_LOCAL = ("data.", "runtime.", "replies.", "model.name", "model.device", "prompt.template")
+"""What every party sets for itself: paths, machines, patience. What a path leads to is compared by its hash."""
+
+
+def agreed(config: Config) -> dict[str, str]:
+    """The knobs that all parties of a federation must set alike, as JSON by their dotted names.
+
+    >>> agreed(Config())["lora.r"], "data.path" in agreed(Config())
+    ('8', False)
+    """
+    flat = _flat(_used(config))
+    return {name: json.dumps(value) for name, value in flat if not name.startswith(_LOCAL)}
+
+
+def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Each knob's dotted name and value."""
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def filled_in(values: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

@@ -52,7 +52,11 @@ class ModelError(UserError):
 
 
 class RunFolderError(UserError):
-    """The run folder can't be used."""
+    """The run folder can't be used; `is_disk`: because it can't be written to."""
+
+    def __init__(self, problems: str | Sequence[str], remedy: str = "", is_disk: bool = False) -> None:
+        super().__init__(problems, remedy)
+        self.is_disk = is_disk
 
 
 class UsageError(UserError):

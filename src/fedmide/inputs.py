@@ -16,9 +16,9 @@ import torch
 from fedmide import __version__
 from fedmide.checkpoints import fingerprint as model_fingerprint
 from fedmide.checkpoints import locate
-from fedmide.config import Config, DataConfig, ModelConfig
+from fedmide.config import Config, DataConfig, ModelConfig, agreed
 from fedmide.config import fingerprint as config_fingerprint
-from fedmide.errors import ModelError, UserError
+from fedmide.errors import DataError, ModelError, UserError
 from fedmide.localmodel import Adapter
 from fedmide.prompts import prompt_hash, resolve
 from fedmide.records import ClientData, Record
@@ -66,9 +66,32 @@ class Inputs:
         return self.resident.fresh(self.resident.config.seed)
 
     @property
+    def federation(self) -> str:
+        """What tells this federation from another: a hash of all that its parties must have alike."""
+        return str(self.manifest["federation"])
+
+    @property
     def prompt_hash(self) -> str:
         """What tells this prompt from another's: of the template, the tokenizer's own where that is used."""
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
+
+
+def only(name: str) -> LoadData:
+    """What reads this one client: a site holds its own records, whoever else's its configuration leads to."""
+
+    def load(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
+        clients = load_data(config, seed)
+        if own := tuple(client for client in clients if client.name == name):
+            return own
+        found = ", ".join(client.name for client in clients)
+        raise DataError(f"{config.path}: no client {name!r} there, only {found}", "Name file or folder like the site")
+
+    return load
+
+
+def without_records(names: Sequence[str]) -> LoadData:
+    """What reads nothing: a server of sites that are elsewhere has no records."""
+    return lambda config, seed: tuple(ClientData(name, ()) for name in names)
 
 
 def read(
@@ -190,6 +213,7 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
         "config": config_fingerprint(config),
         "model": {"name": config.model.name, "fingerprint": model_hash, "dtype": dtype},
         "prompt": inputs.prompt_hash,
+        "federation": _federation(config, model_hash, inputs.prompt_hash),
         "data": {
             client.name: {
                 "fingerprint": _data_fingerprint(client),
@@ -207,6 +231,11 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
 
 def _versioned(model: ModelConfig) -> tuple[str, ...]:
     return VERSIONED if model.quantization == "none" else (*VERSIONED, "bitsandbytes")
+
+
+def _federation(config: Config, model_hash: str, prompt: str) -> str:
+    facts = [f"{name} = {value}" for name, value in agreed(config).items()]
+    return hashlib.sha256("\n".join([*facts, model_hash, prompt]).encode()).hexdigest()[:16]
 
 
 def _data_fingerprint(client: ClientData) -> str:

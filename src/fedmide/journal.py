@@ -82,8 +82,7 @@ class RunFolder:
         """Writes events.jsonl anew from what is whole, so that it tells of that and of nothing else."""
         told = [folder / "state.json" for folder in self._round_folders()]
         if len(told) == len(self._round_numbers()):
-            tuned = [client for client in clients if self.personal_adapter(client).is_dir()]
-            told += [self.site(client) / "personalization.json" for client in tuned]
+            told += [self._personalization(client) for client in clients if self.is_personalized(client)]
         summaries = [_read_json(path)["summary"] for path in told]
         lines = [line for summary in summaries for line in _event_lines(summary)]
         write_file(self.path / "events.jsonl", "".join(lines).encode())
@@ -127,12 +126,19 @@ class RunFolder:
         """The PEFT folder of the client's personalised adapter."""
         return self.site(client) / "adapter"
 
-    def commit_personalization(self, summary: RoundSummary, files: Mapping[str, bytes]) -> None:
-        """Makes one client's personalised adapter last, with its figures."""
+    def save_personal_adapter(self, client: str, files: Mapping[str, bytes]) -> None:
+        """Writes the PEFT folder of the client's personalised adapter."""
+        write_folder(self.personal_adapter(client), files)
+
+    def commit_personalization(self, summary: RoundSummary) -> None:
+        """Makes one client's personalisation count, once its adapter is kept where the client is."""
         (row,) = summary.clients
-        write_file(self.site(row.client) / "personalization.json", to_json({"summary": asdict(summary)}))
-        write_folder(self.personal_adapter(row.client), files)
+        write_file(self._personalization(row.client), to_json({"summary": asdict(summary)}))
         self._append_events(summary)
+
+    def is_personalized(self, client: str) -> bool:
+        """Whether the client's personalisation counts."""
+        return self._personalization(client).exists()
 
     def predictions(self, client: str) -> Path:
         """The file of the client's generated responses."""
@@ -204,6 +210,9 @@ class RunFolder:
         path = self.path / "events.jsonl"
         earlier = path.read_bytes() if path.exists() else b""
         write_file(path, earlier + "".join(_event_lines(asdict(summary))).encode())
+
+    def _personalization(self, client: str) -> Path:
+        return self.site(client) / "personalization.json"
 
     def _memory(self, client: str, round_number: int) -> Path:
         return self.site(client) / "memory" / f"{round_number:03d}.safetensors"

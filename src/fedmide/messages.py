@@ -5,10 +5,11 @@ records, under names from a closed list. A frame is a magic word, a JSON header 
 safetensors; nothing is unpickled.
 """
 
+import json
 import struct
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Annotated, Literal, TypeVar, get_args
+from typing import Annotated, Literal, TypeAlias, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -36,6 +37,19 @@ MetricName = Literal[
     "trained_tokens",  # tokens that the loss counted
     "scored_tokens",  # tokens whose likelihood was computed
 ]
+
+
+TroubleCode = Literal[
+    "federation",  # it is no member of this federation: other code, model, prompt or settings
+    "message",  # the task can't be read
+    "round",  # it has already done a later round
+    "ledger",  # its ledger can't be read or does not fit its records
+    "disk",  # what it must keep can't be written
+    "site",  # its records, model or configuration can't be used
+    "worker",  # nothing that works on tasks is running there
+    "failed",  # anything else
+]
+"""Why a site does not answer, which is all that it says: the details are in its own log."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +91,43 @@ class ClientReply:
     metrics: Mapping[MetricName, Metric] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Hello:
+    """What the server asks of a site before anything else: who it is, and where it stands before a round."""
+
+    federation: str
+    round: int
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a site says of itself: versions and hashes that must agree, and how large its two sets are.
+
+    `federation` is its own hash of all that must agree, `knobs` are the settings among that. -1, -1: it has no ledger.
+    """
+
+    federation: str
+    client: str
+    version: str
+    model: str
+    prompt: str
+    knobs: Mapping[str, str]
+    shared: int = -1
+    personal: int = -1
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """Why a site does not answer."""
+
+    client: str
+    code: TroubleCode
+
+
+Answer: TypeAlias = ClientReply | Facts | Trouble
+"""What may come back from a site."""
+
+
 class _Header(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -103,6 +154,100 @@ class _ReplyHeader(_Header):
     num_records: Annotated[int, Field(ge=0, le=MAX_RECORDS)]
     has_adapter: bool
     metrics: dict[MetricName, _MetricHeader]
+
+
+_Short = Annotated[str, Field(max_length=64)]
+
+
+class _HelloHeader(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Literal["hello"]
+    federation: _Short
+    round: int
+
+
+class _FactsHeader(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Literal["facts"]
+    federation: _Short
+    client: _Short
+    version: _Short
+    model: _Short
+    prompt: _Short
+    knobs: Annotated[dict[_Short, Annotated[str, Field(max_length=1024)]], Field(max_length=256)]
+    shared: int
+    personal: int
+
+
+class _TroubleHeader(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Literal["trouble"]
+    client: _Short
+    code: TroubleCode
+
+
+def encode_hello(hello: Hello) -> bytes:
+    """The frame of a hello."""
+    return _frame(_checked(_HelloHeader, kind="hello", **asdict(hello)), b"")
+
+
+def encode_facts(facts: Facts) -> bytes:
+    """The frame of a site's facts."""
+    return _frame(_checked(_FactsHeader, kind="facts", **asdict(facts)), b"")
+
+
+def encode_trouble(trouble: Trouble) -> bytes:
+    """The frame of a site's trouble."""
+    return _frame(_checked(_TroubleHeader, kind="trouble", **asdict(trouble)), b"")
+
+
+def decode_request(data: bytes) -> Hello | ClientTask:
+    """What the server asks in a frame; raises `MessageError`."""
+    text, payload = _unframe(data)
+    if _kind(text) != "hello":
+        return decode_task(data)
+    header = _validated(_HelloHeader, text)
+    _check_end(payload)
+    return Hello(header.federation, header.round)
+
+
+def decode_answer(data: bytes) -> Answer:
+    """What a site answers in a frame; raises `MessageError`."""
+    text, payload = _unframe(data)
+    kind = _kind(text)
+    if kind == "facts":
+        _check_end(payload)
+        return Facts(**_validated(_FactsHeader, text).model_dump(exclude={"kind"}))
+    if kind == "trouble":
+        _check_end(payload)
+        return Trouble(**_validated(_TroubleHeader, text).model_dump(exclude={"kind"}))
+    return decode_reply(data)
+
+
+def parts(data: bytes) -> tuple[bytes, bytes]:
+    """A frame's head and its adapter: the one differs from site to site, the other may be the same for all.
+
+    >>> b"".join(parts(encode_hello(Hello("f", 0)))) == encode_hello(Hello("f", 0))
+    True
+    """
+    _, payload = _unframe(data)
+    return data[: len(data) - len(payload)], payload
+
+
+def _kind(text: bytes) -> str:
+    """Which kind of frame a header says it is; it need not be one."""
+    try:
+        return str(json.loads(text).get("kind"))
+    except (ValueError, AttributeError, RecursionError):
+        return ""
+
+
+def _check_end(payload: bytes) -> None:
+    if payload:
+        raise MessageError("a message goes on after its end")
 
 
 def encode_task(task: ClientTask) -> bytes:
@@ -152,8 +297,8 @@ def decode_reply(data: bytes) -> ClientReply:
     """The reply in a frame; raises `MessageError`. What it says is not checked here, see `server.refusal`."""
     text, payload = _unframe(data)
     header = _validated(_ReplyHeader, text)
-    if payload and not header.has_adapter:
-        raise MessageError("a message goes on after its end")
+    if not header.has_adapter:
+        _check_end(payload)
     return ClientReply(
         header.federation,
         header.client,
@@ -164,7 +309,7 @@ def decode_reply(data: bytes) -> ClientReply:
     )
 
 
-def _frame(header: _Header, payload: bytes) -> bytes:
+def _frame(header: BaseModel, payload: bytes) -> bytes:
     text = header.model_dump_json().encode()
     return MAGIC + _LENGTH.pack(len(text)) + text + payload
 
@@ -179,7 +324,7 @@ def _unframe(data: bytes) -> tuple[bytes, bytes]:
     return data[start : start + length], data[start + length :]
 
 
-H = TypeVar("H", bound=_Header)
+H = TypeVar("H", bound=BaseModel)
 
 
 def _checked(header: type[H], **fields: object) -> H:
@@ -196,9 +341,8 @@ def _validated(kind: type[H], text: bytes) -> H:
         raise MessageError(f"a message's header is wrong: {_first(error)}") from None
 
 
-_FIELDS = frozenset(
-    {*_TaskHeader.model_fields, *_ReplyHeader.model_fields, *_MetricHeader.model_fields, *get_args(MetricName)}
-)
+_HEADERS = (_TaskHeader, _ReplyHeader, _MetricHeader, _HelloHeader, _FactsHeader, _TroubleHeader)
+_FIELDS = frozenset({*(name for header in _HEADERS for name in header.model_fields), *get_args(MetricName)})
 
 
 def _first(error: ValidationError) -> str:

@@ -8,6 +8,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import numpy as np
+
 from fedmide import adapters, methods
 from fedmide.config import Config
 from fedmide.localmodel import Adapter
@@ -51,7 +53,10 @@ class Delivery:
 
 @dataclass(frozen=True)
 class ClientRow:
-    """One client's part in a round. `refused` is the reason why its reply did not count, empty if it did."""
+    """One client's part in a round. `refused` is the reason why its reply did not count, empty if it did.
+
+    `clipped_from` is the length of its update where that was shortened, else 0.
+    """
 
     client: str
     num_records: int
@@ -60,6 +65,7 @@ class ClientRow:
     bytes_up: int
     seconds: float
     refused: str = ""
+    clipped_from: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -149,15 +155,44 @@ def _accepted(
             and (reply.client not in asked or (reply.adapter is not None and not asked[reply.client]))
         ):
             reason = "it was not asked to train in this round"
-        rows.append(_row(delivery, reason))
+        too_long = 0.0 if reason or not reply else _excessive(reply, state, config)
+        if too_long and config.replies.oversized == "refuse":
+            reason = f"its update has length {too_long:.4g}, more than replies.max_update_norm"
+        rows.append(_row(delivery, reason, too_long))
         if reason or reply is None:
             continue
         answered.add(delivery.client)
         if reply.adapter is not None:
-            yield Answer(reply.client, reply.adapter, reply.num_records)
+            arrays = _clipped(reply.adapter, too_long, state, config)
+            yield Answer(reply.client, arrays, reply.num_records)
 
 
-def _row(delivery: Delivery, refused: str) -> ClientRow:
+def _excessive(reply: ClientReply, state: ServerState, config: Config) -> float:
+    """The length of the update that a reply brings, where it is longer than allowed; else 0."""
+    if reply.adapter is None or not config.replies.max_update_norm:
+        return 0.0
+    length = adapters.distance(reply.adapter, _start(reply.adapter, state, config))
+    return length if length > config.replies.max_update_norm else 0.0
+
+
+def _clipped(arrays: Adapter, length: float, state: ServerState, config: Config) -> Adapter:
+    """The arrays as near to where the round started as is allowed; themselves where their update is not too long."""
+    if not length:
+        return arrays
+    return adapters.between(_start(arrays, state, config), arrays, config.replies.max_update_norm / length)
+
+
+def _start(arrays: Adapter, state: ServerState, config: Config) -> Adapter:
+    """What this round's training begins with, for these arrays; zero for those that the common adapter has not."""
+    restarts = any(task.restart for task in plan(state, config)[:1])
+    start = adapters.fresh(adapters.shapes(state.adapter), config.seed) if restarts else state.adapter
+    return {
+        name: start[name] if name in start and start[name].shape == array.shape else np.zeros_like(array)
+        for name, array in arrays.items()
+    }
+
+
+def _row(delivery: Delivery, refused: str, too_long: float) -> ClientRow:
     reply = None if refused else delivery.reply
     return ClientRow(
         delivery.client,
@@ -167,6 +202,7 @@ def _row(delivery: Delivery, refused: str) -> ClientRow:
         delivery.bytes_up,
         delivery.seconds,
         refused,
+        0.0 if refused else too_long,
     )
 
 

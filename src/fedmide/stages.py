@@ -4,13 +4,16 @@ Each can be stopped at any moment and started again: what is whole is kept, what
 """
 
 import json
+import math
 import resource
+import secrets
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -19,13 +22,12 @@ from fedmide import adapters, methods, report, server
 from fedmide.atomic import check_room, to_json, write_file, write_folder
 from fedmide.client import ClientState
 from fedmide.config import Config
-from fedmide.config import fingerprint as config_fingerprint
 from fedmide.errors import RunFolderError
 from fedmide.evaluation import summary
 from fedmide.evaluation.measure import Measured, measure
 from fedmide.evaluation.questions import Scored, score_questions, set_figures
 from fedmide.generation import default_max_new_tokens
-from fedmide.inputs import Inputs, Tell, changed, now, other_versions, read
+from fedmide.inputs import Inputs, Tell, changed, now, other_versions, read, without_records
 from fedmide.journal import RunFolder, check_new, create, locked, reopen
 from fedmide.ledger import before, standing
 from fedmide.localmodel import Adapter, Nll, total
@@ -37,6 +39,7 @@ from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
 from fedmide.server import Delivery, RoundSummary, ServerState
+from fedmide.site import EVERYONE, client_state, keep
 from fedmide.sources.questions import Question, SetName, fingerprint
 
 STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
@@ -44,9 +47,6 @@ STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
 
 Sets = Mapping[SetName, Sequence[Question]]
 """Public multiple-choice questions by the set that they are from."""
-
-EVERYONE = "(all clients)"
-"""The client that has everyone's records, where a method trains in one place; no folder of a client is called so."""
 
 WRITERS = 8
 """Sites whose files are written at a time, while the next ones train: a disk takes longest to say that it has them."""
@@ -74,6 +74,9 @@ class Run:
     folder: RunFolder
     inputs: Inputs
     tell: Tell
+    federation: str
+    runtime: Runtime | None = None
+    """How sites are reached that are not in this process."""
 
     @property
     def config(self) -> Config:
@@ -82,27 +85,40 @@ class Run:
 
 
 @contextmanager
-def start(config: Config, path: Path, tell: Tell = lambda message: None, opener: Opener = open_model) -> Iterator[Run]:
+def start(
+    config: Config,
+    path: Path,
+    tell: Tell = lambda message: None,
+    opener: Opener = open_model,
+    elsewhere: Sequence[str] = (),
+) -> Iterator[Run]:
     """A new run in a new folder, which no other process gets at meanwhile.
 
-    All input is read and checked before anything is written.
+    All input is read and checked before anything is written. `elsewhere` are the names of sites whose records this
+    machine does not hold; each such run is a federation of its own, told from others by a drawn ending.
     """
     check_new(path, config)
-    inputs = read(config, tell, opener=opener)
+    reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
+    inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
     num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers else 0
     begin = server.begin("", inputs.clients, inputs.fresh_adapter(), config)
     check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
     with locked(path):
         tell(f"the run is in {path}")
-        folder = create(path, config, inputs.manifest)
+        federation = f"{inputs.federation}-{secrets.token_hex(4)}" if elsewhere else inputs.federation
+        folder = create(path, config, {**inputs.manifest, "federation": federation})
         folder.rebuild_events(())
-        yield Run(folder, inputs, tell)
+        yield Run(folder, inputs, tell, federation)
 
 
 @contextmanager
 def resume(
-    path: Path, config: Config | None = None, tell: Tell = lambda message: None, opener: Opener = open_model
+    path: Path,
+    config: Config | None = None,
+    tell: Tell = lambda message: None,
+    opener: Opener = open_model,
+    elsewhere: Sequence[str] = (),
 ) -> Iterator[Run]:
     """An earlier run, to go on with, which no other process gets at meanwhile, on as many threads as it began with.
 
@@ -112,25 +128,33 @@ def resume(
     with locked(path):
         tell(f"going on with {path}")
         earlier = folder.read_manifest()
-        inputs = read(folder.config, tell, earlier["threads"], opener=opener)
+        reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
+        inputs = reader(folder.config, tell, earlier["threads"], opener=opener)
         if problems := list(changed(earlier, inputs.manifest)):
             raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
         for difference in other_versions(earlier, inputs.manifest):
             tell(f"{difference}: from here on bytes may differ")
         folder.rebuild_events(list(inputs.clients))
-        run = Run(folder, inputs, tell)
-        _check_ledgers(run)
+        run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
+        if not elsewhere:  # sites that are elsewhere are asked by who reaches them
+            _check_ledgers(run)
         yield run
+
+
+def set_sizes(run: Run) -> dict[str, tuple[int, int]]:
+    """How many shared and personal records each site told of in the last round, where its reply in that counted."""
+    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
+    told = {name: event["metrics"] for name, event in last.items() if "shared" in event["metrics"]}
+    return {name: (int(each["shared"]["sum"]), int(each["personal"]["sum"])) for name, each in told.items()}
 
 
 def train(run: Run, progress: Progress = silent) -> None:
     """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
     state = run.folder.last_round(_begin_training(run))
-    sites = {name: _site(run, name, state.round) for name in state.clients}
     writing: list[Future[None]] = []
     writers = ThreadPoolExecutor(WRITERS)
-    runtime = InProcess(
-        sites, run.inputs.resident, lambda site: writing.append(writers.submit(run.folder.save_site, site))
+    runtime = run.runtime or _in_process(
+        run, state, lambda site: writing.append(writers.submit(keep, run.folder, run.inputs, site))
     )
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
@@ -138,6 +162,8 @@ def train(run: Run, progress: Progress = silent) -> None:
 
     def commit(after: ServerState, summary: RoundSummary) -> None:
         """Makes the round last, once what its sites keep does."""
+        if run.runtime:
+            _check_quorum(run, summary)
         for written in writing:
             written.result()
         writing.clear()
@@ -155,21 +181,24 @@ def personalize(run: Run, progress: Progress = silent) -> None:
     """Stage 2: each client tunes the aggregated adapter on its own records. Leaves `clients/ID/adapter/`."""
     state = _trained(run)
     plan = server.plan(state, run.config)
-    tasks = [task for task in plan if not run.folder.personal_adapter(task.client).is_dir()]
-    sites = {task.client: _site(run, task.client, state.round) for task in tasks}
-    runtime = InProcess(sites, run.inputs.resident, lambda site: None)
-    lora = run.inputs.resident.model.lora
+    tasks = [task for task in plan if not run.folder.is_personalized(task.client)]
+    waiting = replace(state, clients=tuple(task.client for task in tasks))
+    runtime = run.runtime or _in_process(run, waiting, partial(keep, run.folder, run.inputs))
+    problems: list[str] = []
     shown = _listening(run, progress("personalisation", len(tasks), "clients"))
     with _timed(run, "personalized", len(tasks)), shown as advance:
         for delivery in _shown(run, runtime, advance)(tasks):
             _, tuned = server.apply(state, [delivery], run.config)
-            adapter = sites.pop(delivery.client).adapter
-            assert adapter is not None  # personalisation always leaves one
-            run.folder.commit_personalization(tuned, peft_files(adapter, lora))
+            if refused := tuned.clients[0].refused:
+                problems.append(f"client {delivery.client} is not personalised: {refused}")
+                continue
+            run.folder.commit_personalization(tuned)
             if tuned.clients[0].metrics.get("epoch") == Metric(0):
                 run.tell(
                     f"client {delivery.client}: no epoch of its tuning is fit to be kept, the aggregated adapter is"
                 )
+        if problems:
+            raise RunFolderError(problems, f"Mend that, then go on with {run.folder.path}")
 
 
 def generate(run: Run, progress: Progress = silent) -> None:
@@ -252,8 +281,7 @@ def _write_report(run: Run) -> None:
 
 
 def _begin(run: Run) -> ServerState:
-    federation = config_fingerprint(run.config)
-    return server.begin(federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
+    return server.begin(run.federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
 
 
 def _begin_training(run: Run) -> ServerState:
@@ -281,13 +309,10 @@ def _check_ledgers(run: Run) -> None:
             _check_memories(run, last, state.round)
         return
     problems = []
-    for name, event in last.items():
-        if event["refused"]:
-            continue  # what the site said then is not known
+    for name, told in set_sizes(run).items():
         now = standing(before(run.folder.read_ledger(name), state.round), _record_ids(run, name))
-        told = tuple(int(event["metrics"][which]["sum"]) for which in ("shared", "personal"))
         if told != (len(now.shared), len(now.personal)):
-            problems.append(f"{run.folder.site(name)}: the ledger is not the one that round {event['round']} left")
+            problems.append(f"{run.folder.site(name)}: the ledger is not the one that its last round left")
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
     if run.config.scoring.without_own:
@@ -323,7 +348,7 @@ def _record_ids(run: Run, name: str) -> list[RecordId]:
 
 def _is_personalized(run: Run) -> bool:
     """Whether the clients are personalised; some of them, and others not, is refused."""
-    missing = [name for name in run.inputs.clients if not run.folder.personal_adapter(name).is_dir()]
+    missing = [name for name in run.inputs.clients if not run.folder.is_personalized(name)]
     if 0 < len(missing) < len(run.inputs.clients):
         raise RunFolderError(
             f"{run.folder.path}: clients not yet personalised: {', '.join(missing)}",
@@ -332,23 +357,23 @@ def _is_personalized(run: Run) -> bool:
     return not missing
 
 
-def _site(run: Run, name: str, next_round: int) -> ClientState:
-    """A client's state before a round, out of its records and of what it kept."""
-    owners = run.inputs.examples if name == EVERYONE else {name: run.inputs.examples[name]}
-    training = {
-        RecordId(example.id if owner == name else f"{owner}/{example.id}"): example
-        for owner, examples in owners.items()
-        for example in examples.training
-    }
-    return ClientState(
-        name,
-        config_fingerprint(run.config),
-        run.config,
-        training,
-        [example for examples in owners.values() for example in examples.validation],
-        before(run.folder.read_ledger(name), next_round),
-        run.folder.read_memory(name, next_round),
-    )
+def _in_process(run: Run, state: ServerState, save: Callable[[ClientState], None]) -> Runtime:
+    """The runtime of sites that are all in this process, as they stand before a round."""
+    sites = {name: client_state(run.folder, run.inputs, name, run.federation, state.round) for name in state.clients}
+    return InProcess(sites, run.inputs.resident, save)
+
+
+def _check_quorum(run: Run, summary: RoundSummary) -> None:
+    """Stops a run before a round that too few sites took part in would count."""
+    counted = sum(not row.refused for row in summary.clients)
+    needed = math.ceil(run.config.replies.quorum * len(summary.clients))
+    if counted < needed:
+        reasons = dict.fromkeys(row.refused for row in summary.clients if row.refused)
+        raise RunFolderError(
+            f"{run.folder.round_name(summary.round)}: {counted} of {len(summary.clients)} replies count, "
+            f"{needed} are needed: {'; '.join(reasons)}",
+            f"Mend that, then go on with {run.folder.path}; or lower replies.quorum",
+        )
 
 
 def _personal_adapter(run: Run, name: str) -> Adapter:

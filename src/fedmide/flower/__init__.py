@@ -1,0 +1,1 @@
+"""Flower as the engine between processes and hospitals: simulation, and deployment with keys and certificates."""

@@ -1,0 +1,123 @@
+"""What Flower runs: at the server and at each site an app that passes frames on. The only module that imports flwr.
+
+    fedmide run  <- socket ->  server_app  <- Flower ->  client_app  <- socket ->  the site's worker
+
+So the loop, the run folder, the records and the model are in processes of our own, which Flower neither starts nor
+ends; and of an error at a site Flower learns nothing, since it would send an exception's text to the server.
+In a simulation the client app works on its task itself, in the process that Ray gave it.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedmide.errors import MessageError
+from fedmide.flower.places import LINK, RUN, SITE
+from fedmide.messages import Trouble, encode_trouble, parts
+from fedmide.runtimes.link import Answered, connected, serve
+
+_PAUSE_SECONDS = 0.25
+_CONNECT_SECONDS = 60.0
+
+server_app = ServerApp()
+client_app = ClientApp()
+
+
+@server_app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Gives the process that runs the rounds access to the grid, until it goes."""
+    serve(connected(Path(os.environ[LINK]), _CONNECT_SECONDS), GridExchange(grid))
+
+
+@client_app.query()
+@client_app.train()
+def answer(message: Message, context: Context) -> Message:
+    """The site's answer, whatever happens."""
+    try:
+        records = records_of(*_split(_worked(frame_of(message.content), context)))
+    except Exception:  # noqa: BLE001 - its text must not reach Flower, which would send it
+        records = records_of(encode_trouble(Trouble("", "worker")), b"")
+    return Message(records, reply_to=message)
+
+
+class GridExchange:
+    """Flower's grid as an exchange."""
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+
+    def nodes(self) -> list[int]:
+        """The nodes that are connected."""
+        return sorted(self.grid.get_node_ids())
+
+    def ask(self, frames: Iterable[tuple[int, bytes]], seconds: float) -> Iterator[Answered]:
+        """The nodes' answers as they come, each to the message that it replies to."""
+        waiting: dict[str, int] = {}
+        until = time.monotonic() + seconds
+        adapter = b""
+        for node, frame in frames:
+            head, payload = parts(frame)
+            adapter = adapter if adapter == payload else payload  # one copy, whatever the number of sites
+            content = records_of(head, adapter)
+            kind = "train" if payload else "query"
+            message = Message(content, dst_node_id=node, message_type=kind, ttl=max(1.0, seconds))
+            for name in self.grid.push_messages([message]):
+                waiting[name] = node
+        while waiting and time.monotonic() < until:
+            replies = list(self.grid.pull_messages(list(waiting)))
+            for reply in replies:
+                asked = waiting.pop(reply.metadata.reply_to_message_id, -1)
+                if asked >= 0:
+                    yield _answered(asked, reply)
+            if not replies:
+                time.sleep(_PAUSE_SECONDS)
+
+
+def records_of(head: bytes, adapter: bytes) -> RecordDict:
+    """A frame's two parts as Flower's records; the adapter is one array, kept once for all who get the same."""
+    records = RecordDict({"head": ConfigRecord({"frame": head})})
+    if adapter:
+        records["adapter"] = ArrayRecord({"frame": Array("uint8", (len(adapter),), "bytes", adapter)})
+    return records
+
+
+def frame_of(records: RecordDict) -> bytes:
+    """The frame in Flower's records."""
+    head = records.config_records["head"]["frame"]
+    if not isinstance(head, bytes):
+        raise TypeError("the head of a frame is bytes")
+    arrays = records.array_records
+    return head + arrays["adapter"]["frame"].data if "adapter" in arrays else head
+
+
+def _answered(node: int, reply: Message) -> Answered:
+    if reply.has_error():
+        return Answered(node, b"", f"it can't be reached (Flower's error {reply.error.code})")
+    try:
+        return Answered(node, frame_of(reply.content))
+    except (KeyError, TypeError, AttributeError):
+        return Answered(node, b"", "its answer can't be read: it is no frame")
+
+
+def _split(frame: bytes) -> tuple[bytes, bytes]:
+    """The frame's two parts; of one that can't be read here all is head: who gets it judges."""
+    try:
+        return parts(frame)
+    except MessageError:
+        return frame, b""
+
+
+def _worked(frame: bytes, context: Context) -> bytes:
+    """The answer of the site's worker; in a simulation of this process itself."""
+    if site := os.environ.get(SITE):
+        from fedmide.flower.worker import ask
+
+        return ask(Path(site), frame)
+    from fedmide.flower.simulated import site_of
+
+    return site_of(Path(os.environ[RUN]), int(context.node_config["partition-id"])).answer(frame)

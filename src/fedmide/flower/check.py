@@ -1,0 +1,111 @@
+"""Whether a site is ready, found out before a run: records, model, version, key, connection."""
+
+import json
+import socket
+import ssl
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import dataclass
+
+from fedmide import __version__
+from fedmide.config import agreed
+from fedmide.errors import UserError
+from fedmide.flower.processes import environment, free_port, last_words, started
+from fedmide.flower.sitefolder import SiteFolder
+from fedmide.flower.supervision import supernode_command
+from fedmide.inputs import Inputs, Tell
+from fedmide.messages import Facts
+from fedmide.runtimes.link import socket_path
+from fedmide.runtimes.remote import differences
+
+_CONNECT_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was looked at, what was found, and what is wrong with it; empty if nothing."""
+
+    what: str
+    found: str
+    problem: str = ""
+
+
+def check(folder: SiteFolder, tell: Tell) -> list[Finding]:
+    """All findings, in the order in which they are best mended."""
+    return list(_findings(folder, tell))
+
+
+def _findings(folder: SiteFolder, tell: Tell) -> Iterator[Finding]:
+    try:
+        inputs = folder.inputs(tell)
+    except UserError as error:
+        yield Finding("records and model", "", str(error))
+    else:
+        data = inputs.clients[folder.name]
+        parts = (data.training, data.validation, data.test)
+        counts = ", ".join(
+            f"{len(part)} {name}" for part, name in zip(parts, ("training", "validation", "test"), strict=True)
+        )
+        yield Finding("records", counts)
+        problems = "; ".join(differences(_expected(folder), _own(inputs, folder.name), None))
+        yield Finding("version, model, prompt and settings", f"as agreed ({inputs.federation})", problems)
+    yield _attempt("keys", lambda: _keys(folder))
+    reached = _attempt("server", lambda: _server(folder))
+    yield reached
+    if not reached.problem:
+        yield _attempt("node", lambda: _node(folder))
+
+
+def _attempt(what: str, look: Callable[[], str]) -> Finding:
+    try:
+        return Finding(what, look())
+    except (UserError, OSError, ValueError) as error:
+        return Finding(what, "", str(error))
+
+
+def _expected(folder: SiteFolder) -> Facts:
+    return Facts(**json.loads((folder.path / "federation.json").read_text("utf-8")))
+
+
+def _own(inputs: Inputs, name: str) -> Facts:
+    manifest, knobs = inputs.manifest, agreed(inputs.resident.config)
+    return Facts(inputs.federation, name, __version__, manifest["model"]["fingerprint"], manifest["prompt"], knobs)
+
+
+def _keys(folder: SiteFolder) -> str:
+    """Whether the secrets are there and only their owner's."""
+    names = ["superexec.secret", *([] if folder.plain else ["node-key"])]
+    for name in names:
+        path = folder.path / "keys" / name
+        mode = stat.S_IMODE(path.stat().st_mode)
+        if mode & 0o077:
+            raise UserError(f"{path} can be read by others (mode {mode:o})", f"chmod 600 {path}")
+    return "there, and only their owner's"
+
+
+def _server(folder: SiteFolder) -> str:
+    """Whether the server is reached and has the certificate that it should have."""
+    host, _, port = folder.superlink.rpartition(":")
+    with closing(socket.create_connection((host.strip("[]"), int(port)), timeout=10)) as plain:
+        if not folder.plain:
+            context = ssl.create_default_context(cafile=str(folder.path / "keys" / "ca.pem"))
+            context.wrap_socket(plain, server_hostname=host.strip("[]")).close()
+    return f"reached at {folder.superlink}" + ("" if folder.plain else ", with the right certificate")
+
+
+def _node(folder: SiteFolder) -> str:
+    """Whether the server takes this site's key: its node is connected, or gets connected when it is tried."""
+    if socket_path(folder.path, "worker").exists():
+        return "the site is running; its connection is in logs/supernode.log"
+    log = folder.path / "logs" / "check.log"
+    log.unlink(missing_ok=True)
+    command = supernode_command(folder, free_port())
+    with started(command, environment(folder.path / "flwr"), log) as process:
+        until = time.monotonic() + _CONNECT_SECONDS
+        while process.poll() is None and time.monotonic() < until:
+            if log.exists() and "SuperNode ID:" in log.read_text(errors="replace"):
+                return "the server takes this site's key"
+            time.sleep(0.2)
+        raise UserError(f"the server does not take this site's key: {last_words(log, 5)}", "Is it registered?")

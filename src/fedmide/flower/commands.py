@@ -1,0 +1,175 @@
+"""The verbs of `fedmide flower`: a consortium's set-up, its processes and its runs."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fedmide.errors import UsageError
+
+app = typer.Typer(help="Many hospitals: set up, check, run over Flower.", no_args_is_help=True)
+server_app = typer.Typer(help="The consortium's server.", no_args_is_help=True)
+site_app = typer.Typer(help="One site.", no_args_is_help=True)
+app.add_typer(server_app, name="server")
+app.add_typer(site_app, name="site")
+
+ServerPath = Annotated[Path, typer.Argument(help="The server's folder.")]
+SitePath = Annotated[Path, typer.Argument(help="The site's folder.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the federation's own.")]
+
+
+@app.command()
+def init(
+    path: Annotated[Path, typer.Argument(help="New folder: server/, and site-NAME/ for each site.")],
+    config: Annotated[Path, typer.Option(help="The federation's configuration (TOML).")],
+    sites: Annotated[str, typer.Option(help="Names of the sites, with commas.")],
+    address: Annotated[str, typer.Option(help="Where sites reach the server, HOST:PORT.")] = "127.0.0.1:9092",
+    port: Annotated[int, typer.Option(help="The SuperLink's own port, on loopback.")] = 9092,
+    plain: Annotated[bool, typer.Option("--plain", help="No encryption and no keys; loopback only.")] = False,
+) -> None:
+    """Write certificates, keys, scripts and configurations of a consortium."""
+    _check_installed()
+    from fedmide.config import load
+    from fedmide.console import tell
+    from fedmide.flower.consortium import Consortium, create, named
+
+    create(Consortium(path, named(sites), address, port, plain), load(config), tell)
+    sys.stdout.write(f"{path}: read CHECKLIST.md there\n")
+
+
+@server_app.command("start")
+def server_start(path: ServerPath) -> None:
+    """Run the SuperLink and its executor, in the foreground."""
+    _check_installed()
+    from fedmide.console import tell
+    from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.flower.supervision import server
+
+    server(ServerFolder.read(path), tell)
+
+
+@site_app.command("start")
+def site_start(path: SitePath) -> None:
+    """Run the site's SuperNode, executor and worker, in the foreground."""
+    _check_installed()
+    from fedmide.console import tell
+    from fedmide.flower.sitefolder import SiteFolder
+    from fedmide.flower.supervision import site
+
+    site(SiteFolder.read(path), tell)
+
+
+@site_app.command("check")
+def site_check(path: SitePath, as_json: Json = False) -> None:
+    """Tell whether data, model, version, key and connection are right."""
+    _check_installed()
+    from fedmide.console import tell
+    from fedmide.flower.check import check
+    from fedmide.flower.sitefolder import SiteFolder
+
+    findings = check(SiteFolder.read(path), tell)
+    problems = [finding.problem for finding in findings if finding.problem]
+    if as_json:
+        _print({"checks": {finding.what: finding.problem or "ok" for finding in findings}})
+    else:
+        sys.stdout.writelines(f"{finding.what}: {finding.problem or finding.found}\n" for finding in findings)
+    if problems:
+        raise UsageError(problems)
+
+
+@app.command("run")
+def run_(
+    path: ServerPath,
+    config: Annotated[Path | None, typer.Argument(help="Another configuration than the federation's own.")] = None,
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NNN in the server's.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Rounds and personalisation at all sites; each site evaluates for itself."""
+    _check_installed()
+    from fedmide.config import load
+    from fedmide.console import tell
+    from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.stages import start
+
+    folder = ServerFolder.read(path)
+    loaded = load(config or folder.path / "federation.toml", overrides)
+    _work(folder, start(loaded, out or _free(folder.path / "runs"), tell, elsewhere=folder.sites), as_json)
+
+
+@app.command()
+def resume(
+    path: ServerPath, run: Annotated[Path, typer.Argument(help="The run's folder.")], as_json: Json = False
+) -> None:
+    """Go on with a run from its last whole round."""
+    _check_installed()
+    from fedmide.console import tell
+    from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.stages import resume as resume_run
+
+    folder = ServerFolder.read(path)
+    _work(folder, resume_run(run, None, tell, elsewhere=folder.sites), as_json)
+
+
+@app.command()
+def status(path: ServerPath, as_json: Json = False) -> None:
+    """Tell who is connected and how far the run is."""
+    _check_installed()
+    from fedmide.flower.deployment import status as status_of
+    from fedmide.flower.serverfolder import ServerFolder
+
+    facts = status_of(ServerFolder.read(path))
+    if as_json:
+        _print(facts)
+        return
+    sites = facts.pop("sites")
+    assert isinstance(sites, Mapping)
+    sys.stdout.writelines(f"{name}: {value}\n" for name, value in {**sites, **facts}.items())
+
+
+@app.command()
+def stop(path: ServerPath) -> None:
+    """End the run that is going on; it can be gone on with."""
+    from fedmide.flower.deployment import stop as stop_run
+    from fedmide.flower.serverfolder import ServerFolder
+
+    sys.stdout.write(f"{stop_run(ServerFolder.read(path))}\n")
+
+
+def _work(folder: Any, opening: Any, as_json: bool) -> None:
+    from fedmide import stages
+    from fedmide.console import bars
+    from fedmide.flower.deployment import deployed
+
+    with opening as opened:
+        with deployed(opened, folder) as run:
+            stages.train(run, bars)
+            stages.personalize(run, bars)
+        manifest = opened.folder.read_manifest()
+    facts = {"run": str(opened.folder.path), "status": manifest["status"], "seconds": manifest["seconds"]}
+    if as_json:
+        _print(facts)
+    else:
+        sys.stdout.write(f"{facts['status']}: {facts['run']}\n")
+
+
+def _free(parent: Path) -> Path:
+    number = 1
+    while (folder := parent / f"{number:03d}").exists():
+        number += 1
+    return folder
+
+
+def _print(values: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(values, indent=2) + "\n")
+
+
+def _check_installed() -> None:
+    from importlib.util import find_spec
+
+    if find_spec("flwr") is None:
+        raise UsageError("flwr is not installed", "pip install 'fedmide[flower]'")

@@ -1,0 +1,111 @@
+"""A run over a consortium that is up: submitted to its SuperLink, followed, ended."""
+
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from pathlib import Path
+from socket import socket
+
+from fedmide.errors import UsageError
+from fedmide.flower.flowercli import FlowerCommandError, flwr, nodes
+from fedmide.flower.runs import remote
+from fedmide.flower.serverfolder import ServerFolder
+from fedmide.flower.supervision import alive
+from fedmide.inputs import Tell
+from fedmide.runtimes.link import Linked, LinkLostError, accepted, listening, socket_path
+from fedmide.stages import Run
+
+_COME_UP_SECONDS = 60.0
+_RETRY_SECONDS = 3.0
+
+
+@dataclass
+class Submitted:
+    """Runs of Flower's for one run of ours: a new one whenever the last one was lost."""
+
+    folder: ServerFolder
+    listener: socket
+    run: Path
+    tell: Tell
+    patience_seconds: float
+    _connection: Connection | None = field(default=None)
+
+    def connect(self) -> Linked:
+        """The way to the sites; waits for a SuperLink that is down."""
+        self.end()
+        until = time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                return self._submit()
+            except (FlowerCommandError, LinkLostError) as error:
+                if time.monotonic() >= until:
+                    raise
+                self.tell(f"{error}; trying again")
+                time.sleep(_RETRY_SECONDS)
+
+    def end(self) -> None:
+        """Ends what is going on: the server app ends by itself when nobody is at the other end."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+
+    def _submit(self) -> Linked:
+        number = str(flwr(self.folder, "run", str(self.folder.path / "app"), "fedmide")["run-id"])
+        self.folder.write_run(run=str(self.run), flower_run=number, process=os.getpid())
+        until = time.monotonic() + _COME_UP_SECONDS
+        connection = accepted(self.listener, lambda: time.monotonic() < until)
+        if connection is None:
+            with suppress(FlowerCommandError):
+                flwr(self.folder, "stop", number, "fedmide")
+            raise LinkLostError(f"Flower's run {number} does not come up; see {self.folder.log('superexec')}")
+        self._connection = connection
+        return Linked(connection)
+
+
+@contextmanager
+def deployed(run: Run, folder: ServerFolder) -> Iterator[Run]:
+    """The same run over the consortium; one that is going on already is refused."""
+    _check_free(folder)
+    bound = None if folder.plain else {node: name for name, node in folder.read_nodes().items()}
+    with listening(socket_path(folder.path, "link")) as listener:
+        path = run.folder.path.resolve()
+        submitted = Submitted(folder, listener, path, run.tell, run.config.replies.deadline_seconds)
+        try:
+            yield remote(run, submitted.connect, bound)
+        finally:
+            submitted.end()
+
+
+def stop(folder: ServerFolder) -> str:
+    """Ends the run that is going on, as if it were interrupted; says what was done."""
+    last = folder.read_run()
+    if not last or not _is_going_on(folder):
+        raise UsageError("no run is going on", f"Start one: fedmide flower run {folder.path}")
+    os.kill(last["process"], signal.SIGINT)
+    return f"stopped {last['run']}; go on with it: fedmide flower resume {folder.path} {last['run']}"
+
+
+def status(folder: ServerFolder) -> dict[str, object]:
+    """Who is connected, and how far the last run is."""
+    known = {int(node["node-id"]): str(node["status"]) for node in nodes(folder)}
+    sites = {name: known.get(node, "unknown") for name, node in folder.read_nodes().items()}
+    last = folder.read_run()
+    rounds = Path(last["run"]) / "server" if last else Path()
+    done = sorted(path.name for path in rounds.iterdir() if not path.name.startswith(".")) if rounds.is_dir() else []
+    facts = {"run": last.get("run"), "going_on": _is_going_on(folder), "rounds_done": len(done)}
+    return {"sites": sites or {str(node): each for node, each in known.items()}, **facts}
+
+
+def _is_going_on(folder: ServerFolder) -> bool:
+    """Whether the process of the last run is there and holds this server's socket."""
+    last = folder.read_run()
+    return bool(last) and socket_path(folder.path, "link").exists() and alive(int(last["process"]))
+
+
+def _check_free(folder: ServerFolder) -> None:
+    if _is_going_on(folder):
+        raise UsageError(f"{folder.path}: a run is going on", f"Wait for it, or fedmide flower stop {folder.path}")

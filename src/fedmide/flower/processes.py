@@ -1,0 +1,97 @@
+"""Starting processes and ending them with all that they started, each by its id."""
+
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+
+import psutil
+
+from fedmide.errors import UserError
+from fedmide.flower.places import QUIET
+
+_GRACE_SECONDS = 10.0
+_PROMPT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+"""How often an executor looks for work, in seconds; left alone it is 1."""
+
+
+def environment(home: Path, **more: str) -> dict[str, str]:
+    """The environment of Flower's processes: quiet, with a folder of their own, and with this Python's commands."""
+    commands = str(Path(sys.executable).parent)
+    path = os.pathsep.join([commands, *filter(None, [os.environ.get("PATH")])])
+    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1", **_PROMPT, **more}
+
+
+@contextmanager
+def started(command: Sequence[str], variables: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process until the end, when it is ended with all that it started."""
+    process = start(command, variables, log)
+    try:
+        yield process
+    finally:
+        end(process)
+
+
+def start(command: Sequence[str], variables: Mapping[str, str], log: Path) -> subprocess.Popen[bytes]:
+    """A process whose output goes to a log that only its user can read."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+    with os.fdopen(descriptor, "ab") as output:
+        return subprocess.Popen(
+            command, env=dict(variables), stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+        )
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Ends a process and all that it started: asked first, then killed."""
+    family = _descendants(process.pid)
+    for each in family:
+        with suppress(psutil.NoSuchProcess):
+            each.terminate()
+    process.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(_GRACE_SECONDS)
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(family, _GRACE_SECONDS)
+    for each in alive:
+        with suppress(psutil.NoSuchProcess):
+            each.kill()
+    psutil.wait_procs(alive, _GRACE_SECONDS)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    """All that descend from a process."""
+    with suppress(psutil.NoSuchProcess):
+        return list(psutil.Process(pid).children(recursive=True))
+    return []
+
+
+def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
+    """Waits until a process listens on a port of this machine; raises `UserError` with its last words if it ends."""
+    until = time.monotonic() + seconds
+    while process.poll() is None and time.monotonic() < until:
+        with closing(socket.socket()) as probe:
+            probe.settimeout(1.0)
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.1)
+    raise UserError(f"nothing comes up on port {port}: {last_words(log)}", f"See {log}")
+
+
+def last_words(log: Path, lines: int = 3) -> str:
+    """The end of a log in one line."""
+    with suppress(OSError):
+        return " | ".join(log.read_text(errors="replace").strip().splitlines()[-lines:]) or "it says nothing"
+    return "it says nothing"
+
+
+def free_port() -> int:
+    """A port of this machine that nobody uses now."""
+    with closing(socket.socket()) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

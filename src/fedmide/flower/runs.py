@@ -1,0 +1,36 @@
+"""A run whose sites are reached by Flower."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+
+from fedmide import __version__, methods
+from fedmide.config import agreed
+from fedmide.errors import UsageError
+from fedmide.flower.simulation import simulation
+from fedmide.messages import Facts
+from fedmide.runtimes.link import Exchange
+from fedmide.runtimes.remote import Remote
+from fedmide.stages import Run, set_sizes
+
+
+def remote(run: Run, connect: Callable[[], Exchange], bound: Mapping[int, str] | None = None) -> Run:
+    """The same run over an exchange; `bound` are the sites that nodes are known to be by their keys."""
+    if methods.of(run.config).in_one_place:
+        raise UsageError(f'method = "{run.config.method}" trains in one place', "Run it without --runtime")
+    manifest, replies = run.inputs.manifest, run.config.replies
+    knobs = agreed(run.config)
+    own = Facts(run.federation, "", __version__, manifest["model"]["fingerprint"], manifest["prompt"], knobs)
+    told = partial(set_sizes, run)
+    runtime = Remote(connect, own, told, replies.deadline_seconds, run.tell, bound, replies.quorum)
+    return replace(run, runtime=runtime)
+
+
+@contextmanager
+def simulated(run: Run) -> Iterator[Run]:
+    """The same run in Flower's simulation."""
+    manifest = run.folder.read_manifest()
+    gpus = float(manifest["device"].startswith("cuda"))
+    with simulation(run.folder.path, len(run.inputs.clients), manifest["threads"], gpus) as exchange:
+        yield remote(run, lambda: exchange)

@@ -1,0 +1,78 @@
+"""The folder of one site in a deployment, and the site that it describes.
+
+site.toml      the federation's configuration, with the place of this site's records
+site.json      the site's name and where the server is
+keys/          node key (0600), superexec secret (0600), the server's CA certificate
+runs/ID/       a run folder per federation: ledger, personalised adapter; it never leaves
+logs/          what its processes say; it never leaves either
+"""
+
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fedmide.atomic import to_json, write_file
+from fedmide.config import Config, load
+from fedmide.errors import MessageError, UsageError
+
+if TYPE_CHECKING:  # what only keeps a site's processes running needs no model's libraries
+    from fedmide.inputs import Inputs, Tell
+    from fedmide.journal import RunFolder
+    from fedmide.site import Site
+
+_FEDERATION = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{8})?")
+
+
+@dataclass(frozen=True)
+class SiteFolder:
+    """A site's folder. `plain`: without encryption and keys, which is for one machine only."""
+
+    path: Path
+    name: str
+    superlink: str
+    plain: bool = False
+
+    @classmethod
+    def read(cls, path: Path) -> "SiteFolder":
+        """The folder as its `site.json` describes it; raises `UsageError`."""
+        try:
+            values = json.loads((path / "site.json").read_text("utf-8"))
+            return cls(path, str(values["name"]), str(values["superlink"]), bool(values["plain"]))
+        except (OSError, ValueError, KeyError, TypeError):
+            raise UsageError(f"{path} is no folder of a site", "Give one that fedmide flower init has made") from None
+
+    def write(self) -> None:
+        """Writes `site.json`."""
+        values = {key: value for key, value in asdict(self).items() if key != "path"}
+        write_file(self.path / "site.json", to_json(values))
+
+    @property
+    def config(self) -> Config:
+        """The site's configuration."""
+        return load(self.path / "site.toml")
+
+    def inputs(self, tell: "Tell") -> "Inputs":
+        """The site's own records, and the model."""
+        from fedmide.inputs import only, read
+
+        return read(self.config, tell, load=only(self.name))
+
+    def site(self, tell: "Tell") -> "Site":
+        """The site at work."""
+        from fedmide.site import Site
+
+        inputs = self.inputs(tell)
+        return Site(self.name, inputs, lambda federation: self.run_folder(federation, inputs), tell)
+
+    def run_folder(self, federation: str, inputs: "Inputs") -> "RunFolder":
+        """Where this site keeps what belongs to a federation."""
+        from fedmide.journal import create, reopen
+
+        if not _FEDERATION.fullmatch(federation):
+            raise MessageError("not the name of a federation")
+        path = self.path / "runs" / federation
+        if (path / "config.toml").exists():
+            return reopen(path)
+        return create(path, inputs.resident.config, {**inputs.manifest, "federation": federation})

@@ -1,0 +1,149 @@
+"""A site at work: its records, its folder, and what it answers to a message.
+
+Whatever happens here, an answer holds nothing but what `messages` has a field for: of an error the server hears one
+word from a closed list, and its details go to `tell`, which is the site's own log.
+
+What was answered is kept. The same task again gets the same answer without work, so a message that is delivered twice
+trains once; a task of an earlier round than the last is refused, so nothing that was done is undone.
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedmide import __version__
+from fedmide.atomic import write_file
+from fedmide.client import ClientState, handle
+from fedmide.config import agreed
+from fedmide.errors import MessageError, RunFolderError, UserError
+from fedmide.inputs import Inputs, Tell
+from fedmide.journal import RunFolder
+from fedmide.ledger import before, standing
+from fedmide.messages import (
+    ClientTask,
+    Facts,
+    Hello,
+    Trouble,
+    TroubleCode,
+    decode_reply,
+    decode_request,
+    encode_facts,
+    encode_reply,
+    encode_trouble,
+)
+from fedmide.model import peft_files
+from fedmide.records import RecordId
+
+EVERYONE = "(all clients)"
+"""The client that has everyone's records, where a method trains in one place; no folder of a client is called so."""
+
+_DIGEST_BYTES = 32
+
+
+def client_state(folder: RunFolder, inputs: Inputs, name: str, federation: str, next_round: int) -> ClientState:
+    """A client's state before a round, out of its records and of what it kept."""
+    owners = inputs.examples if name == EVERYONE else {name: inputs.examples[name]}
+    training = {
+        RecordId(example.id if owner == name else f"{owner}/{example.id}"): example
+        for owner, examples in owners.items()
+        for example in examples.training
+    }
+    return ClientState(
+        name,
+        federation,
+        folder.config,
+        training,
+        [example for examples in owners.values() for example in examples.validation],
+        before(folder.read_ledger(name), next_round),
+        folder.read_memory(name, next_round),
+    )
+
+
+def keep(folder: RunFolder, inputs: Inputs, state: ClientState) -> None:
+    """Makes a client's state last: what its rounds left or, once it has one, its personalised adapter."""
+    if state.adapter is None:
+        folder.save_site(state)
+    else:
+        folder.save_personal_adapter(state.name, peft_files(state.adapter, inputs.resident.model.lora))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One client with its records and a loaded model. `open_folder` gives the folder of a federation."""
+
+    name: str
+    inputs: Inputs
+    open_folder: Callable[[str], RunFolder]
+    tell: Tell = lambda message: None
+
+    def answer(self, frame: bytes) -> bytes:
+        """The answer to a frame, as a frame; raises nothing that this site's records or disk could cause."""
+        try:
+            return self._answer(frame)
+        except Exception as error:  # noqa: BLE001 - the text of any may be a patient's
+            self.tell(f"{type(error).__name__}: {error}")
+            return self._trouble(_code(error))
+
+    def _answer(self, frame: bytes) -> bytes:
+        request = decode_request(frame)
+        if isinstance(request, Hello):
+            return encode_facts(self._facts(request))
+        if not self._belongs_to(request.federation):
+            self.tell(f"asked by federation {request.federation}, this site belongs to {self.inputs.federation}")
+            return self._trouble("federation")
+        return self._once(request, frame)
+
+    def _belongs_to(self, federation: str) -> bool:
+        return federation.partition("-")[0] == self.inputs.federation
+
+    def _trouble(self, code: TroubleCode) -> bytes:
+        return encode_trouble(Trouble(self.name, code))
+
+    def _facts(self, hello: Hello) -> Facts:
+        manifest = self.inputs.manifest
+        facts = (manifest["federation"], self.name, __version__, manifest["model"]["fingerprint"], manifest["prompt"])
+        shared, personal = self._set_sizes(hello) if self._belongs_to(hello.federation) else (-1, -1)
+        return Facts(*facts, agreed(self.inputs.resident.config), shared, personal)
+
+    def _set_sizes(self, hello: Hello) -> tuple[int, int]:
+        ledger = before(self.open_folder(hello.federation).read_ledger(self.name), hello.round)
+        now = standing(ledger, [example.id for example in self.inputs.examples[self.name].training])
+        return len(now.shared), len(now.personal)
+
+    def _once(self, task: ClientTask, frame: bytes) -> bytes:
+        """The answer to a task: the kept one where it was given before."""
+        folder = self.open_folder(task.federation)
+        kept, digest = _kept_path(folder, self.name), hashlib.sha256(frame).digest()
+        earlier = kept.read_bytes() if kept.exists() else b""
+        if earlier[:_DIGEST_BYTES] == digest:
+            self.tell(f"round {task.round}: answered before")
+            return earlier[_DIGEST_BYTES:]
+        if self._last_round(folder, earlier[_DIGEST_BYTES:]) > task.round:
+            self.tell(f"round {task.round}: a later one was done already")
+            return self._trouble("round")
+        state = client_state(folder, self.inputs, self.name, task.federation, task.round)
+        reply, after = handle(task, state, self.inputs.resident)
+        answer = encode_reply(reply)
+        keep(folder, self.inputs, after)
+        write_file(kept, digest + answer)
+        self.tell(f"round {task.round}: done")
+        return answer
+
+    def _last_round(self, folder: RunFolder, kept: bytes) -> int:
+        """The latest round that this site has worked on, by its kept answer and by its ledger."""
+        rounds = [entry.round for entry in folder.read_ledger(self.name)]
+        return max([*rounds, *([decode_reply(kept).round] if kept else [])], default=-(2**31))
+
+
+def _code(error: Exception) -> TroubleCode:
+    """The one word on an error that leaves the site."""
+    if isinstance(error, MessageError):
+        return "message"
+    if isinstance(error, RunFolderError):
+        return "disk" if error.is_disk else "ledger"
+    return "site" if isinstance(error, UserError) else "failed"
+
+
+def _kept_path(folder: RunFolder, name: str) -> Path:
+    return folder.site(name) / "answer.bin"

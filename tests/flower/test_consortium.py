@@ -1,0 +1,128 @@
+"""A new consortium: everything is there, and everything wrong is told of before anything is written."""
+
+import json
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmide.config import load
+from fedmide.errors import UsageError
+from fedmide.flower.consortium import Consortium, create, named
+from fedmide.flower.serverfolder import ServerFolder
+from fedmide.flower.sitefolder import SiteFolder
+from fedmide.flower.supervision import superlink_command, supernode_command
+
+
+def quiet(message: str) -> None:
+    """Hears nothing."""
+
+
+@pytest.fixture(scope="module")
+def made(
+    tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_input_at: Callable[[Path], Any], one_thread: None
+) -> Path:
+    folder = tmp_path_factory.mktemp("init")
+    given = small_input_at(folder / "input")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+        create(Consortium(folder / "new", ("a", "b"), "hub.example.org:8443", 9092), load(given.config), quiet)
+    return folder / "new"
+
+
+def test_every_party_has_what_it_needs(made: Path) -> None:
+    files = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
+    site = {"site.toml", "site.json", "federation.json", "start.sh", "fedmide-site.service"}
+    site |= {f"keys/{name}" for name in ("node-key", "node-key.pub", "ca.pem", "superexec.secret")}
+    server = {"server.json", "federation.toml", "start.sh", "fedmide-server.service", "nginx.conf"}
+    server |= {"app/pyproject.toml", "app/LICENSE", "keys/sites/a.pub", "keys/sites/b.pub"}
+    server |= {f"keys/{name}" for name in ("ca.key", "ca.pem", "server.key", "server.pem", "superexec.secret")}
+    expected = {"CHECKLIST.md", *(f"server/{name}" for name in server)}
+    assert files == expected | {f"site-{each}/{name}" for each in "ab" for name in site}
+    assert sum((made / "server" / "app" / name).stat().st_size for name in ("pyproject.toml", "LICENSE")) < 1024
+
+
+def test_folders_are_their_owner_s_only(made: Path) -> None:
+    for name in ("server", "site-a", "site-b"):
+        assert stat.S_IMODE((made / name).stat().st_mode) == 0o700
+
+
+def test_a_site_holds_nobody_else_s_secret(made: Path) -> None:
+    secrets = {
+        name: (made / name / "keys" / "superexec.secret").read_bytes() for name in ("server", "site-a", "site-b")
+    }
+    assert len(set(secrets.values())) == 3
+    others = [secrets["server"], secrets["site-b"], (made / "server" / "keys" / "ca.key").read_bytes()]
+    held = b"".join(path.read_bytes() for path in (made / "site-a").rglob("*") if path.is_file())
+    assert not any(other in held for other in others)
+
+
+def test_the_sites_have_the_federation_s_configuration(made: Path) -> None:
+    assert load(made / "site-a" / "site.toml") == load(made / "server" / "federation.toml")
+    facts = json.loads((made / "site-a" / "federation.json").read_text())
+    assert facts["version"] == "0.1.0"
+    assert len(facts["federation"]) == 16
+
+
+def test_encryption_keys_and_the_secret_are_the_default(made: Path) -> None:
+    superlink = superlink_command(ServerFolder.read(made / "server"))
+    assert {"--enable-supernode-auth", "--ssl-keyfile", "--superexec-auth-secret-file"} <= set(superlink)
+    assert superlink[superlink.index("--isolation") + 1] == "process"
+    assert superlink[superlink.index("--host") + 1] == "127.0.0.1"
+    assert "--insecure" not in superlink
+    node = supernode_command(SiteFolder.read(made / "site-a"), 1234)
+    assert {"--root-certificates", "--auth-supernode-private-key", "--superexec-auth-secret-file"} <= set(node)
+    assert node[node.index("--superlink") + 1] == "hub.example.org:8443"
+    assert "--insecure" not in node
+
+
+def test_the_proxy_lets_through_one_path(made: Path) -> None:
+    text = (made / "server" / "nginx.conf").read_text()
+    assert text.count("location") == 2
+    assert "location /v1/fleet/ {" in text
+    assert "return 404" in text
+
+
+def test_units_start_again_what_ends(made: Path) -> None:
+    for path in made.rglob("*.service"):
+        assert "Restart=always" in path.read_text()
+        assert f"ExecStart={path.parent}/start.sh" in path.read_text()
+        assert stat.S_IMODE((path.parent / "start.sh").stat().st_mode) == 0o755
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"sites": ()}, "no site is named"),
+        ({"sites": ("a", "B c")}, "'B c' is no name for a site"),
+        ({"sites": ("../a",)}, "'../a' is no name for a site"),
+        ({"sites": ("a", "a")}, "'a' is named twice"),
+        ({"address": "nowhere"}, "is no address"),
+        ({"plain": True, "address": "hub.example.org:443"}, "plain text is for loopback only"),
+    ],
+)
+def test_a_consortium_that_can_t_be_is_refused(
+    changes: dict[str, Any], problem: str, tmp_path: Path, fakes: Any
+) -> None:
+    given: dict[str, Any] = {"sites": ("a",), "address": "127.0.0.1:9092", "port": 9092, **changes}
+    with pytest.raises(UsageError, match=problem):
+        create(Consortium(tmp_path / "new", **given), fakes.config(), quiet)
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_folder_that_holds_something_is_left_alone(made: Path, fakes: Any) -> None:
+    with pytest.raises(UsageError, match="exists already"):
+        create(Consortium(made, ("a",), "127.0.0.1:9092", 9092), fakes.config(), quiet)
+
+
+def test_other_folders_are_told_from_those_of_a_consortium(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no folder of a site"):
+        SiteFolder.read(tmp_path)
+    with pytest.raises(UsageError, match="no folder of a server"):
+        ServerFolder.read(tmp_path)
+
+
+def test_names_are_read_from_a_list() -> None:
+    assert named(" a,b ,,c") == ("a", "b", "c")

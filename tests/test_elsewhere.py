@@ -1,0 +1,119 @@
+"""A run whose sites are elsewhere, from its stages to their folders: here the sites are in threads of no transport."""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedmide import stages
+from fedmide.config import apply_overrides, load, parse, read_toml, to_toml
+from fedmide.errors import RunFolderError
+from fedmide.flower.runs import remote
+from fedmide.flower.sitefolder import SiteFolder
+from fedmide.runtimes.link import Answered
+from fedmide.site import Site
+
+
+@dataclass
+class Sites:
+    """Each node is a site with a folder of its own; `bend` changes what it answers."""
+
+    sites: dict[int, Site]
+    bend: Callable[[int, bytes], bytes] = lambda node, frame: frame
+    trained: list[int] = field(default_factory=list)
+
+    def nodes(self) -> list[int]:
+        return list(self.sites)
+
+    def ask(self, frames: Iterable[tuple[int, bytes]], seconds: float) -> Iterator[Answered]:
+        for node, frame in frames:
+            yield Answered(node, self.bend(node, self.sites[node].answer(frame)))
+
+
+@pytest.fixture
+def elsewhere(small_input: Any, tmp_path: Path) -> Sites:
+    found = {}
+    for node, name in enumerate("ab", 1):
+        folder = tmp_path / f"site-{name}"
+        SiteFolder(folder, name, "127.0.0.1:1").write()
+        own = folder / "data" / name
+        own.parent.mkdir()
+        (small_input.data / name).rename(own)
+        values = apply_overrides(read_toml(small_input.config), [f"data.path={own.parent}"])
+        (folder / "site.toml").write_text(to_toml(parse(values)))
+        found[node] = SiteFolder.read(folder).site(lambda message: None)
+    return Sites(found)
+
+
+def run_over(opened: stages.Run, sites: Sites) -> None:
+    run = remote(opened, lambda: sites, {1: "a", 2: "b"})
+    stages.train(run)
+    stages.personalize(run)
+
+
+def test_sites_with_paths_of_their_own_end_with_the_bytes_of_one_process(
+    elsewhere: Sites, small_input: Any, tmp_path: Path
+) -> None:
+    config = load(small_input.config)  # the server's: its records are gone, they lie at the sites
+    with stages.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
+        run_over(opened, elsewhere)
+        federation = opened.federation
+    for name in "ab":
+        (tmp_path / f"site-{name}" / "data" / name).rename(small_input.data / name)
+    with stages.start(config, tmp_path / "one") as opened:
+        stages.train(opened)
+        stages.personalize(opened)
+    adapter = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / adapter).read_bytes() == (tmp_path / "one" / adapter).read_bytes()
+    for name in "ab":
+        kept = tmp_path / f"site-{name}" / "runs" / federation / "clients" / name
+        expected = tmp_path / "one" / "clients" / name
+        for file in ("ledger.jsonl", adapter):
+            assert (kept / file).read_bytes() == (expected / file).read_bytes()
+        here = [path.name for path in (tmp_path / "run" / "clients" / name).iterdir()]
+        assert here == ["personalization.json"], "nothing else of a site is at the server"
+
+
+def test_two_runs_of_one_configuration_are_two_federations(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
+    names = []
+    for number in range(2):
+        with stages.start(load(small_input.config), tmp_path / f"{number}", elsewhere=("a", "b")) as opened:
+            stages.train(remote(opened, lambda: elsewhere))
+            names.append(opened.federation)
+    assert len(set(names)) == 2
+    assert {path.name for path in (tmp_path / "site-a" / "runs").iterdir()} == set(names)
+    assert len({name.partition("-")[0] for name in names}) == 1
+
+
+def test_too_few_replies_stop_the_run_before_the_round_counts_and_it_goes_on_later(
+    elsewhere: Sites, small_input: Any, tmp_path: Path
+) -> None:
+    config = load(small_input.config, ["replies.quorum=0.6", "replies.deadline_seconds=1"])
+    broken = replace(elsewhere, bend=lambda node, frame: frame[:-9] if node == 2 and len(frame) > 5000 else frame)
+    with (
+        pytest.raises(RunFolderError, match="1 of 2 replies count, 2 are needed: its answer can't be read"),
+        stages.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened,
+    ):
+        run_over(opened, broken)
+    assert not (tmp_path / "run" / "server").exists()
+    with stages.resume(tmp_path / "run", elsewhere=("a", "b")) as opened:
+        run_over(opened, elsewhere)
+    assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "personalized"
+
+
+def test_a_site_that_lost_its_ledger_is_refused(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
+    told: list[str] = []
+    config = load(small_input.config, ["replies.quorum=0.5", "replies.deadline_seconds=1"])
+    with stages.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
+        stages.train(remote(opened, lambda: elsewhere))
+        ledger = tmp_path / "site-b" / "runs" / opened.federation / "clients" / "b" / "ledger.jsonl"
+    ledger.unlink()
+    with (
+        pytest.raises(RunFolderError, match=r"client b is not personalised: .*ledger"),
+        stages.resume(tmp_path / "run", elsewhere=("a", "b"), tell=told.append) as opened,
+    ):
+        stages.personalize(remote(opened, lambda: elsewhere))
+    assert any("site b is refused: its ledger is not the one that its last round left" in line for line in told)
