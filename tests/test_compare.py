@@ -159,6 +159,30 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_the_same(
     assert said == []
 
 
+def test_validation_alone_measures_no_test_record_and_may_be_followed_by_a_comparison(
+    compared: tuple[Path, dict[str, Any], list[str]], tmp_path: Path, tiny_folder: Path, monkeypatch: Any
+) -> None:
+    monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+    values = values_of(compared[0].parent / "input" / "small.toml")
+    figures = compare.run(compare.planned(values, ["local", "fedavg"], [0, 1], tmp_path, validation_only=True))
+    assert not list(tmp_path.rglob("evaluation-*.json"))
+    assert not list(tmp_path.rglob("predictions.jsonl"))
+    assert not (tmp_path / "comparison.json").exists()
+    assert json.loads((tmp_path / "validation.json").read_text()) == figures
+    for seed in (0, 1):
+        folder = tmp_path / "runs" / "local" / f"rate-0.01-seed-{seed}"
+        clients = json.loads((folder / "validation.json").read_text()).values()
+        nlls = [each["sum"] / each["num_tokens"] for each in clients]
+        assert figures["by_seed"]["local"]["validation_nll"][seed] == pytest.approx(sum(nlls) / len(nlls))
+        assert figures["by_seed"]["local"]["validation_nll_worst"][seed] == max(nlls)
+    table = (tmp_path / "validation.md").read_text()
+    assert all(f"{nll:.4f}" in table for nll in figures["by_seed"]["local"]["validation_nll"])
+    before = {path: path.read_bytes() for path in tmp_path.rglob("adapter_model.safetensors")}
+    compare.run(compare.planned(values, ["local", "fedavg"], [0, 1], tmp_path))
+    assert (tmp_path / "comparison.json").exists()
+    assert {path: path.read_bytes() for path in before} == before
+
+
 def test_test_records_change_no_choice(
     compared: tuple[Path, dict[str, Any], list[str]],
     tmp_path: Path,

@@ -209,6 +209,9 @@ def compare(
     seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
     learning_rates: Annotated[str, typer.Option(help="Rates to choose from on validation; otherwise as set.")] = "",
     against: Annotated[str, typer.Option(help="Whom all others are held against.")] = "fedavg-ft,fedmide",
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Look at validation records only: to choose settings by.")
+    ] = False,
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[
         Path | None, typer.Option(help="Folder; otherwise comparisons/NAME. It goes on where it is.")
@@ -228,16 +231,17 @@ def compare(
     rates = [float(each) for each in _listed("learning-rates", learning_rates, _is_number)]
     from fedmide import compare as comparing
     from fedmide.console import bars, sheet_table, tell
-    from fedmide.evaluation.tables import sheets
+    from fedmide.evaluation.tables import sheets, validation_sheet
 
     folder = out or Path("comparisons") / config.stem
-    plan = comparing.planned(values, _names(methods), numbers, folder, rates, _names(against))
+    plan = comparing.planned(values, _names(methods), numbers, folder, rates, _names(against), validation)
     figures = comparing.run(plan, tell, bars)
     if as_json:
         _print_json(figures)
         return
-    Console().print(*(sheet_table(each) for each in sheets(figures)))
-    sys.stdout.write(f"{folder / 'comparison.html'}\n")
+    tables = [validation_sheet(figures)] if validation else sheets(figures)
+    Console().print(*(sheet_table(each) for each in tables))
+    sys.stdout.write(f"{folder / ('validation.md' if validation else 'comparison.html')}\n")
 
 
 @app.command()

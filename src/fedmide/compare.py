@@ -7,6 +7,9 @@ All runs have the same records, whatever their seed, and the same budget of loca
 learning rates are given, each entrant's is chosen on the first seed by the response NLL of the validation records, mean
 over clients; test records of the others are never measured. A run that is whole is not done again, one that was stopped
 goes on. The base model is loaded once.
+
+Where only validation records are looked at, the folder gets `validation.json` and `validation.md` instead: settings are
+chosen by these, and the same runs' test records may be measured later.
 """
 
 import json
@@ -27,7 +30,7 @@ from fedmide.errors import RunFolderError, UsageError
 from fedmide.evaluation.comparison import Outcome, compare
 from fedmide.evaluation.measure import Measured
 from fedmide.evaluation.summary import StageName
-from fedmide.evaluation.tables import sheets, to_html, to_markdown
+from fedmide.evaluation.tables import sheets, to_html, to_markdown, validation_sheet
 from fedmide.inputs import Tell
 from fedmide.journal import RunFolder, locked, reopen
 from fedmide.resident import Kept
@@ -61,6 +64,7 @@ class Plan:
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
     against: tuple[str, ...]
+    validation_only: bool = False
 
     def attempt(self, entrant: Entrant, rate: float, seed: int) -> Attempt:
         """The run of an entrant with a rate and a seed."""
@@ -129,17 +133,19 @@ def planned(
     out: Path,
     rates: Sequence[float] = (),
     against: Sequence[str] = ("fedavg-ft", "fedmide"),
+    validation_only: bool = False,
 ) -> Plan:
     """What a configuration's values, method names, seeds and learning rates ask for; all refused before any run."""
     for what, given in (("seeds", seeds), ("learning-rates", rates)):
         if len(set(given)) < len(given) or (what == "seeds" and not given) or any(each < 0 for each in given):
             raise UsageError(f"--{what}: expected numbers, none below 0, each once", f"For example --{what} 0,1,2")
     found = entrants(values, names)
-    return Plan(out, found, tuple(seeds), tuple(rates), tuple(each for each in against if each in names))
+    held = tuple(each for each in against if each in names)
+    return Plan(out, found, tuple(seeds), tuple(rates), held, validation_only)
 
 
 def run(plan: Plan, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:
-    """What comparison.json holds, after every run that was missing."""
+    """What comparison.json, or validation.json, holds, after every run that was missing."""
     with locked(plan.out):
         work = Work(plan.num_runs, tell, progress)
         chosen = {
@@ -151,7 +157,12 @@ def run(plan: Plan, tell: Tell = lambda message: None, progress: Progress = sile
         }
         for seed in plan.seeds[1:]:
             for entrant in plan.entrants:
-                work.run(attempts[entrant.name][seed], ["personalized"])
+                work.run(attempts[entrant.name][seed], () if plan.validation_only else ["personalized"])
+        if plan.validation_only:
+            figures = _validation_figures(plan, attempts, chosen)
+            write_file(plan.out / "validation.json", to_json(figures))
+            write_file(plan.out / "validation.md", to_markdown([validation_sheet(figures)]).encode())
+            return figures
         figures = _figures(plan, attempts, chosen)
         write_file(plan.out / "comparison.json", to_json(figures))
         tables = sheets(figures)
@@ -167,7 +178,7 @@ def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, 
     if len(attempts) > 1:
         for attempt in attempts:
             work.run(attempt, ())
-            validations[attempt.rate] = _validation(attempt)
+            validations[attempt.rate] = _mean(_validation(attempt))
         finite = {rate: value for rate, value in validations.items() if value is not None}
         if not finite:
             raise RunFolderError(
@@ -177,7 +188,8 @@ def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, 
         rate = min(finite, key=lambda each: finite[each])
         attempts = [attempt for attempt in attempts if attempt.rate == rate]
         work.done -= 1  # it goes on
-    work.run(attempts[0], ["base", "personalized"] if first else ["personalized"])
+    wanted: list[StageName] = ["base", "personalized"] if first else ["personalized"]
+    work.run(attempts[0], () if plan.validation_only else wanted)
     tried = [{"rate": rate, "validation_nll": value} for rate, value in validations.items()]
     return {"rate": attempts[0].rate, "tried": tried}
 
@@ -195,13 +207,35 @@ def _measured(attempt: Attempt) -> set[str] | None:
     return set(json.loads(path.read_text("utf-8"))["over_clients"]) - {"generation"} if path.exists() else set()
 
 
-def _validation(attempt: Attempt) -> float | None:
-    """Response NLL of the validation records, mean over the clients that have some; None where there are none."""
-    clients = json.loads((attempt.path / "validation.json").read_text("utf-8")).values()
-    given = [(each["sum"], each["num_tokens"]) for each in clients if each["num_tokens"]]
-    if not given or any(nll is None for nll, _ in given):
-        return None
-    return float(np.mean([nll / num_tokens for nll, num_tokens in given]))
+def _validation(attempt: Attempt) -> dict[str, float | None]:
+    """Response NLL of each client's validation records; none of those that have no such records or no such number."""
+    clients = json.loads((attempt.path / "validation.json").read_text("utf-8"))
+    return {
+        name: None if each["sum"] is None else each["sum"] / each["num_tokens"]
+        for name, each in clients.items()
+        if each["num_tokens"]
+    }
+
+
+def _mean(clients: Mapping[str, float | None]) -> float | None:
+    """Mean over the clients; None where there are none, or one of them has no number."""
+    given = [each for each in clients.values() if each is not None]
+    return float(np.mean(given)) if given and len(given) == len(clients) else None
+
+
+def _validation_figures(
+    plan: Plan, attempts: Mapping[str, Mapping[int, Attempt]], chosen: Mapping[str, Mapping[str, Any]]
+) -> dict[str, Any]:
+    """What validation.json holds: by seed each method's mean over clients and its worst client."""
+    folders = [reopen(attempt.path, attempt.config) for runs in attempts.values() for attempt in runs.values()]
+    _check_same_inputs(plan.out, folders)
+    by_seed: dict[str, dict[str, list[float | None]]] = {}
+    for name, runs in attempts.items():
+        clients = [_validation(attempt) for attempt in runs.values()]
+        means = [_mean(each) for each in clients]
+        worst = [max(filter(None, each.values())) if mean else None for each, mean in zip(clients, means, strict=True)]
+        by_seed[name] = {"validation_nll": means, "validation_nll_worst": worst}
+    return {"seeds": list(plan.seeds), "by_seed": by_seed, "learning_rates": dict(chosen)}
 
 
 def _figures(

@@ -35,6 +35,36 @@ def sheets(figures: Figures) -> tuple[Sheet, ...]:
     return (*tables, *texts, _costs(figures))
 
 
+def validation_sheet(figures: Figures) -> Sheet:
+    """What methods measure on validation records: a column a seed, then the means over seeds."""
+    header = ("method", "rate", *(f"seed {seed}" for seed in figures["seeds"]), "mean", "worst client")
+    rows = [
+        (
+            name,
+            f"{figures['learning_rates'][name]['rate']:g}",
+            *map(_number, each["validation_nll"]),
+            _number(_over(each["validation_nll"])),
+            _number(_over(each["validation_nll_worst"])),
+        )
+        for name, each in figures["by_seed"].items()
+    ]
+    note = (
+        "Nats per response token of the validation records, mean over clients, lower is better. These records have "
+        "chosen the epoch, and what else a method chooses by them. No test record was looked at."
+    )
+    return Sheet("Validation", header, tuple(rows), note)
+
+
+def _over(values: Sequence[float | None]) -> float | None:
+    """The mean over seeds; None where one of them has no number."""
+    given = [each for each in values if each is not None]
+    return float(np.mean(given)) if len(given) == len(values) else None
+
+
+def _number(value: float | None) -> str:
+    return "none" if value is None else f"{value:.4f}"
+
+
 def to_markdown(tables: Sequence[Sheet]) -> str:
     """The tables as Markdown."""
     return "\n".join(f"## {each.title}\n\n{_markdown_rows(each)}\n\n{each.note}\n" for each in tables)
