@@ -27,6 +27,9 @@ from fedmide.records import Record, RecordId
 ROOM = 4
 """A prompt is cut so that the response gets its length or this part of the cutoff, whichever is less: 1 / ROOM."""
 
+WORTH_PARTING = 256
+"""Tokens of which two halves, each on a core of its own, take less time than all of them on one."""
+
 SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro +%}"
 """What a chat template that asks for the date is told: with the real one a record would have other tokens tomorrow."""
 
@@ -228,7 +231,7 @@ def batches(
 
     Longest first, so that a batch too large for the memory fails at once. Padding counts, and a batch ends early where
     it would hold more than `max_padding` tokens of it. With None padding costs nothing: batches are of nearly one size
-    and even in number, so that two processor cores are done at the same time.
+    and, but for few tokens, even in number, so that two processor cores have work and are done at the same time.
     """
     lengths = [len(example.ids) for example in examples]
     order = sorted(range(len(examples)), key=lambda row: -lengths[row])
@@ -278,7 +281,7 @@ def _groups(order: Iterable[int], lengths: Sequence[int], budget: int, max_paddi
 def _even_groups(order: Sequence[int], lengths: Sequence[int], budget: int) -> Iterator[list[int]]:
     total = sum(lengths)
     number = -(-total // budget)
-    number += number % 2 if number > 1 else 0
+    number += number % 2 if total >= WORTH_PARTING else 0
     group: list[int] = []
     size = before = num_groups = 0
     for row in order:
