@@ -159,11 +159,11 @@ def test_a_mistaken_command_is_one_paragraph(
 def test_the_scenarios_of_the_command_line_are_those_of_the_sources() -> None:
     from fedmide.sources.identification import SCENARIOS
 
-    assert typing.get_args(cli.WhichScenario) == (*SCENARIOS, "both")
+    assert typing.get_args(cli.studies.WhichScenario) == (*SCENARIOS, "both")
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_configuration() -> None:
-    assert typing.get_args(cli.Rule) == typing.get_args(config.ThresholdRule)
+    assert typing.get_args(cli.results.Rule) == typing.get_args(config.ThresholdRule)
 
 
 # --- mistakes in a configuration

@@ -1,0 +1,80 @@
+"""The command line. Heavy imports are inside the commands, so that help comes at once.
+
+Results go to stdout, as a table or with --json as one JSON object; progress and messages go to stderr. A user's
+mistake is one paragraph and exit code 2.
+"""
+
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import click
+import typer
+
+from fedmide import __version__
+from fedmide.cli import data, results, runs, studies
+from fedmide.cli.shared import print_json
+from fedmide.errors import UserError
+from fedmide.flower import commands as flower_commands
+
+app = typer.Typer(
+    help="Federated instruction tuning on records that never leave their owner, personalised by data alone.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for part in (runs, studies, results):
+    app.add_typer(part.app)
+app.add_typer(data.app, name="data")
+app.add_typer(flower_commands.app, name="flower")
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """The entry point: what a user can mend is one paragraph on stderr, without a traceback."""
+    try:
+        code = app(prog_name="fedmide", standalone_mode=False)
+    except UserError as error:
+        code = _refuse(str(error), error.problems)
+    except click.ClickException as error:
+        code = _refuse(*_usage(error)) if error.format_message() else error.exit_code  # else help has been shown
+    except OSError as error:
+        if error.filename is None:
+            raise
+        code = _refuse(f"{error.filename}: {error.strerror}")
+    except (KeyboardInterrupt, click.Abort):
+        code = EXIT_INTERRUPTED
+    if code == EXIT_INTERRUPTED:
+        sys.stderr.write("\nfedmide: stopped; a run that has begun goes on with fedmide run --resume RUN\n")
+    sys.exit(code)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        sys.stdout.write(f"fedmide {__version__}\n")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version.")]
+
+
+@app.callback()
+def _root(version: Version = False) -> None:
+    """Takes the options that go before a command."""
+
+
+def _refuse(message: str, problems: Sequence[str] = ()) -> int:
+    """The exit code of a mistake, after it has been told."""
+    sys.stderr.write(f"fedmide: {message}\n")
+    if "--json" in sys.argv:
+        print_json({"error": message, "problems": list(problems) or [message]})
+    return EXIT_USER_ERROR
+
+
+def _usage(error: click.ClickException) -> tuple[str, list[str]]:
+    """A mistake in the command line as one paragraph, and its problem."""
+    problem = error.format_message().rstrip(".")
+    command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "fedmide"
+    return f"{problem}. See {command} --help", [problem]

@@ -1,0 +1,155 @@
+"""The verbs of `fedmide data`: looking at records, or making some."""
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedmide.cli.shared import AsJson, Overrides, print_json
+from fedmide.errors import UsageError
+
+app = typer.Typer(help="Look at records, or make some.", no_args_is_help=True)
+
+Part = Literal["training", "validation", "test"]
+
+
+@app.command("check")
+def check(
+    path: Annotated[Path, typer.Argument(help="A folder or file of records.")],
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Report counts, lengths, duplicates, leaks, categories and what looks like an identifier of a person.
+
+    The parts are as given: nothing is split off, unless --set data.test_fraction=... asks for it.
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, parse
+    from fedmide.console import category_lines, check_table, identifier_lines, leak_lines
+    from fedmide.sources import check, detect, load
+
+    as_given = {"path": str(path), "source": detect(path), "validation_fraction": 0.0, "test_fraction": 0.0}
+    config = parse(apply_overrides({"data": as_given}, overrides))
+    report = check.check(load(config.data, config.seed))
+    if as_json:
+        print_json(asdict(report))
+    else:
+        Console().print(check_table(report))
+        for lines in (category_lines(report), leak_lines(report), identifier_lines(report)):
+            sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+@app.command("show")
+def show(
+    path: Annotated[Path, typer.Argument(help="A configuration (TOML), or a folder or file of records.")],
+    client: Annotated[str, typer.Option(help="Whose records; otherwise of every client.")] = "",
+    part: Annotated[Part, typer.Option(help="Which of them.")] = "training",
+    count: Annotated[int, typer.Option(min=1, help="So many of each client, from the first one on.")] = 2,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Show records as the model sees them: what carries loss, how many tokens, what is cut.
+
+    It prints texts of records. For example: fedmide data show my.toml --client north --count 5
+    """
+    from dataclasses import asdict
+
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, load, parse
+    from fedmide.sources import detect
+    from fedmide.sources import load as load_data
+
+    if path.suffix == ".toml":
+        config = load(path, overrides)
+    else:
+        config = parse(apply_overrides({"data": {"path": str(path), "source": detect(path)}}, overrides))
+    clients = load_data(config.data, config.seed)
+    if client and client not in [each.name for each in clients]:
+        raise UsageError(f"--client {client}: no such client", f"Known: {', '.join(each.name for each in clients)}")
+    chosen = [
+        (f"{each.name}, {part} record {number}", record)
+        for each in clients
+        if client in ("", each.name)
+        for number, record in enumerate(getattr(each, part)[:count], 1)
+    ]
+    if not chosen:
+        raise UsageError(f"no {part} records", "Give another --part")
+    from fedmide.checkpoints import locate
+    from fedmide.console import tell
+    from fedmide.model import load_tokenizer
+    from fedmide.showing import render, see
+
+    seen = list(see(load_tokenizer(locate(config.model.name, progress=tell)), config, chosen))
+    if as_json:
+        print_json({"records": [asdict(each) for each in seen]})
+    for each in [] if as_json else seen:
+        Console().print(render(each))
+
+
+@app.command("build")
+def build(
+    out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a site.")],
+    seed: Annotated[int, typer.Option(help="Every draw follows from it.")] = 0,
+    clients: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 8,
+    training: Annotated[int, typer.Option(min=1, help="Training records a site.")] = 48,
+    validation: Annotated[int, typer.Option(min=0, help="Validation records a site.")] = 12,
+    test: Annotated[int, typer.Option(min=0, help="Test records a site.")] = 24,
+    as_json: AsJson = False,
+) -> None:
+    """Write the medical sites as JSON lines that anyone can read."""
+    from fedmide.sources import medical
+
+    sites = medical.build(seed, clients, training, validation, test)
+    medical.write(sites, out)
+    if as_json:
+        print_json({"folder": str(out), "clients": [site.name for site in sites]})
+    else:
+        sys.stdout.write(f"{len(sites)} sites in {out}: {', '.join(site.name for site in sites)}\n")
+
+
+@app.command("partition")
+def partition(
+    path: Annotated[Path, typer.Argument(help="A file of records: JSON, JSONL or Parquet.")],
+    out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a client.")],
+    by: Annotated[str, typer.Option(help="iid, field:NAME, dirichlet:ALPHA:NAME or size:EXPONENT.")] = "iid",
+    clients: Annotated[
+        int, typer.Option(min=0, help="Number of clients; 0: as many as the field of field:NAME has values.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Every draw follows from it.")] = 0,
+    validation_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Of each client's records.")] = 0.1,
+    test_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Of each client's records.")] = 0.2,
+    overrides: Overrides = [],  # noqa: B006
+    as_json: AsJson = False,
+) -> None:
+    """Make clients out of one data set, as a folder that fedmide run reads.
+
+    Records that share an instruction or a concept stay together.
+    """
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, parse
+    from fedmide.console import partition_table
+    from fedmide.sources import partition, picture
+
+    rule = partition.parse_rule(by)
+    if clients == 0 and rule.kind != "field":
+        raise UsageError(f"--clients is missing, which --by {by} needs", "Say --clients N")
+    if validation_fraction + test_fraction > 0.9:
+        raise UsageError("--validation-fraction and --test-fraction leave less than a tenth for training")
+    partition.check_free(out)
+    fields = parse(apply_overrides({}, overrides)).data.fields
+    records = partition.read_labelled(path, fields, rule.field or fields.category)
+    dealt = partition.deal(records, rule, clients, seed, {"test": test_fraction, "validation": validation_fraction})
+    title = f"{path.name}: {len(records)} records, {by}, seed {seed}"
+    partition.write(dealt, out, picture.bars_svg(partition.counts(dealt), title))
+    if as_json:
+        parts = {name: {part: len(each) for part, each in parts.items()} for name, parts in dealt.items()}
+        print_json({"folder": str(out), "by": by, "seed": seed, "clients": parts, "values": partition.counts(dealt)})
+    else:
+        Console().print(partition_table(dealt))
+        sys.stdout.write(f"{len(dealt)} clients in {out}; how they differ: {out / 'partition.svg'}\n")

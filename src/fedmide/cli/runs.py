@@ -1,0 +1,242 @@
+"""The verbs of a run: the whole method, or a stage of it."""
+
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, preset, print_json
+from fedmide.errors import UsageError
+from fedmide.flower import commands as flower_commands
+
+if TYPE_CHECKING:
+    from fedmide.stages import Run, Sets
+
+app = typer.Typer()
+
+ConfigOrRun = Annotated[Path | None, typer.Argument(help="A configuration (TOML), or a run folder to go on with.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NAME-NNN.")]
+Resume = Annotated[Path | None, typer.Option(help="A run folder to go on with.")]
+RuntimeName = Literal["inprocess", "flower-simulation", "flower"]
+RuntimeOption = Annotated[
+    RuntimeName,
+    typer.Option(
+        "--runtime", help="Where the clients are: here, in processes that Ray starts, or at a consortium's sites."
+    ),
+]
+ServerFolder = Annotated[Path | None, typer.Option("--server", help="With --runtime flower: the server's folder.")]
+
+StageVerb = Literal["train", "personalize", "generate", "evaluate"]
+BY_SITES = ("train", "personalize")
+WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
+
+
+@app.command()
+def demo(overrides: Overrides = [], out: Out = None, as_json: AsJson = False) -> None:  # noqa: B006
+    """The whole method in minutes: medical sites, a small real model."""
+    _work(_begun(preset("demo"), overrides, out), WHOLE, as_json)
+
+
+@app.command()
+def run(
+    config: ConfigOrRun = None,
+    overrides: Overrides = [],  # noqa: B006
+    out: Out = None,
+    resume: Resume = None,
+    runtime: RuntimeOption = "inprocess",
+    server: ServerFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """The whole method, from records to metrics.
+
+    Warm-up, split, rounds with enrollment, personalisation, generation and metrics: what train, personalize, generate
+    and evaluate do one by one. With --runtime flower, rounds and personalisation: what fedmide flower run does.
+    """
+    if runtime == "flower":
+        _at_sites(config, overrides, out, resume, server, as_json)
+        return
+    _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime)
+
+
+@app.command()
+def train(
+    config: ConfigOrRun = None,
+    overrides: Overrides = [],  # noqa: B006
+    out: Out = None,
+    resume: Resume = None,
+    runtime: RuntimeOption = "inprocess",
+    as_json: AsJson = False,
+) -> None:
+    """Warm-up, split and federated rounds only."""
+    _work(_opened(config, overrides, out, resume), ["train"], as_json, runtime=runtime)
+
+
+@app.command()
+def personalize(path: RunFolderPath, as_json: AsJson = False) -> None:
+    """Tune the aggregated adapter on each client's own records."""
+    _work(_earlier(path), ["personalize"], as_json)
+
+
+@app.command()
+def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
+    """Write each client's responses to its test prompts."""
+    _work(_earlier(path), ["generate"], as_json)
+
+
+@app.command()
+def evaluate(
+    path: RunFolderPath,
+    choice: Annotated[
+        list[str], typer.Option("--choice", help="Also SET:PATH, your copy of medqa, medmcqa, pubmedqa or careqa.")
+    ] = [],  # noqa: B006
+    max_questions: Annotated[int, typer.Option(min=0, help="At most so many questions of a set, drawn; 0: all.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Measure each client's test records.
+
+    Under the base model, the aggregated adapter and, once there is one, the client's personalised adapter.
+    """
+    _work(_earlier(path), ["evaluate"], as_json, _questions(path, choice, max_questions))
+
+
+def _work(
+    opening: AbstractContextManager["Run"],
+    names: Sequence[StageVerb],
+    as_json: bool,
+    questions: "Sets | None" = None,
+    runtime: RuntimeName = "inprocess",
+) -> None:
+    """Does stages of a run, then tells of them; `questions` are for the evaluation."""
+    with opening as opened:
+        from fedmide import stages
+        from fedmide.console import bars
+
+        if names == ["generate"] and not opened.config.generation.enabled:
+            raise UsageError(
+                f"{opened.folder.path}: generation.enabled is false in this run", "Start a new run with it"
+            )
+        more = {"questions": questions} if questions else {}
+        with _reached(opened, runtime) as run:
+            results = [getattr(stages, name)(run, bars) for name in names if name in BY_SITES]
+        # each verb is called like its stage
+        results += [getattr(stages, name)(opened, bars, **more) for name in names if name not in BY_SITES]
+        _report(opened, as_json, results[-1])
+
+
+def _at_sites(
+    config: Path | None, overrides: list[str], out: Path | None, resume: Path | None, server: Path | None, as_json: bool
+) -> None:
+    """Begins or goes on with a run at a consortium's sites."""
+    if server is None:
+        raise UsageError("--runtime flower needs --server", "Make a consortium with fedmide flower init")
+    if resume is not None:
+        flower_commands.resume(server, resume, as_json)
+    else:
+        flower_commands.run_(server, config, overrides, out, as_json)
+
+
+def _reached(run: "Run", runtime: RuntimeName) -> AbstractContextManager["Run"]:
+    """The same run, its clients reached as wanted."""
+    if runtime == "inprocess":
+        return nullcontext(run)
+    if runtime == "flower":
+        raise UsageError("train has no --runtime flower", "Use fedmide flower run")
+    from fedmide.flower.runs import simulated
+
+    return simulated(run)
+
+
+def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
+    """The public questions that the command line names as SET:PATH, of each set at most so many, by the run's seed."""
+    if not wanted:
+        if most:
+            raise UsageError(f"--max-questions {most}: there are no questions", "Say --choice SET:PATH too")
+        return {}
+    from fedmide.console import tell
+    from fedmide.evaluation.questions import draw_questions
+    from fedmide.journal import reopen
+    from fedmide.sources.questions import SETS, read_questions
+
+    seed, found = reopen(run).config.seed, {}
+    for each in wanted:
+        name, _, path = each.partition(":")
+        known = next((known for known in SETS if known == name), None)
+        if known is None or not path:
+            raise UsageError(f"--choice {each!r}: expected SET:PATH", f"The sets are {', '.join(SETS)}")
+        if known in found:
+            raise UsageError(f"--choice names {known} twice", "Give one copy of it")
+        found[known] = draw_questions(read_questions(known, Path(path).expanduser(), tell), most, seed)
+    return found
+
+
+def _opened(
+    path: Path | None, overrides: list[str], out: Path | None, resume: Path | None
+) -> AbstractContextManager["Run"]:
+    """The run that the command line means: a new one out of a configuration, or an earlier one."""
+    if path is not None and path.is_dir():
+        if resume is not None:
+            raise UsageError(f"{path} and --resume {resume} are both run folders", "Give one of them")
+        path, resume = None, path
+    if resume is not None and out is not None:
+        raise UsageError(f"--out {out} can't be given for the run in {resume}", "Leave it away")
+    if resume is not None:
+        return _earlier(resume, path, overrides)
+    if path is None:
+        raise UsageError("nothing to run", "Give a configuration such as examples/tiny.toml, or --resume RUN")
+    return _begun(path, overrides, out)
+
+
+def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractContextManager["Run"]:
+    """A new run."""
+    from fedmide.config import load
+    from fedmide.journal import check_new
+
+    path, loaded = out or _free_folder(config.stem), load(config, overrides)
+    check_new(path, loaded)  # a mistake is told before anything that takes long to import
+    from fedmide import stages
+    from fedmide.console import tell
+
+    return stages.start(loaded, path, tell)
+
+
+def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> AbstractContextManager["Run"]:
+    """An earlier run; a configuration beside it must be its own."""
+    from fedmide.config import load
+    from fedmide.journal import reopen
+
+    if config is None and overrides:
+        raise UsageError("--set can't change a run that has begun", "Start a new run with CONFIG and --set")
+    loaded = None if config is None else load(config, overrides)
+    reopen(path, loaded)
+    from fedmide import stages
+    from fedmide.console import tell
+
+    return stages.resume(path, loaded, tell)
+
+
+def _free_folder(name: str) -> Path:
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number:03d}").exists():
+        number += 1
+    return folder
+
+
+def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = None) -> None:
+    """What a run command ends with: where the folder lies, and the table where there is one."""
+    from rich.console import Console
+
+    from fedmide.console import questions_table, results_table
+
+    manifest = opened.folder.read_manifest()
+    if as_json:
+        facts = {"run": str(opened.folder.path), "status": manifest["status"], "seconds": manifest["seconds"]}
+        print_json({**facts, **(metrics or {})})
+        return
+    if metrics is not None:
+        Console().print(results_table(metrics) if metrics["over_clients"] else "no test records, so no figures")
+        if "questions" in metrics:
+            Console().print(questions_table(metrics))
+    sys.stdout.write(f"{manifest['status']}: {opened.folder.path}\n")

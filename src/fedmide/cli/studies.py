@@ -1,0 +1,165 @@
+"""The verbs that do many runs, or ask what the score is good for; and the list of methods."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from fedmide.cli.shared import AsJson, Overrides, preset, print_json
+from fedmide.errors import UsageError
+
+app = typer.Typer()
+
+WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
+
+
+@app.command()
+def identify(
+    config: Annotated[
+        Path | None, typer.Argument(help="A configuration (TOML); otherwise a preset of minutes.")
+    ] = None,
+    overrides: Overrides = [],  # noqa: B006
+    scenario: Annotated[WhichScenario, typer.Option(help="Which kind of sites.")] = "both",
+    clients: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 8,
+    records: Annotated[int, typer.Option(min=2, help="Shared records a site; as many are personal.")] = 30,
+    match_lengths: Annotated[bool, typer.Option(help="Shared records about as long as the personal ones.")] = True,
+    out: Annotated[Path | None, typer.Option(help="File for the figures (JSON).")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure how well the score finds personal records, on sites where they are known."""
+    from rich.console import Console
+
+    from fedmide.atomic import to_json, write_file
+    from fedmide.config import load
+
+    if out is not None and out.exists():
+        raise UsageError(f"{out} exists already", "Give another --out")
+    loaded = load(config or preset("identify"), overrides)
+    from fedmide import identify as bench
+    from fedmide.console import bars, rivals_table, sets_table, tell
+    from fedmide.sources.identification import SCENARIOS
+
+    sizes = bench.Sizes(clients, records, match_lengths)
+    wanted = [name for name in SCENARIOS if scenario in (name, "both")]
+    scenarios = {name: bench.identify(loaded, name, sizes, tell, bars) for name in wanted}
+    result = {"scenarios": scenarios}
+    if out is not None:
+        write_file(out, to_json(result))
+    if as_json:
+        print_json(result)
+        return
+    for name, figures in scenarios.items():
+        Console().print(rivals_table(name, figures), sets_table(name, figures))
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="A configuration (TOML); it may have tables [variants.NAME].")],
+    methods: Annotated[str, typer.Option(help="Methods and variants, with commas between.")],
+    seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
+    learning_rates: Annotated[str, typer.Option(help="Rates to choose from on validation; otherwise as set.")] = "",
+    against: Annotated[str, typer.Option(help="Whom all others are held against.")] = "fedavg-ft,fedmide",
+    validation: Annotated[
+        bool, typer.Option("--validation", help="Look at validation records only: to choose settings by.")
+    ] = False,
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[
+        Path | None, typer.Option(help="Folder; otherwise comparisons/NAME. It goes on where it is.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compare methods on the same records, with the same budget of local steps.
+
+    Does the runs that are missing in the folder, then tells of all of them: a comparison that was stopped goes on.
+    """
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, read_toml
+
+    values = apply_overrides(read_toml(config), overrides)
+    numbers = [int(each) for each in _listed("seeds", seeds, str.isdecimal)]
+    rates = [float(each) for each in _listed("learning-rates", learning_rates, _is_number)]
+    from fedmide import compare as comparing
+    from fedmide.console import bars, sheet_table, tell
+    from fedmide.evaluation.tables import sheets, validation_sheet
+
+    folder = out or Path("comparisons") / config.stem
+    plan = comparing.planned(values, _names(methods), numbers, folder, rates, _names(against), validation)
+    figures = comparing.run(plan, tell, bars)
+    if as_json:
+        print_json(figures)
+        return
+    tables = [validation_sheet(figures)] if validation else sheets(figures)
+    Console().print(*(sheet_table(each) for each in tables))
+    sys.stdout.write(f"{folder / ('validation.md' if validation else 'comparison.html')}\n")
+
+
+@app.command()
+def sweep(
+    config: Annotated[Path, typer.Argument(help="A configuration (TOML).")],
+    knob: Annotated[list[str], typer.Option(help="KNOB=VALUE,VALUE,...; may be given again.")],
+    methods: Annotated[str, typer.Option(help="Methods, with commas between; otherwise the configuration's.")] = "",
+    seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
+    overrides: Overrides = [],  # noqa: B006
+    out: Annotated[Path | None, typer.Option(help="Folder; otherwise sweeps/NAME. It goes on where it is.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Turn a knob, and see what the mean and the worst client make of it.
+
+    Does the runs that are missing in the folder, then draws a picture of each knob.
+    """
+    from rich.console import Console
+
+    from fedmide.config import apply_overrides, read_toml, without_variants
+
+    values = without_variants(apply_overrides(read_toml(config), overrides))
+    numbers = [int(each) for each in _listed("seeds", seeds, str.isdecimal)]
+    from fedmide import sweep as sweeping
+    from fedmide.console import bars, sweep_table, tell
+
+    names = _names(methods) or [str(values.get("method", "fedmide"))]
+    folder = out or Path("sweeps") / config.stem
+    plans = [sweeping.planned(values, each, names, numbers, folder) for each in knob]
+    results = {plan.knob: sweeping.run(plan, tell, bars) for plan in plans}
+    if as_json:
+        print_json({"knobs": results})
+        return
+    for plan in plans:
+        Console().print(sweep_table(results[plan.knob]))
+        sys.stdout.write(f"{plan.out / 'sweep.svg'}\n")
+
+
+@app.command("methods")
+def list_methods(as_json: AsJson = False) -> None:
+    """List the federated methods that a configuration can choose."""
+    from rich.console import Console
+
+    from fedmide.console import methods_table
+    from fedmide.methods import METHODS
+
+    if as_json:
+        print_json({name: {"summary": each.summary, "source": each.source} for name, each in METHODS.items()})
+    else:
+        Console().print(methods_table(METHODS.values()))
+
+
+def _names(text: str) -> list[str]:
+    """What stands between the commas."""
+    return [name for each in text.split(",") if (name := each.strip())]
+
+
+def _listed(option: str, text: str, is_right: Callable[[str], bool]) -> list[str]:
+    """The numbers between the commas; refused where one is none."""
+    names = _names(text)
+    if wrong := [name for name in names if not is_right(name)]:
+        raise UsageError(f"--{option} {text!r}: {wrong[0]!r} is no number of this kind", "Put commas between numbers")
+    return names
+
+
+def _is_number(text: str) -> bool:
+    try:
+        return 0 < float(text) < float("inf")
+    except ValueError:
+        return False
