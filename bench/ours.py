@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from threading import Lock
 from typing import Any
 
@@ -23,6 +24,7 @@ class Federation:
 
     work: Workload
 
+    @cached_property
     def state(self) -> server.ServerState:
         """The server's state before round 1."""
         inputs = self.work.inputs
@@ -46,7 +48,7 @@ class Federation:
 
     def round(self) -> server.ServerState:
         """One federated round of all sites, every message encoded and decoded."""
-        state = self.state()
+        state = self.state
         runtime = InProcess(self.sites(), self.work.inputs.resident, lambda site: None)
         after, _ = server.apply(state, runtime(server.plan(state, self.work.config)), self.work.config)
         return after

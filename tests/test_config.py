@@ -174,6 +174,10 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "data.clients": ([0, 8], [-1, 0.5]),
     "data.max_records": ([0, 1], [-1]),
     "data.validation_fraction": ([0.0, 0.99, 0], [1.0, -0.01, NAN, "0.1"]),
+    "data.seed": ([-1, 0, 3], [-2]),
+    "data.pieces": ([1, 5], [0]),
+    "data.noisy_clients": ([0, 3], [-1]),
+    "personalization.max_steps": ([0, 6], [-1]),
     "data.test_fraction": ([0.0, 0.99], [1.0, 1, -0.01, NAN]),
     "model.dtype": (["auto", "float32", "bfloat16", "float16"], ["float64"]),
     "model.quantization": (["none", "int8", "nf4"], ["fp4", True]),
@@ -206,7 +210,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "personalization.records": (["all", "personal", "shared"], ["none"]),
     "generation.max_new_tokens": ([0, 80], [-1]),
     "generation.batch_size": ([1], [0]),
-    "evaluation.choices": ([2], [1]),
+    "evaluation.choices": ([0, 2], [1, -1]),
     "evaluation.bootstrap": ([100], [99]),
     "runtime.threads": ([0, 2], [-1]),
 }
@@ -425,7 +429,9 @@ def test_what_is_written_as_a_whole_number_is_the_same_configuration() -> None:
 
 
 def test_parties_agree_on_every_knob_but_those_of_their_own_machine() -> None:
-    left = {name for name, _ in knobs()} - set(agreed(Config()))
+    used = {name for name, _ in knobs() if name.partition(".")[0] not in METHOD_TABLES}
+    left = used - set(agreed(Config()))
+    assert "fedprox.mu" in agreed(parse({"method": "fedprox"})), "the tables of the method that is chosen too"
     assert {name.partition(".")[0] for name in left} == {"data", "runtime", "replies", "model", "prompt"}
     assert {name for name in left if name.startswith(("model.", "prompt."))} == {
         "model.name",
@@ -434,3 +440,9 @@ def test_parties_agree_on_every_knob_but_those_of_their_own_machine() -> None:
     }
     assert agreed(parse({"lora": {"r": 4}}))["lora.r"] == "4"
     assert agreed(parse({"data": {"path": "/here"}})) == agreed(Config())
+
+
+def test_a_file_with_variants_for_a_comparison_is_a_runs_configuration_too(tmp_path: Path) -> None:
+    path = tmp_path / "compare.toml"
+    path.write_text('seed = 2\n[variants.near]\nmethod = "fedprox"\n')
+    assert load(path) == Config(seed=2)

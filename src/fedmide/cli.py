@@ -256,10 +256,9 @@ def sweep(
     """
     from rich.console import Console
 
-    from fedmide.config import apply_overrides, read_toml
+    from fedmide.config import apply_overrides, read_toml, without_variants
 
-    values = apply_overrides(read_toml(config), overrides)
-    values.pop("variants", None)  # a comparison's
+    values = without_variants(apply_overrides(read_toml(config), overrides))
     numbers = [int(each) for each in _listed("seeds", seeds, str.isdecimal)]
     from fedmide import sweep as sweeping
     from fedmide.console import bars, sweep_table, tell

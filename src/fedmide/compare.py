@@ -22,7 +22,7 @@ import numpy as np
 from fedmide import __version__, stages
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config
-from fedmide.entrants import Budget, Entrant, budget_of, entrants
+from fedmide.entrants import Budget, Entrant, entrants
 from fedmide.errors import RunFolderError, UsageError
 from fedmide.evaluation.comparison import Outcome, compare
 from fedmide.evaluation.measure import Measured
@@ -58,7 +58,6 @@ class Plan:
 
     out: Path
     entrants: tuple[Entrant, ...]
-    budget: Budget
     seeds: tuple[int, ...]
     rates: tuple[float, ...]
     against: tuple[str, ...]
@@ -70,6 +69,11 @@ class Plan:
     def rates_of(self, entrant: Entrant) -> tuple[float, ...]:
         """The learning rates that an entrant is tried with."""
         return self.rates or (entrant.config.training.learning_rate,)
+
+    @property
+    def budget(self) -> Budget:
+        """What each of them may use."""
+        return self.entrants[0].budget
 
     @property
     def num_runs(self) -> int:
@@ -131,10 +135,7 @@ def planned(
         if len(set(given)) < len(given) or (what == "seeds" and not given) or any(each < 0 for each in given):
             raise UsageError(f"--{what}: expected numbers, none below 0, each once", f"For example --{what} 0,1,2")
     found = entrants(values, names)
-    base = {key: each for key, each in values.items() if key != "variants"}
-    return Plan(
-        out, found, budget_of(base), tuple(seeds), tuple(rates), tuple(each for each in against if each in names)
-    )
+    return Plan(out, found, tuple(seeds), tuple(rates), tuple(each for each in against if each in names))
 
 
 def run(plan: Plan, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:

@@ -334,10 +334,17 @@ class EvaluationConfig(Section):
     """What is measured on the test records."""
 
     choices: Count = 4
-    """Responses in the choice by likelihood: the reference and choices - 1 others of the same client. Below 2: no
-    choice is scored, nor the options that instructions list."""
+    """Responses in the choice by likelihood: the reference and choices - 1 others of the same client. 0: no choice is
+    scored, nor the options that instructions list."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
     """Resamples for the 95 % intervals."""
+
+    @field_validator("choices")
+    @classmethod
+    def _none_or_two(cls, choices: int) -> int:
+        if choices == 1:
+            raise ValueError("a choice needs 2 or more, or 0 for none")
+        return choices
 
 
 class RuntimeConfig(Section):
@@ -349,6 +356,9 @@ class RuntimeConfig(Section):
     prefix_cache_mb: Count = 2048
     """Memory for what the blocks below the lowest adapter make of a record, which never changes; in 10^6 bytes."""
 
+
+VARIANTS = "variants"
+"""The table of a file that names variants for a comparison, `[variants.NAME]`: no part of a run's configuration."""
 
 METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
     {
@@ -481,8 +491,13 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """The configuration in a TOML file, changed by `section.key=value` overrides."""
-    return parse(apply_overrides(read_toml(path), overrides), str(path))
+    """The configuration in a TOML file, changed by `section.key=value` overrides; variants in it are a comparison's."""
+    return parse(without_variants(apply_overrides(read_toml(path), overrides)), str(path))
+
+
+def without_variants(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without the table that names variants for a comparison."""
+    return {key: each for key, each in values.items() if key != VARIANTS}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -13,13 +13,10 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from fedmide import methods
-from fedmide.config import Config, MethodName, for_method, parse
+from fedmide.config import VARIANTS, Config, MethodName, for_method, parse, without_variants
 from fedmide.errors import ConfigError, UsageError
 from fedmide.sources import load
 from fedmide.training import num_steps
-
-VARIANTS = "variants"
-"""The table of a comparison's configuration that names variants: `[variants.NAME]`."""
 
 BUDGET = ("federation.rounds", "training.epochs", "training.max_steps", "personalization.max_steps")
 """What makes the budget, or follows from it."""
@@ -47,6 +44,7 @@ class Entrant:
 
     name: str
     config: Config
+    budget: Budget
 
     def run(self, seed: int, rate: float | None = None) -> Config:
         """The configuration of one run. All seeds have the same records; `rate` is for `training.learning_rate`."""
@@ -70,13 +68,13 @@ def budget_of(values: Mapping[str, Any]) -> Budget:
 
 def entrants(values: Mapping[str, Any], names: Sequence[str]) -> tuple[Entrant, ...]:
     """What the names stand for: methods, or variants in the values' own table; all problems as one `ConfigError`."""
-    base = {key: each for key, each in values.items() if key != VARIANTS}
+    base = without_variants(values)
     given = values.get(VARIANTS, {})
     problems = list(_problems(given, names))
     if problems:
         raise ConfigError(problems, "See `fedmide methods` and docs/compare.md")
     budget = budget_of(base)
-    return tuple(Entrant(name, within(budget, _variant(base, given, name), name)) for name in names)
+    return tuple(Entrant(name, within(budget, _variant(base, given, name), name), budget) for name in names)
 
 
 def within(budget: Budget, values: Mapping[str, Any], name: str) -> Config:

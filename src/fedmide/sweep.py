@@ -18,7 +18,7 @@ import numpy as np
 
 from fedmide.atomic import to_json, write_file
 from fedmide.compare import Attempt, Work
-from fedmide.config import apply_overrides, fingerprint, for_method
+from fedmide.config import apply_overrides, fingerprint, for_method, parse
 from fedmide.entrants import BUDGET, Entrant, budget_of, within
 from fedmide.errors import UsageError
 from fedmide.evaluation.curves import Point, curves_svg
@@ -65,10 +65,18 @@ def planned(values: Mapping[str, Any], turned: str, names: Sequence[str], seeds:
         raise UsageError(f"--methods: {wrong[0]!r} is no method", "See fedmide methods")
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError("--seeds: expected numbers, each once", "For example --seeds 0,1,2")
+    wanted = [method for method in METHODS if method in names]
+    turns = [apply_overrides(values, [f"{knob}={text}"]) for text in texts]
+    for method in wanted:
+        for text, each in zip(texts, turns, strict=True):
+            parse(for_method(each, method), f"{knob} = {text}")  # all of them before records are read
+    budgets = [budget_of(each) for each in turns] if knob in BUDGET else [budget_of(values)] * len(turns)
     entrants: dict[str, tuple[Entrant, ...]] = {
-        method.name: tuple(_entrant(values, method.name, knob, text) for text in texts)
-        for method in METHODS.values()
-        if method.name in names
+        method: tuple(
+            Entrant(name := f"{method}, {knob} = {text}", within(budget, for_method(each, method), name), budget)
+            for text, each, budget in zip(texts, turns, budgets, strict=True)
+        )
+        for method in wanted
     }
     if len(texts) > 1 and not any(_differ(each) for each in entrants.values()):
         raise UsageError(f"--knob {turned!r}: makes no difference to {', '.join(entrants)}", "Turn another knob")
@@ -78,12 +86,6 @@ def planned(values: Mapping[str, Any], turned: str, names: Sequence[str], seeds:
 def _differ(entrants: Sequence[Entrant]) -> bool:
     """Whether no two of them would run alike."""
     return len({fingerprint(entrant.run(0)) for entrant in entrants}) == len(entrants)
-
-
-def _entrant(values: Mapping[str, Any], method: Any, knob: str, text: str) -> Entrant:
-    turned = apply_overrides(values, [f"{knob}={text}"])
-    budget = budget_of(turned if knob in BUDGET else values)
-    return Entrant(f"{method}, {knob} = {text}", within(budget, for_method(turned, method), f"{knob} = {text}"))
 
 
 def run(sweep: Sweep, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:
