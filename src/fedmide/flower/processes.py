@@ -47,7 +47,9 @@ def start(command: Sequence[str], variables: Mapping[str, str], log: Path) -> su
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started: asked first, then killed."""
+    """Ends a process and all that it started: asked first, then killed. One that has ended is left alone."""
+    if process.poll() is not None:
+        return  # by now its id may be somebody else's
     family = _descendants(process.pid)
     for each in family:
         with suppress(psutil.NoSuchProcess):
