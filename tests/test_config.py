@@ -428,6 +428,12 @@ def test_what_is_written_as_a_whole_number_is_the_same_configuration() -> None:
     assert fingerprint(whole) == fingerprint(point) == fingerprint(Config())
 
 
+def test_a_file_with_variants_for_a_comparison_is_a_runs_configuration_too(tmp_path: Path) -> None:
+    path = tmp_path / "compare.toml"
+    path.write_text('seed = 2\n[variants.near]\nmethod = "fedprox"\n')
+    assert load(path) == Config(seed=2)
+
+
 def test_parties_agree_on_every_knob_but_those_of_their_own_machine() -> None:
     used = {name for name, _ in knobs() if name.partition(".")[0] not in METHOD_TABLES}
     left = used - set(agreed(Config()))
@@ -440,9 +446,3 @@ def test_parties_agree_on_every_knob_but_those_of_their_own_machine() -> None:
     }
     assert agreed(parse({"lora": {"r": 4}}))["lora.r"] == "4"
     assert agreed(parse({"data": {"path": "/here"}})) == agreed(Config())
-
-
-def test_a_file_with_variants_for_a_comparison_is_a_runs_configuration_too(tmp_path: Path) -> None:
-    path = tmp_path / "compare.toml"
-    path.write_text('seed = 2\n[variants.near]\nmethod = "fedprox"\n')
-    assert load(path) == Config(seed=2)
