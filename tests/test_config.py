@@ -446,3 +446,74 @@ def test_parties_agree_on_every_knob_but_those_of_their_own_machine() -> None:
     }
     assert agreed(parse({"lora": {"r": 4}}))["lora.r"] == "4"
     assert agreed(parse({"data": {"path": "/here"}})) == agreed(Config())
+
+
+# --- the natural threshold
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, 1.0),
+        ({"scoring": {"kind": "ratio"}}, 1.0),
+        ({"scoring": {"kind": "relative-gap"}}, 0.0),
+        ({"scoring": {"kind": "relative-gap"}, "enrollment": {"enabled": True}}, 0.0),
+        ({"scoring": {"kind": "relative-gap"}, "enrollment": {"threshold": -0.1}}, -0.1),
+    ],
+)
+def test_enrollment_compares_with_the_scores_natural_threshold_unless_given_one(
+    tmp_path: Path, values: dict[str, Any], expected: float
+) -> None:
+    config = parse(values)
+    assert config.enrollment.threshold == expected
+    (tmp_path / "resolved.toml").write_text(to_toml(config), encoding="utf-8")
+    assert load(tmp_path / "resolved.toml") == config
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        ({"enrollment": {"threshold": 0.0}}, "threshold 0.0 is not positive"),
+        ({"scoring": {"kind": "relative-gap"}, "enrollment": {"rule": "otsu-log"}}, "a gap has no logarithm"),
+        ({"scoring": {"kind": "gap"}}, "scoring.kind = 'gap'"),
+        ({"warmup": {"folds": 3}}, "warmup.folds = 3"),
+        ({"personalization": {"interpolation": []}}, "personalization.interpolation"),
+        ({"personalization": {"interpolation": [-0.5]}}, "personalization.interpolation.0 = -0.5"),
+        ({"enrollment": {"softness": -1.0}}, "enrollment.softness = -1.0"),
+        ({"enrollment": {"softness": 0.1, "split": "random"}}, "split 'random' sets aside"),
+        ({"preset": "best"}, "preset = 'best'"),
+        ({"preset": 3}, "preset = 3"),
+    ],
+)
+def test_what_does_not_fit_is_refused(values: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem.replace(".", r"\.")):
+        parse(values)
+
+
+# --- presets
+
+
+def test_the_original_preset_is_the_published_method_and_the_default() -> None:
+    assert parse({"preset": "original"}) == parse({})
+    config = parse({})
+    assert (config.warmup.folds, config.warmup.max_steps, config.warmup.reset) == (1, 0, True)
+    assert (config.scoring.kind, config.scoring.without_own, config.scoring.positions) == ("ratio", False, "all")
+    assert (config.enrollment.rule, config.enrollment.softness) == ("otsu-256", 0.0)
+    assert (config.personalization.personal_weight, config.personalization.interpolation) == (1.0, [1.0])
+
+
+def test_a_preset_says_what_the_user_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    tables = {"warmup": {"folds": 2, "reset": False}, "scoring": {"kind": "relative-gap"}}
+    monkeypatch.setattr("fedmide.config.PRESETS", {"original": tables})
+    config = parse({"preset": "original", "warmup": {"reset": True}})
+    assert (config.warmup.folds, config.warmup.reset, config.enrollment.threshold) == (2, True, 0.0)
+    (tmp_path / "resolved.toml").write_text(to_toml(config), encoding="utf-8")
+    monkeypatch.setattr("fedmide.config.PRESETS", {"original": {"warmup": {"rounds": 7, "max_steps": 9}}})
+    assert load(tmp_path / "resolved.toml") == config  # every knob is written, so nothing is left to fill in
+    with pytest.raises(ConfigError, match="warmup = 5"):
+        parse({"preset": "original", "warmup": 5})
+
+
+def test_a_preset_is_fedmides_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmide.config.PRESETS", {"original": {"personalization": {"epochs": 7}}})
+    assert parse({"preset": "original", "method": "fedavg-ft"}).personalization.epochs == 10

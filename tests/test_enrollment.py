@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedmide.config import ThresholdRule
-from fedmide.enrollment import Verdict, enroll, members, rearranged, score, split
+from fedmide.enrollment import Verdict, enroll, members, rearranged, relative_gap, score, split, weight
 from fedmide.records import RecordId
 from fedmide.thresholds import RULES
 
@@ -178,3 +178,58 @@ def test_the_order_of_the_records_does_not_show(rows: list[tuple[float, int]], s
         mixed = {record: by_score[record] for record in order}
         again = rearranged(mixed, scores, lengths, how, np.random.default_rng(0))  # type: ignore[arg-type]
         assert again == found
+
+
+# --- other scores, the natural threshold, weights
+
+
+@given(nlls, nlls)
+def test_the_relative_gap_has_the_sign_of_the_ratios_logarithm(aggregated: float, local: float) -> None:
+    if aggregated == 0:
+        assert math.isnan(relative_gap(aggregated, local))
+        return
+    assert relative_gap(aggregated, local) == pytest.approx(1 - local / aggregated, rel=1e-9, abs=1e-9)
+    assert (relative_gap(aggregated, local) > 0) == (aggregated > local)
+
+
+@pytest.mark.parametrize(("aggregated", "local"), [(math.nan, 1.0), (1.0, math.inf), (0.0, 1.0), (math.inf, math.inf)])
+def test_a_gap_of_what_is_not_finite_is_no_number(aggregated: float, local: float) -> None:
+    assert math.isnan(relative_gap(aggregated, local))
+
+
+def test_the_natural_threshold_is_known_without_looking_at_the_scores() -> None:
+    scores = {RecordId("a"): 0.5, RecordId("b"): 0.0, RecordId("c"): math.nan, RecordId("d"): 1.0}
+    by_ratio = split(scores, "natural")
+    assert [by_ratio[record].set for record in scores] == ["shared", "shared", "personal", "personal"]
+    by_gap = split(scores, "natural", "relative-gap")
+    assert [by_gap[record].set for record in scores] == ["personal"] * 4
+    assert {verdict.threshold for verdict in by_gap.values()} == {0.0}
+    assert split({RecordId("a"): 0.5}, "natural")[RecordId("a")] == Verdict("shared", "below-threshold", 1.0)
+
+
+positive = st.floats(0.01, 100.0)
+
+
+@given(positive, positive, positive)
+def test_a_weight_is_half_at_the_threshold_and_falls_with_the_score(
+    first: float, second: float, softness: float
+) -> None:
+    low, high = sorted([first, second])
+    assert weight(low, low, "ratio", softness) == 0.5
+    assert weight(low, 1.0, "ratio", softness) >= weight(high, 1.0, "ratio", softness)
+    by_hand = 1 / (1 + (high / low) ** (1 / softness)) if math.log(high / low) / softness < 500 else 0.0
+    assert weight(high, low, "ratio", softness) == pytest.approx(by_hand, abs=1e-12)
+    expected = 1 / (1 + math.exp(min(500, (high - low) / softness)))
+    assert weight(high, low, "relative-gap", softness) == pytest.approx(expected, abs=1e-12)
+
+
+def test_weights_go_from_a_hard_split_to_all_alike() -> None:
+    assert [round(weight(value, 1.0, "ratio", 1e-6), 9) for value in (0.9, 1.1)] == [1.0, 0.0]
+    assert [round(weight(value, 1.0, "ratio", 1e6), 6) for value in (0.9, 1.1)] == [0.5, 0.5]
+
+
+def test_the_weight_of_what_has_no_score_or_no_threshold() -> None:
+    assert weight(None, 1.0, "ratio", 0.1) == 0.0  # not finite: personal
+    assert weight(1.0, None, "ratio", 0.1) == 1.0  # nothing could be parted: shared
+    assert weight(0.0, 1.0, "ratio", 0.1) == 1.0  # underflow: the aggregated model explains it far better
+    assert weight(0.0, 0.0, "ratio", 0.1) == 0.5

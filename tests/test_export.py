@@ -4,6 +4,7 @@ import json
 import shutil
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmide import export as exports
 from fedmide import model, stages
-from fedmide.config import load
+from fedmide.config import load, parse
 from fedmide.errors import ModelError, RunFolderError
 from fedmide.export import compare, export, serving
 from fedmide.journal import RunFolder, reopen
@@ -104,14 +105,17 @@ def test_a_quantised_base_is_refused(
 ) -> None:
     load_base = model._load_base
 
-    def quantised(folder: Path, dtype: torch.dtype) -> Any:
-        base, tokenizer = load_base(folder, dtype)
+    def quantised(*given: Any) -> Any:
+        base, tokenizer = load_base(*given)
         base.config.quantization_config = {"quant_method": "bitsandbytes"}
         return base, tokenizer
 
     monkeypatch.setattr(model, "_load_base", quantised)
     with pytest.raises(ModelError, match="nothing can be merged into a quantised model"):
         export(folder, tmp_path / "out", merge=True)
+    in_four_bits = replace(folder, config=parse({"model": {"quantization": "nf4"}}))
+    with pytest.raises(ModelError, match="trained over a base in nf4, into which it can't be merged"):
+        export(in_four_bits, tmp_path / "out", merge=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -118,7 +118,7 @@ def test_the_last_entry_says_where_a_record_is_and_the_last_own_nll_what_it_is_c
         replace(ENTRY, round=1, set="shared", reason="below-threshold", local_round=0),
     )
     now = standing(told, [B, A])
-    assert now == Standing({B: "shared", A: "shared"}, {A: Measured(2.5, 7, 0)}, is_split=True)
+    assert now == Standing({B: "shared", A: "shared"}, {A: Measured(2.5, 7, 0)}, True, {A: told[3]})
     assert standing(told[:3], [B, A]).personal == (A,)
     assert standing(told[:3], [B, A]).shared == (B,)
     assert not standing(told[:1], [B, A]).is_split
@@ -166,7 +166,8 @@ def test_measurements_store_means_per_token() -> None:
 def test_verdicts_tell_scores_and_their_age() -> None:
     judged = {A: Verdict("personal", "at-or-above-threshold", 1.0), B: Verdict("personal", "not-finite", 1.0)}
     own = {A: Measured(1.5, 4, 2), B: Measured(math.nan, 4, 5)}
-    first, second = ledger.verdicts(7, {A: Nll(8.0, 4), B: Nll(8.0, 4)}, own, judged)
+    aggregated = {A: Nll(8.0, 4), B: Nll(8.0, 4)}
+    first, second = ledger.verdicts(7, aggregated, own, ledger.scores(aggregated, own), judged)
     assert first == Entry(7, A, 4, 1.5, 2.0, math.exp(0.5), "personal", "at-or-above-threshold", 1.0, 2)
     assert second == Entry(7, B, 4, None, 2.0, None, "personal", "not-finite", 1.0, 5)
     assert first.round - first.local_round == 5

@@ -402,3 +402,22 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_the_modules(
         for found in (our_gradients, their_gradients)
     )
     assert ours_off < 1.3 * theirs_off and ours_off < 0.2
+
+
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_tokens_count_by_their_weights(tiny_folder: Path, random_examples: MakeExamples, by_hand: bool) -> None:
+    """In the passes and, for texts that are too long for them, in the modules."""
+    lora = ready(tiny_folder, PLACES[1])
+    batch = one_batch(random_examples(5, longest=30), "all")
+    counts = np.random.default_rng(1).uniform(0, 2, int(batch.predicts.sum())).astype(np.float32)
+    losses = lora.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+    parameters = lora.parameters()
+    wanted = (losses * torch.from_numpy(counts)).sum() * 0.1
+    theirs = torch.cat([each.reshape(-1) for each in torch.autograd.grad(wanted, [parameters[n] for n in lora.shapes])])
+    lora.prepare(training=True)
+    if by_hand:
+        told, ours = lora.backpropagate(batch, 0.1, 0, counts)
+    else:
+        told, ours = lora._through_modules(batch, 0.1, 0, torch.from_numpy(counts))
+    assert told.numpy() == pytest.approx(losses.detach().numpy(), rel=1e-5)
+    assert float((ours - theirs).norm() / theirs.norm()) < 2e-5

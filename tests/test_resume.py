@@ -211,7 +211,7 @@ def dice_run(real_inputs: Inputs, fakes: Any, monkeypatch: pytest.MonkeyPatch) -
             "rounds": len(events),
         }
 
-    monkeypatch.setattr(stages, "read", lambda config, tell, threads=0: begin())
+    monkeypatch.setattr(stages, "read", lambda *_, **__: begin())
     monkeypatch.setattr(stages, "measure", measure)  # the figures are pure, and slow beside dice
     monkeypatch.setattr(stages.summary, "summarize", summarize)
     monkeypatch.setattr(stages.summary, "set_figures", lambda ledger, records: {"entries": len(ledger)})

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide.thresholds import RULES, median, otsu_256, otsu_exact
+from fedmide.thresholds import RULES, median, otsu_256, otsu_exact, otsu_log
 
 PUBLISHED = Path(__file__).resolve().parents[1].parent / "shared" / "fedmide-data" / "8"
 GOLDEN = {
@@ -220,7 +220,7 @@ def test_the_order_of_the_scores_changes_nothing(rule: Any, scores: list[float],
 def test_every_finite_score_will_do(rule: Any, scores: list[float]) -> None:
     threshold = rule(scores)
     if threshold is None:
-        assert len(scores) < 2 or np.ptp(scores) <= max(scores) * 1e-12 or rule is otsu_256
+        assert len(scores) < 2 or np.ptp(scores) <= max(scores) * 1e-12 or rule is otsu_256 or 0.0 in scores
     else:
         assert min(scores) <= threshold <= max(scores)
         assert type(threshold) is float
@@ -241,3 +241,29 @@ def test_the_median_has_at_most_half_on_either_side(scores: list[float]) -> None
     if threshold is not None:
         assert sum(score < threshold for score in scores) <= len(scores) / 2
         assert sum(score > threshold for score in scores) <= len(scores) / 2
+
+
+# --- the threshold of the logarithms
+
+
+@given(likely_scores)
+def test_otsu_log_parts_the_scores_as_otsu_parts_their_logarithms(scores: list[float]) -> None:
+    logs = np.log(scores)
+    threshold, cut = otsu_log(scores), otsu_exact(logs)
+    if threshold is None or cut is None:
+        assert is_constant(scores) or cut is None
+        return
+    assert [score < threshold for score in scores] == [bool(log < cut) for log in logs]
+
+
+def test_a_long_right_tail_does_not_drag_it_up() -> None:
+    scores = [0.9, 1.0, 1.1, 1.6, 1.7, 1.8, 1.9, 30.0]
+    assert sum(score >= (otsu_exact(scores) or 0.0) for score in scores) == 1
+    far = [0.09, 0.1, 0.11, 0.9, 1.0, 1.1, 5.0]
+    assert sum(score >= (otsu_log(far) or 0.0) for score in far) == 4
+    assert sum(score >= (otsu_exact(far) or 0.0) for score in far) == 1
+
+
+@pytest.mark.parametrize("scores", [[0.0, 1.0], [-1.0, 2.0], [1.0], [2.0, 2.0]])
+def test_what_has_no_logarithm_is_not_parted(scores: list[float]) -> None:
+    assert otsu_log(scores) is None

@@ -369,3 +369,47 @@ def test_smollm2_learns() -> None:
     *_, last = training.train(lora, examples, plan(**settings))
     assert last.steps == 6
     assert total(scoring.nll(lora, examples, "response", 4096)).mean < 0.8 * before
+
+
+# --- weights of records
+
+
+def weighted(lora: LoraModel, examples: Sequence[Example], weights: Sequence[float], **settings: Any) -> Adapter:
+    return trained(lora, examples, replace(plan(**settings), weights=tuple(weights)))
+
+
+def test_a_record_that_weighs_twice_trains_as_if_it_were_there_twice(
+    exact: LoraModel, random_examples: MakeExamples
+) -> None:
+    """One step over all: with AdamW's first step only the gradient's direction matters."""
+    first, second, third = random_examples(3, 12, 12)
+    twice = trained(exact, [first, first, second, third], plan(batch_size=4, max_steps=1))
+    assert distance(weighted(exact, [first, second, third], [2, 1, 1], batch_size=4, max_steps=1), twice) < 1e-6
+    assert distance(trained(exact, [first, second, third], plan(batch_size=4, max_steps=1)), twice) > 1e-5
+
+
+def test_only_the_ratios_of_weights_matter_and_equal_ones_do_not(
+    exact: LoraModel, random_examples: MakeExamples
+) -> None:
+    examples = random_examples(6)
+    plain = trained(exact, examples, plan())
+    assert distance(weighted(exact, examples, [0.3] * 6), plain) == 0
+    one, other = ([scale * number for number in range(1, 7)] for scale in (1.0, 8.0))
+    assert distance(weighted(exact, examples, one), weighted(exact, examples, other)) == 0
+    assert distance(weighted(exact, examples, one), plain) > 1e-5
+
+
+def test_the_loss_is_told_without_the_weights_and_passes_do_not_show(
+    exact: LoraModel, random_examples: MakeExamples
+) -> None:
+    examples = random_examples(8)
+    weights = tuple(float(number) for number in range(1, 9))
+    ends = []
+    for how in (replace(plan(batch_size=8, tokens_per_batch=each), weights=weights) for each in (16, 1024)):
+        exact.put(start(exact))
+        (last,) = training.train(exact, examples, how)
+        ends.append(last)
+    exact.put(start(exact))
+    (plain,) = training.train(exact, examples, plan(batch_size=8))
+    assert ends[0].loss.sum == pytest.approx(plain.loss.sum, rel=1e-5) == pytest.approx(ends[1].loss.sum, rel=1e-5)
+    assert distance(ends[0].adapter, ends[1].adapter) < 1e-5

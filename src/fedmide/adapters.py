@@ -160,6 +160,20 @@ def as_factors(adapter: Adapter, scale: float) -> Adapter:
     return result
 
 
+def between(start: Adapter, end: Adapter, beta: float) -> Adapter:
+    """start + beta (end - start), array by array: `start` where beta is 0, `end` where it is 1, bit by bit.
+
+    >>> between({"x": np.float32([1])}, {"x": np.float32([3])}, 0.25)["x"]
+    array([1.5], dtype=float32)
+    """
+    if beta in (0, 1):
+        return end if beta else start
+    return {
+        name: (start[name] + beta * (array.astype(np.float64) - start[name])).astype(np.float32)
+        for name, array in end.items()
+    }
+
+
 def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
     """Why the adapter can't stand where one of the expected shapes is; empty if it can."""
     if found := shape_problems(adapter, expected):
@@ -197,13 +211,6 @@ def distance(adapter: Adapter, other: Adapter) -> float:
     """
     differences = (adapter[name].astype(np.float64) - other[name] for name in adapter)
     return math.sqrt(sum(float(np.vdot(each, each)) for each in differences))
-
-
-def between(start: Adapter, end: Adapter, part: float) -> Adapter:
-    """The adapter that lies so far on the way from one to another: 0 is the start, 1 the end."""
-    return {
-        name: (start[name] + part * (end[name].astype(np.float64) - start[name])).astype(np.float32) for name in end
-    }
 
 
 def encode(adapter: Adapter) -> bytes:

@@ -16,9 +16,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedmide import methods
-from fedmide.adapters import is_finite
-from fedmide.config import Config
-from fedmide.enrollment import Verdict, enroll, rearranged, split
+from fedmide.adapters import between, is_finite
+from fedmide.aggregation import weighted_mean
+from fedmide.config import Config, TrainingConfig
+from fedmide.enrollment import Verdict, enroll, rearranged, split, weight
 from fedmide.errors import MessageError
 from fedmide.ledger import Ledger, Standing, before, measurements, scores, standing, verdicts
 from fedmide.localmodel import (
@@ -32,6 +33,7 @@ from fedmide.localmodel import (
     total,
 )
 from fedmide.messages import ClientReply, ClientTask, Metric, MetricName
+from fedmide.methods.fedmide import adapter_alone, without_own
 from fedmide.methods.method import Visit
 from fedmide.records import RecordId
 from fedmide.seeds import stream
@@ -88,13 +90,13 @@ def handle(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[Cli
 
 def _warm_up(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
     """Stage 0: train on all records; after the last warm-up round measure all of them."""
-    everything = tuple(state.training)
-    trained = _train(task, state, model, everything)
-    measured: Ledger = ()
-    if task.round == -1 and trained is not None:
-        sets = standing((), everything).sets
-        measured = measurements(task.round, _nll(trained.adapter, everything, state, model), sets)
-    after = replace(state, ledger=state.ledger + measured)
+    everything = dict.fromkeys(state.training, 1.0)
+    if task.round == -1:
+        trained, own = _train_and_measure(task, state, model)
+    else:
+        trained, own = _train(task, state, model, everything), {}
+    measured = measurements(task.round, own, standing((), everything).sets)
+    after = replace(state, ledger=state.ledger + measured, memory=_kept(task, state, trained))
     return _reply(task, trained, _num_seen(state, everything, trained), _set_metrics(after, (), measured)), after
 
 
@@ -104,19 +106,33 @@ def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) ->
     judged = _judge(task, state, model, earlier)
     now = standing(state.ledger + judged, state.training)
     at_once = state.config.enrollment.timing == "same_round" or not earlier.is_split
-    shared = now.shared if at_once else earlier.shared
-    trained = _train(task, state, model, shared) if task.train else None
-    measured: Ledger = ()
-    if trained is not None:
+    weights = _weights(now if at_once else earlier, state)
+    trained: Epoch | None = None
+    own: Mapping[RecordId, Nll] = {}
+    if task.train and not now.is_split and state.config.warmup.rounds > 0:
         # a site that missed the warm-up's last round is split at its next task, as if this round had been that one
-        never_split = not now.is_split and state.config.warmup.rounds > 0
+        trained, own = _train_and_measure(task, state, model)
+    elif task.train and (trained := _train(task, state, model, weights)) is not None:
         compared = now.personal if state.config.enrollment.enabled else ()
-        kept = tuple(state.training) if never_split else compared
-        measured = measurements(task.round, _nll(trained.adapter, kept, state, model), now.sets)
-    after = replace(state, ledger=state.ledger + judged + measured)
+        own = _nll(trained.adapter, compared, state, model)
+    measured = measurements(task.round, own, now.sets)
+    after = replace(state, ledger=state.ledger + judged + measured, memory=_kept(task, state, trained))
     enrolled = len(now.shared) - len(earlier.shared) if earlier.is_split else 0
     metrics = {**_set_metrics(after, judged, measured), "enrolled": Metric(enrolled)}
-    return _reply(task, trained, _num_seen(state, shared, trained), metrics), after
+    return _reply(task, trained, _num_seen(state, weights, trained), metrics), after
+
+
+def _weights(now: Standing, state: ClientState) -> Mapping[RecordId, float]:
+    """What trains the common model, and how much each record weighs in it: the shared set, or softly by the scores."""
+    softness = state.config.enrollment.softness
+    if softness == 0 or not now.is_split:
+        return dict.fromkeys(now.shared, 1.0)
+    judged, kind = now.judged, state.config.scoring.kind
+    weights = {
+        record: weight(judged[record].score, judged[record].threshold, kind, softness) if record in judged else 1.0
+        for record in state.training
+    }
+    return {record: value for record, value in weights.items() if value > 0}
 
 
 def _plain_round(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
@@ -125,7 +141,7 @@ def _plain_round(task: ClientTask, state: ClientState, model: LocalModel) -> tup
         return _reply(task, None, 0, {}), state
     trained = methods.of(state.config).local(_visit(task, state), model)
     kept = (*state.memory[-1:], Memory(task.round, trained.memory)) if trained.memory else state.memory
-    num_records = _num_seen(state, tuple(state.training), trained.work)
+    num_records = _num_seen(state, dict.fromkeys(state.training, 1.0), trained.work)
     metrics = _training_metrics(trained.work, num_records, trained.beside)
     reply = ClientReply(task.federation, task.client, task.round, None, 0, metrics)
     if trained.travels:
@@ -153,7 +169,11 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     records = chosen[state.config.personalization.records]
     if method.tuning is None or not records or state.config.personalization.epochs == 0:
         return _reply(task, None, 0, {}), replace(state, adapter=method.finish(visit, model, start))
+    weights = [
+        state.config.personalization.personal_weight if now.sets[each] == "personal" else 1.0 for each in records
+    ]
     plan = personalization_plan(state.config, state.name, method.tuning(visit))
+    plan = replace(plan, weights=_unless_equal(tuple(weights)))
     examples = [state.training[record] for record in records]
     kept, adapter, validated = 0, start, ZERO
     num_tokens = num_steps = 0
@@ -169,9 +189,27 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
         "steps": Metric(num_steps),
         "trained_tokens": Metric(num_tokens),
     }
+    if kept and state.config.personalization.interpolation != [1.0]:
+        beta, adapter, validated = _interpolated(start, adapter, validated, state, model)
+        metrics["beta"] = Metric(beta)
     if len(state.validation) > 1 and kept:
         metrics["validation_loss"] = Metric(validated.sum, validated.num_tokens)
     return _reply(task, None, 0, metrics), replace(state, adapter=method.finish(visit, model, adapter))
+
+
+def _interpolated(
+    start: Adapter, tuned: Adapter, tuned_loss: Nll, state: ClientState, model: LocalModel
+) -> tuple[float, Adapter, Nll]:
+    """The beta with the lowest validation loss, start + beta (tuned - start), and that loss."""
+    betas = sorted(set(state.config.personalization.interpolation))
+    if not state.validation:
+        return betas[-1], between(start, tuned, betas[-1]), tuned_loss
+    positions = state.config.training.positions
+    tried = [
+        (beta, adapter, total(model.nll(adapter, state.validation, positions)) if beta != 1 else tuned_loss)
+        for beta, adapter in ((beta, between(start, tuned, beta)) for beta in betas)
+    ]
+    return min(tried, key=lambda each: each[2].mean if math.isfinite(each[2].mean) else math.inf)
 
 
 def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standing) -> Ledger:
@@ -180,36 +218,99 @@ def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standin
     if now.is_split and not enrollment.enabled:
         return ()
     candidates = [record for record in (now.personal if now.is_split else now.sets) if record in now.own]
-    aggregated = _nll(task.adapter, candidates, state, model)
-    values = scores(aggregated, now.own)
+    kind, kept = state.config.scoring.kind, {memory.round: memory.arrays for memory in state.memory}
+    aggregated = _nll(without_own(task.adapter, kept), candidates, state, model)
+    values = scores(aggregated, now.own, kind)
     judged = enroll(values, enrollment.threshold) if now.is_split else _split(values, state)
-    return verdicts(task.round, aggregated, now.own, judged)
+    return verdicts(task.round, aggregated, now.own, values, judged)
 
 
 def _split(values: Mapping[RecordId, float], state: ClientState) -> dict[RecordId, Verdict]:
     """The split by the scores, or otherwise where that is to be compared with."""
     enrollment = state.config.enrollment
-    by_score = split(values, enrollment.rule)
+    by_score = split(values, enrollment.rule, state.config.scoring.kind)
     lengths = {record: len(state.training[record].ids) for record in values}
     draw = stream(state.config.seed, "split", 0, state.name)
     return rearranged(by_score, values, lengths, enrollment.split, draw)
 
 
-def _train(task: ClientTask, state: ClientState, model: LocalModel, records: Sequence[RecordId]) -> Epoch | None:
-    """The own adapter after training on the records, its loss over all passes; None where there are none."""
+def _train_and_measure(
+    task: ClientTask, state: ClientState, model: LocalModel
+) -> tuple[Epoch | None, Mapping[RecordId, Nll]]:
+    """The own adapter after training on all records, and what it makes of each.
+
+    With two folds, two adapters that train on half of the records each for half of the steps: the one that did not see
+    a record measures it, and their mean is the own adapter.
+    """
+    everything = dict.fromkeys(state.training, 1.0)
+    if state.config.warmup.folds == 1 or len(everything) < 2:
+        trained = _train(task, state, model, everything)
+        return trained, {} if trained is None else _nll(trained.adapter, everything, state, model)
+    halves = _halves(tuple(everything), state)
+    works = [
+        _train(task, state, model, dict.fromkeys(half, 1.0), f"fold {number}") for number, half in enumerate(halves)
+    ]
+    fitted = [work for work in works if work is not None]  # both: no half is empty
+    measured: dict[RecordId, Nll] = {}
+    for work, unseen in zip(fitted, reversed(halves), strict=True):
+        measured |= _nll(work.adapter, unseen, state, model)
+    adapter = weighted_mean((work.adapter, len(half)) for work, half in zip(fitted, halves, strict=True))
+    assert adapter is not None  # both halves weigh something
+    both = Epoch(adapter, total([work.loss for work in fitted]), sum(work.steps for work in fitted))
+    return both, {record: measured[record] for record in everything}
+
+
+def _halves(records: Sequence[RecordId], state: ClientState) -> tuple[Sequence[RecordId], Sequence[RecordId]]:
+    """The records parted in two by lot, whatever their order."""
+    ordered = sorted(records)
+    drawn = [ordered[row] for row in stream(state.config.seed, "folds", client=state.name).permutation(len(ordered))]
+    return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
+
+
+def _settings(task: ClientTask, config: Config, num_folds: int) -> TrainingConfig:
+    """How a round trains: a warm-up round may be shorter, and folds share its steps."""
+    longest = (task.round < 0 and config.warmup.max_steps) or config.training.max_steps
+    return config.training.model_copy(update={"max_steps": -(-longest // num_folds)})
+
+
+def _kept(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[Memory, ...]:
+    """What stays on the site: its own adapter, where it is to be left out of the aggregated one that comes next."""
+    if trained is None or not state.config.scoring.without_own:
+        return state.memory
+    return (*state.memory[-1:], Memory(task.round, trained.adapter))
+
+
+def _train(
+    task: ClientTask, state: ClientState, model: LocalModel, records: Mapping[RecordId, float], fold: str = ""
+) -> Epoch | None:
+    """The own adapter after training on the weighted records, its loss over all passes; None where there are none."""
     if not records:
         return None
-    start = model.fresh(state.config.seed) if task.restart else task.adapter
-    plan = TrainingPlan(state.config.training, state.config.seed, task.round, state.name)
+    start = model.fresh(state.config.seed) if task.restart else adapter_alone(task.adapter)
+    settings = _settings(task, state.config, 2 if fold else 1)
+    weights = _unless_equal(tuple(records.values()))
+    plan = TrainingPlan(
+        settings, state.config.seed, task.round, state.name, purpose=fold or "training", weights=weights
+    )
     loss = ZERO
     for last in model.train(start, [state.training[record] for record in records], plan):
         loss += last.loss
     return replace(last, loss=loss)
 
 
-def _num_seen(state: ClientState, records: Sequence[RecordId], trained: Epoch | None) -> int:
-    """How many of the records trained the adapter: with `training.max_steps` not all of them may have."""
-    return 0 if trained is None else min(len(records), trained.steps * state.config.training.batch_size)
+def _unless_equal(weights: tuple[float, ...]) -> tuple[float, ...]:
+    return weights if len(set(weights)) > 1 else ()
+
+
+def _num_seen(state: ClientState, records: Mapping[RecordId, float], trained: Epoch | None) -> int:
+    """How many of the records trained the adapter: with `training.max_steps` not all of them may have.
+
+    A record counts as much as it weighs; together at least one.
+    """
+    if trained is None:
+        return 0
+    seen = min(len(records), trained.steps * state.config.training.batch_size)
+    return max(1, round(sum(records.values()) / len(records) * seen))
 
 
 def _nll(adapter: Adapter, records: Iterable[RecordId], state: ClientState, model: LocalModel) -> dict[RecordId, Nll]:

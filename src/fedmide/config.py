@@ -21,8 +21,10 @@ from fedmide.errors import ConfigError
 
 Positions = Literal["all", "response"]
 DataSource = Literal["published", "files", "table", "medical"]
-ThresholdRule = Literal["otsu-256", "otsu-exact", "median"]
+ThresholdRule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]
 SplitRule = Literal["score", "random", "reversed", "length-matched"]
+ScoreKind = Literal["ratio", "relative-gap"]
+PresetName = Literal["original"]
 MethodName = Literal[
     "fedmide",
     "local",
@@ -49,6 +51,9 @@ MethodName = Literal[
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+NATURAL: Mapping[ScoreKind, float] = MappingProxyType({"ratio": 1.0, "relative-gap": 0.0})
+"""Where a score says that both adapters explain a record equally well."""
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(ge=1)]
@@ -206,6 +211,12 @@ class WarmupConfig(Section):
     """W; 0: no split, everything is shared."""
     reset: bool = True
     """Start the federated rounds from a fresh adapter; false: go on from the warm-up's."""
+    max_steps: Count = 0
+    """At most so many optimiser steps in each warm-up round; 0: as `training.max_steps` says."""
+    folds: Annotated[int, Field(ge=1, le=2)] = 1
+    """1: a record's local score comes from an adapter that trained on it (published). 2: in the last warm-up round two
+    adapters train, each on half of the records for half of the steps; the one that did not see a record scores it,
+    and their mean is what travels."""
 
 
 class ScoringConfig(Section):
@@ -213,6 +224,12 @@ class ScoringConfig(Section):
 
     positions: Positions = "all"
     """Tokens whose likelihood counts: "all" (published) or "response"."""
+    kind: ScoreKind = "ratio"
+    """"ratio": exp(NLL_aggregated - NLL_local), naturally parted at 1 (published); "relative-gap":
+    (NLL_aggregated - NLL_local) / NLL_aggregated, naturally parted at 0."""
+    without_own: bool = False
+    """true: the aggregated adapter that a site scores with leaves the site's own out; the server then tells a site how
+    many records stand behind it, in all and of its own."""
     tokens_per_batch: Annotated[int, Field(ge=16)] = 2048
     """Tokens in one pass through the model. Changes no result beyond rounding."""
 
@@ -221,17 +238,22 @@ class EnrollmentConfig(Section):
     """Who is shared, who is personal, and who moves."""
 
     rule: ThresholdRule = "otsu-256"
-    """Threshold of the split after the warm-up."""
+    """Threshold of the split after the warm-up; "otsu-log": Otsu's exact one of the scores' logarithms, for ratios;
+    "natural": 1 for ratios, 0 for gaps."""
     split: SplitRule = "score"
     """Which records the split makes shared, as many as score below the threshold: "score", those; the others are there
     to show what the score is good for: "random"; "reversed", those with the highest scores; "length-matched", drawn
     among records of like length, so that both sets are as long as the score's."""
     enabled: bool = True
     """false: the split after the warm-up stands."""
-    threshold: Rate = 1.0
-    """A personal record with a lower score is enrolled."""
+    threshold: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
+    """A personal record with a lower score is enrolled; where it isn't given, the score's natural threshold."""
     timing: Literal["same_round", "next_round"] = "same_round"
     """When enrolled records begin to train: at once, or in the next round as the original's do."""
+    softness: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
+    """s: a record's loss in the common training weighs 1 / (1 + exp(d / s)), d being how far its last score lies above
+    the threshold: in nats per token for ratios, in parts of the NLL for gaps. 0: shared records train and personal ones
+    don't (published). The larger, the more alike all are, up to FedAvg."""
 
 
 class PersonalizationConfig(Section):
@@ -245,6 +267,11 @@ class PersonalizationConfig(Section):
     """Which of the client's training records to tune on."""
     max_steps: Count = 0
     """At most so many optimiser steps; 0: as the epochs give."""
+    personal_weight: Rate = 1.0
+    """Where all are tuned on: how much the loss of a personal record weighs beside that of a shared one."""
+    interpolation: Annotated[list[Annotated[float, Field(ge=0.0, le=10.0)]], Field(min_length=1)] = [1.0]
+    """Values of beta to choose from: the personalised adapter is aggregated + beta (tuned - aggregated), with the beta
+    whose validation loss is lowest, the smaller of equals; without validation records the largest. [1]: as tuned."""
 
 
 class FedProxConfig(Section):
@@ -360,6 +387,9 @@ class RuntimeConfig(Section):
 VARIANTS = "variants"
 """The table of a file that names variants for a comparison, `[variants.NAME]`: no part of a run's configuration."""
 
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType({"original": {}})
+"""FedMIDE's knobs that a preset sets otherwise than the published method has them."""
+
 METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
     {
         "fedprox": ("fedprox",),
@@ -382,6 +412,8 @@ class Config(Section):
     method: MethodName = "fedmide"
     """The federated algorithm. `warmup`, `enrollment` and `personalization.records` are fedmide's alone: with any other
     method there is no warm-up and every training record trains."""
+    preset: PresetName = "original"
+    """What fedmide's knobs are where nothing else is said: "original", the published method's."""
     seed: Count = 0
     """Every random draw follows from it."""
     data: DataConfig = DataConfig()
@@ -452,6 +484,19 @@ class Config(Section):
 
     @model_validator(mode="before")
     @classmethod
+    def _natural_threshold(cls, values: object) -> object:
+        """Enrollment compares with the score's natural threshold unless it is given one."""
+        if not isinstance(values, dict):
+            return values
+        scoring, enrollment = values.get("scoring", {}), values.get("enrollment", {})
+        if not isinstance(scoring, dict) or not isinstance(enrollment, dict):
+            return values
+        if "threshold" in enrollment or scoring.get("kind") != "relative-gap":
+            return values
+        return {**values, "enrollment": {**enrollment, "threshold": NATURAL["relative-gap"]}}
+
+    @model_validator(mode="before")
+    @classmethod
     def _leave_out_fedmide(cls, values: object) -> object:
         """Another method has no warm-up, and tunes on all records where it tunes at all."""
         if not isinstance(values, dict) or values.get("method", "fedmide") == "fedmide":
@@ -460,6 +505,17 @@ class Config(Section):
         given = {name: values.get(name, {}) for name in changes}
         return {**values, **{name: {**each, **changes[name]} for name, each in given.items() if isinstance(each, dict)}}
 
+    @model_validator(mode="before")  # of these the last runs first
+    @classmethod
+    def _fill_in_preset(cls, values: object) -> object:
+        """A preset says what the user doesn't; it is FedMIDE's, so any other method goes without."""
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        if values.get("method", "fedmide") != "fedmide":
+            return {name: each for name, each in values.items() if name != "preset"}
+        preset = values["preset"]
+        return filled_in(values, PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else values
+
     @field_validator(*METHOD_TABLES)
     @classmethod
     def _table_of_the_method(cls, table: Section, info: ValidationInfo) -> Section:
@@ -467,6 +523,19 @@ class Config(Section):
         if method is not None and method not in METHOD_TABLES[info.field_name or ""]:
             raise ValueError(f"method {method!r} has no use for this table")
         return table
+
+    @field_validator("enrollment")
+    @classmethod
+    def _fit_for_the_score(cls, enrollment: EnrollmentConfig, info: ValidationInfo) -> EnrollmentConfig:
+        scoring = info.data.get("scoring")
+        if enrollment.softness and enrollment.split != "score":
+            raise ValueError(f"softness weighs records by their scores, which split {enrollment.split!r} sets aside")
+        kind = "ratio" if scoring is None else scoring.kind
+        if kind == "ratio" and enrollment.threshold <= 0:
+            raise ValueError(f"threshold {enrollment.threshold} is not positive, as every ratio is")
+        if kind != "ratio" and enrollment.rule == "otsu-log":
+            raise ValueError("rule 'otsu-log' needs scoring.kind = 'ratio': a gap has no logarithm")
+        return enrollment
 
     @field_validator("lora")
     @classmethod
@@ -567,6 +636,17 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
             yield f"{prefix}{name}", value
 
 
+def filled_in(values: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The values with those of the tables wherever they say nothing.
+
+    >>> filled_in({"warmup": {"rounds": 2}}, {"warmup": {"rounds": 1, "folds": 2}})
+    {'warmup': {'rounds': 2, 'folds': 2}}
+    """
+    given = {name: values.get(name, {}) for name in tables}
+    merged = {name: {**tables[name], **each} if isinstance(each, dict) else each for name, each in given.items()}
+    return {**values, **merged}
+
+
 def for_method(values: Mapping[str, Any], method: MethodName) -> dict[str, Any]:
     """The values with this method, without the tables that only others use: what compares methods begins with it.
 
@@ -632,7 +712,7 @@ def _problem(details: Any) -> str:
 
 def _suggestion(key: str) -> str:
     names = [name for name, _ in knobs()]
-    sections = [name for name, field in Config.model_fields.items() if name not in ("seed", "method")]
+    sections = [name for name, field in Config.model_fields.items() if name not in ("seed", "method", "preset")]
     close = difflib.get_close_matches(key, names + sections, n=1, cutoff=0.6)
     same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     nearest = close or same_leaf

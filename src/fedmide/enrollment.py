@@ -4,14 +4,16 @@ Everything is joined by record id. Verdicts are given for every record asked abo
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from types import MappingProxyType
 from typing import Literal
 
 import numpy as np
+from scipy.special import expit
 
-from fedmide.config import SplitRule, ThresholdRule
+from fedmide.config import NATURAL, ScoreKind, SplitRule, ThresholdRule
 from fedmide.records import RecordId
 from fedmide.thresholds import RULES
 
@@ -53,13 +55,33 @@ def score(nll_aggregated: float, nll_local: float) -> float:
         return math.nan
 
 
-def split(scores: Mapping[RecordId, float], rule: ThresholdRule) -> dict[RecordId, Verdict]:
+def relative_gap(nll_aggregated: float, nll_local: float) -> float:
+    """What part of the aggregated adapter's NLL the local one saves: above 0 the site's own explains the record better.
+
+    NaN where either NLL is not finite, or the aggregated one is 0.
+
+    >>> relative_gap(2.0, 1.5)
+    0.25
+    """
+    if not math.isfinite(nll_aggregated - nll_local) or nll_aggregated == 0:
+        return math.nan
+    return (nll_aggregated - nll_local) / nll_aggregated
+
+
+SCORES: Mapping[ScoreKind, Callable[[float, float], float]] = MappingProxyType(
+    {"ratio": score, "relative-gap": relative_gap}
+)
+"""The scores by their names in the configuration, of the aggregated NLL and the local one."""
+
+
+def split(scores: Mapping[RecordId, float], rule: ThresholdRule, kind: ScoreKind = "ratio") -> dict[RecordId, Verdict]:
     """The verdict on every record after the warm-up: score < threshold is shared, else personal.
 
-    The threshold is the rule's over the finite scores. Where it gives none, everything is shared, with the warning
-    "no-threshold"; else a score that is not finite makes its record personal.
+    The threshold is the rule's over the finite scores; "natural" knows it from the kind of score. Where it gives none,
+    everything is shared, with the warning "no-threshold"; else a score that is not finite makes its record personal.
     """
-    threshold = RULES[rule]([value for value in scores.values() if math.isfinite(value)])
+    finite = [value for value in scores.values() if math.isfinite(value)]
+    threshold = NATURAL[kind] if rule == "natural" else RULES[rule](finite)
     if threshold is None:
         return {record: Verdict("shared", "no-threshold", None) for record in scores}
     return {record: _verdict(value, threshold) for record, value in scores.items()}
@@ -121,6 +143,27 @@ def enroll(scores: Mapping[RecordId, float], threshold: float) -> dict[RecordId,
     'personal'
     """
     return {record: _verdict(value, threshold) for record, value in scores.items()}
+
+
+def weight(value: float | None, threshold: float | None, kind: ScoreKind, softness: float) -> float:
+    """What a record's loss weighs in the common training, by its last score: 1 / (1 + exp(d / softness)).
+
+    d is how far the score lies above the threshold that it was compared with, a ratio's in its logarithm. 1 where there
+    was no threshold, 0 where there was no score.
+
+    >>> weight(1.0, 1.0, "ratio", 0.1), weight(0.25, 0.0, "relative-gap", 0.25)
+    (0.5, 0.2689414213699951)
+    """
+    if threshold is None:
+        return 1.0
+    if value is None:
+        return 0.0
+    distance = value - threshold if kind == "relative-gap" else _log(value) - _log(threshold)
+    return 0.5 if math.isnan(distance) else float(expit(-distance / softness))  # both logarithms may be minus infinity
+
+
+def _log(value: float) -> float:
+    return math.log(value) if value > 0 else -math.inf
 
 
 def members(sets: Mapping[RecordId, SetName], which: SetName) -> Sequence[RecordId]:

@@ -13,7 +13,8 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedmide.atomic import lines_of
-from fedmide.enrollment import Reason, SetName, Verdict, members, score
+from fedmide.config import ScoreKind
+from fedmide.enrollment import SCORES, Reason, SetName, Verdict, members
 from fedmide.errors import RunFolderError
 from fedmide.localmodel import Nll
 from fedmide.records import RecordId
@@ -57,6 +58,8 @@ class Standing:
     sets: Mapping[RecordId, SetName]
     own: Mapping[RecordId, Measured] = field(default_factory=dict)
     is_split: bool = False
+    judged: Mapping[RecordId, Entry] = field(default_factory=dict)
+    """The last verdict on each record that has any."""
 
     @property
     def shared(self) -> Sequence[RecordId]:
@@ -76,7 +79,7 @@ def standing(ledger: Iterable[Entry], records: Iterable[RecordId]) -> Standing:
     """The standing of the training records: shared until an entry says otherwise."""
     sets: dict[RecordId, SetName] = dict.fromkeys(records, "shared")
     own: dict[RecordId, Measured] = {}
-    is_split = False
+    judged: dict[RecordId, Entry] = {}
     for entry in ledger:
         if entry.record_id not in sets:
             raise RunFolderError(
@@ -88,8 +91,8 @@ def standing(ledger: Iterable[Entry], records: Iterable[RecordId]) -> Standing:
             nll = math.nan if entry.nll_local is None else entry.nll_local
             own[entry.record_id] = Measured(nll, entry.num_tokens, entry.round)
         else:
-            is_split = True
-    return Standing(sets, own, is_split)
+            judged[entry.record_id] = entry
+    return Standing(sets, own, bool(judged), judged)
 
 
 def before(ledger: Ledger, round_number: int) -> Ledger:
@@ -116,19 +119,21 @@ def measurements(round_number: int, values: Mapping[RecordId, Nll], sets: Mappin
     )
 
 
-def scores(aggregated: Mapping[RecordId, Nll], own: Mapping[RecordId, Measured]) -> dict[RecordId, float]:
+def scores(
+    aggregated: Mapping[RecordId, Nll], own: Mapping[RecordId, Measured], kind: ScoreKind = "ratio"
+) -> dict[RecordId, float]:
     """Each record's score, joined by its id."""
-    return {record: score(nll.mean, own[record].nll) for record, nll in aggregated.items()}
+    return {record: SCORES[kind](nll.mean, own[record].nll) for record, nll in aggregated.items()}
 
 
 def verdicts(
     round_number: int,
     aggregated: Mapping[RecordId, Nll],
     own: Mapping[RecordId, Measured],
+    values: Mapping[RecordId, float],
     judged: Mapping[RecordId, Verdict],
 ) -> Ledger:
-    """Entries that say how each record was judged."""
-    values = scores(aggregated, own)
+    """Entries that say how each record was judged, by which score."""
     return tuple(
         Entry(
             round=round_number,

@@ -76,6 +76,8 @@ class TrainingPlan:
     client: str
     terms: Terms = PLAIN
     purpose: str = "training"
+    weights: tuple[float, ...] = ()
+    """What each record's loss weighs, in the records' order, positive; only their ratios matter. None: all alike."""
 
     @property
     def stream_seed(self) -> int:

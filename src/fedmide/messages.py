@@ -33,6 +33,7 @@ MetricName = Literal[
     "warnings",  # verdicts given without a threshold
     "steps",  # optimiser steps
     "epoch",  # the personalisation epoch that was kept
+    "beta",  # how much of that tuning was kept, where there was a choice
     "trained_tokens",  # tokens that the loss counted
     "scored_tokens",  # tokens whose likelihood was computed
 ]

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -167,20 +168,23 @@ class LoraModel:
             states = passes.hidden(self.prefixes.decoder, states, batch.lengths, above)
             return passes.losses(self.prefixes.decoder, states, rows, targets)
 
-    def backpropagate(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+    def backpropagate(
+        self, batch: Batch, scale: float, seed: int, weights: NDArray[np.float32] | None = None
+    ) -> tuple[Tensor, Tensor]:
         """NLL of each predicted token, as `nll`, and the gradient (P,) of `scale` times their sum.
 
-        P as in `flat`. Dropout follows from the seed.
+        P as in `flat`. Dropout follows from the seed. `weights` (N,): what each token counts in the sum.
         """
+        counts = None if weights is None else torch.from_numpy(weights).to(self.device)
         if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
             with self.modules:
-                return self._through_modules(batch, scale, seed)
+                return self._through_modules(batch, scale, seed, counts)
         with torch.no_grad():
             states, rows, targets = self._inputs(self.prefixes, batch)
             gradient = torch.empty_like(self.flat.parameter)
             dropout = self.dropout and self.dropout.seeded(seed)
             given = states, batch.lengths, rows, targets, scale, dropout, gradient
-            return passes.backpropagate(self.prefixes.decoder, *given, self.checkpointing), gradient
+            return passes.backpropagate(self.prefixes.decoder, *given, self.checkpointing, counts), gradient
 
     def _training_losses(self, batch: Batch, seed: int) -> Tensor:
         """NLL of each predicted token through the modules, with dropout."""
@@ -188,10 +192,11 @@ class LoraModel:
         torch.manual_seed(seed % 2**TORCH_SEED_BITS)
         return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
 
-    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+    def _through_modules(self, batch: Batch, scale: float, seed: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         losses = self._training_losses(batch, seed)
         parameters = self.parameters()
-        gradients = torch.autograd.grad(losses.sum() * scale, [parameters[name] for name in self.shapes])
+        counted = losses if weights is None else losses * weights
+        gradients = torch.autograd.grad(counted.sum() * scale, [parameters[name] for name in self.shapes])
         return losses.detach(), torch.cat([each.reshape(-1) for each in gradients])
 
     def _inputs(self, prefixes: Prefixes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

@@ -59,11 +59,13 @@ def backpropagate(
     dropout: Dropout | None,
     into: Tensor,
     checkpointing: bool = False,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """NLL (M,) of the targets; writes the gradients of `scale` times their sum `into` those of the flat parameters.
 
     `states` (N, D) are those before the lowest block with an adapter. With checkpointing only each block's input is
     kept, and the block is run again on the way back (Chen et al. 2016, arXiv:1604.06174): the same bits.
+    `weights` (M,): what a target counts.
     """
     view = texts_of(decoder, lengths, states.device)
     traces: list[Trace | Checkpoint] = []
@@ -77,6 +79,8 @@ def backpropagate(
     made = [_chunk_losses(decoder, *chunk, scale) for chunk in _chunks(normed.to(states.dtype), targets)]
     gradient = torch.zeros_like(states)
     wanted = torch.cat([each for _, each in made])
+    if weights is not None:
+        wanted.mul_(weights[:, None])
     gradient[rows] = norm_backward(wanted, chosen, decoder.norm, factor).to(states.dtype)
     while traces:
         gradient = _backward(_trace(traces.pop(), view), gradient, view, into, is_lowest=not traces)

@@ -52,13 +52,14 @@ class RoutedModel(LoraModel):
         with self._routed():
             return super().nll(batch)
 
-    def _through_modules(self, batch: Batch, scale: float, seed: int) -> tuple[Tensor, Tensor]:
+    def _through_modules(self, batch: Batch, scale: float, seed: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
         """As without routers; adds their own gradient to theirs."""
         with self._routed():
             losses = self._training_losses(batch, seed)
+        counted = losses if weights is None else losses * weights
         own, parameters = list(self.routers.values()), self.parameters()
         factors = [parameters[name] for name in self.shapes]
-        gradients = torch.autograd.grad(losses.sum() * scale, [*factors, *own])
+        gradients = torch.autograd.grad(counted.sum() * scale, [*factors, *own])
         for router, gradient in zip(own, gradients[len(factors) :], strict=True):
             assert router.grad is not None
             router.grad.add_(gradient)

@@ -313,6 +313,8 @@ def _check_ledgers(run: Run) -> None:
             problems.append(f"{run.folder.site(name)}: the ledger is not the one that its last round left")
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+    if run.config.scoring.without_own:
+        _check_memories(run, last, state.round)
 
 
 def _check_memories(run: Run, last: Mapping[str, Mapping[str, Any]], next_round: int) -> None:
@@ -322,7 +324,8 @@ def _check_memories(run: Run, last: Mapping[str, Mapping[str, Any]], next_round:
     problems = [
         f"{run.folder.site(name)}: the memory of round {number} is missing"
         for name, number in trained.items()
-        if methods.of(run.config).remembers and [memory.round for memory in kept[name]] != [number]
+        if (methods.of(run.config).remembers or run.config.method == "fedmide")
+        and [memory.round for memory in kept[name]] != [number]
     ]
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")

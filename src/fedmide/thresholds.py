@@ -1,4 +1,4 @@
-"""Thresholds that part a set of scores in two: Otsu's and the median.
+"""Thresholds that part a set of scores in two: Otsu's, of the scores or of their logarithms, and the median.
 
 Each rule gives None where it can't part anything: fewer than two scores, all equal, or one that is not finite; the
 rule of 256 bins also where the scores lie so close that a float64 can't tell its bins apart.
@@ -69,6 +69,25 @@ def otsu_exact(scores: ArrayLike) -> float | None:
     return float(max(lowest_above, ordered[cut] + (ordered[cut + 1] - ordered[cut]) / 2))
 
 
+def otsu_log(scores: ArrayLike) -> float | None:
+    """Otsu's exact threshold of the scores' logarithms, as a score: a long right tail does not drag it up.
+
+    None also where a score is not positive.
+
+    >>> round(otsu_log([0.01, 0.01, 1.0, 1.0]), 9)
+    0.1
+    """
+    values = _usable(scores)
+    if values is None or values.min() <= 0:
+        return None
+    logs = np.log(values)
+    cut = otsu_exact(logs)
+    if cut is None:
+        return None
+    lowest_above = np.nextafter(values[logs < cut].max(), np.inf)  # exp may round to the other side of a neighbour
+    return float(np.clip(np.exp(cut), lowest_above, values[logs >= cut].min()))
+
+
 def median(scores: ArrayLike) -> float | None:
     """The median: half of the records are shared, whatever their scores.
 
@@ -81,9 +100,9 @@ def median(scores: ArrayLike) -> float | None:
 
 
 RULES: Mapping[ThresholdRule, Callable[[ArrayLike], float | None]] = MappingProxyType(
-    {"otsu-256": otsu_256, "otsu-exact": otsu_exact, "median": median}
+    {"otsu-256": otsu_256, "otsu-exact": otsu_exact, "otsu-log": otsu_log, "median": median}
 )
-"""The rules by their names in the configuration."""
+"""The rules that look at the scores, by their names in the configuration."""
 
 
 def _usable(scores: ArrayLike) -> NDArray[np.float64] | None:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmide.config import TrainingConfig
@@ -38,6 +39,7 @@ def train(
     order = np.random.default_rng(plan.stream_seed)
     stepped = Stepped(model, plan)
     last_step = num_steps(len(examples), settings)
+    weights = _of_mean_one(plan.weights)
     step = 0
     for _ in range(settings.epochs):
         loss = ZERO
@@ -45,7 +47,8 @@ def train(
             if step == last_step:
                 break
             seed = plan.stream_seed + step * PASSES
-            loss += _gradient(model, [examples[row] for row in rows], settings, seed)
+            chosen = None if weights is None else weights[rows]
+            loss += _gradient(model, [examples[row] for row in rows], settings, seed, chosen)
             stepped.step(rate_at(step, last_step, settings))
             step += 1
             progress(sum(len(examples[row].ids) for row in rows))
@@ -112,9 +115,29 @@ def _whole(seen: Tensor, share: Tensor) -> Tensor:
     return torch.where(share == 0, seen, seen / torch.where(share == 0, 1.0, share))
 
 
-def _gradient(model: LoraModel, examples: Sequence[Example], settings: TrainingConfig, seed: int) -> Nll:
+def _of_mean_one(weights: tuple[float, ...]) -> NDArray[np.float32] | None:
+    """Weights with a mean of 1, so that a step is as long as its records weigh among all; None where all do alike.
+
+    >>> _of_mean_one((1.0, 3.0)).tolist()
+    [0.5, 1.5]
+    """
+    if len(set(weights)) < 2:
+        return None
+    values = np.asarray(weights)
+    scaled: NDArray[np.float32] = (values / values.mean()).astype(np.float32)
+    return scaled
+
+
+def _gradient(
+    model: LoraModel,
+    examples: Sequence[Example],
+    settings: TrainingConfig,
+    seed: int,
+    weights: NDArray[np.float32] | None,
+) -> Nll:
     """The loss of these examples, whose mean's gradient is left in the model. Dropout follows from the seed.
 
+    With weights, the gradient is that of sum(weight * NLL) / number of tokens; the loss is told without them.
     Where memory has no room for a pass, it is begun again with smaller ones.
     """
     model.prepare(training=True)
@@ -124,7 +147,7 @@ def _gradient(model: LoraModel, examples: Sequence[Example], settings: TrainingC
         """The sum of the losses, in passes of so many tokens; leaves the gradient of their mean."""
         parts = tuple(batches(examples, settings.positions, most, model.max_padding))
         for scale in LOSS_SCALES if model.dtype == torch.float16 else (1.0,):
-            loss_sum = _pass(model, parts, scale / num_tokens, seed)
+            loss_sum = _pass(model, parts, scale / num_tokens, seed, weights)
             if scale == 1.0 or _unscale(model, scale):
                 break
         return loss_sum
@@ -147,14 +170,21 @@ def _gradients(model: LoraModel) -> list[Tensor]:
     return [each.grad for each in (model.flat.parameter, *model.beside) if each.grad is not None]
 
 
-def _pass(model: LoraModel, parts: Sequence[Batch], scale: float, seed: int) -> float:
+def _pass(
+    model: LoraModel, parts: Sequence[Batch], scale: float, seed: int, weights: NDArray[np.float32] | None
+) -> float:
     """The sum of the batches' losses; leaves the gradient of `scale` times it."""
     for gradient in _gradients(model):
         gradient.zero_()
     loss_sum = 0.0
     for losses, gradient in model.workers.each(
-        lambda part: model.backpropagate(part[1], scale, seed + part[0]), enumerate(parts)
+        lambda part: model.backpropagate(part[1], scale, seed + part[0], _of_tokens(weights, part[1])), enumerate(parts)
     ):
         model.flat.gradient.add_(gradient)
         loss_sum += float(losses.cpu().double().sum())
     return loss_sum
+
+
+def _of_tokens(weights: NDArray[np.float32] | None, batch: Batch) -> NDArray[np.float32] | None:
+    """Each predicted token's weight (N,), its record's, in row-major order of `predicts`."""
+    return None if weights is None else weights[list(batch.rows)].repeat(batch.predicts.sum(axis=1))

@@ -23,12 +23,26 @@ def go(opened: Any) -> dict[str, Any]:
         return stages.evaluate(run)
 
 
-@pytest.mark.parametrize("name", get_args(MethodName))
+EVERY_OPTION = (
+    "warmup.folds=2",
+    "warmup.reset=false",
+    "scoring.kind=relative-gap",
+    "scoring.without_own=true",
+    "enrollment.rule=natural",
+    "enrollment.softness=0.1",
+    "personalization.personal_weight=2.0",
+    "personalization.interpolation=[0.0, 0.5, 1.0]",
+)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [*((name, ()) for name in get_args(MethodName)), ("fedmide", EVERY_OPTION)]
+)
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(
-    name: str, small_input: Any, tmp_path: Path, lasting: Callable[[Path], dict[str, Any]]
+    name: str, options: tuple[str, ...], small_input: Any, tmp_path: Path, lasting: Callable[[Path], dict[str, Any]]
 ) -> None:
     """Stopped after the sites kept what they made of the last round, before the server did."""
-    config = load(small_input.config, [f"method={name}", *QUICK])
+    config = load(small_input.config, [f"method={name}", *options, *QUICK])
     metrics = go(stages.start(config, tmp_path / "run"))
     assert metrics["over_clients"]["personalized"]["response_nll"]["num_clients"] == 2
     stopped = Path(shutil.copytree(tmp_path / "run", tmp_path / "stopped"))
@@ -42,8 +56,9 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     assert lasting(stopped) == lasting(tmp_path / "run")
 
 
-def test_a_lost_memory_is_never_taken_for_none(small_input: Any, tmp_path: Path) -> None:
-    config = load(small_input.config, ["method=local", *QUICK])
+@pytest.mark.parametrize("how", ["method=local", "scoring.without_own=true"])
+def test_a_lost_memory_is_never_taken_for_none(how: str, small_input: Any, tmp_path: Path) -> None:
+    config = load(small_input.config, [how, *QUICK])
     with stages.start(config, tmp_path / "run") as run:
         stages.train(run)
     kept = sorted(path.name for path in (tmp_path / "run/clients/b/memory").iterdir())

@@ -6,10 +6,11 @@ from typing import get_args
 
 from fedmide.config import Config, MethodName
 from fedmide.methods.adaptive import FEDADAGRAD, FEDADAM, FEDAVGM, FEDYOGI
-from fedmide.methods.averaging import CENTRAL, FEDAVG, FEDAVG_FT, FEDMIDE, FEDPROX, LOCAL
+from fedmide.methods.averaging import CENTRAL, FEDAVG, FEDAVG_FT, FEDPROX, LOCAL
 from fedmide.methods.ditto import DITTO
 from fedmide.methods.fedalt import FEDALT
 from fedmide.methods.feddpa import FEDDPA_F, FEDDPA_T
+from fedmide.methods.fedmide import FEDMIDE
 from fedmide.methods.flexlora import FLEXLORA
 from fedmide.methods.halves import FEDSA_LORA, FFA_LORA
 from fedmide.methods.method import Method

@@ -9,13 +9,6 @@ from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel, Terms
 from fedmide.methods.method import Common, Method, Trained, Visit, learn, plain
 
-FEDMIDE = Method(
-    "fedmide",
-    "dynamic enrollment: a client trains the common model on its shared records, then tunes it",
-    "FedMIDE, github.com/XiangLi02/FedMIDE",
-    tuning=plain,  # what is special about it is which records train: see `client`
-)
-
 
 def _nothing_down(common: Common, client: str, config: Config) -> Adapter:
     return {}

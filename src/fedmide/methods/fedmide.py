@@ -1,0 +1,79 @@
+"""FedMIDE around its clients: FedAvg, and what a site needs to leave its own adapter out of the aggregated one.
+
+What is special about the method is which records train, and how much: see `client`.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from fedmide.config import Config
+from fedmide.localmodel import Adapter
+from fedmide.methods.method import Answer, Common, Method, mean, plain
+
+BEHIND = "fedmide.behind"
+"""An array beside the adapter, (3,): the records behind it, those of them that are the client's, when they trained."""
+
+_ROUND, _RECORDS = "round", "records."
+
+
+def without_own(received: Adapter, kept: Mapping[int, Adapter]) -> Adapter:
+    """The received adapter without what the client itself put in: (N theta - n theta_own) / (N - n).
+
+    `kept`: the client's own adapters by the round they trained in. Where its own isn't in it, or nothing else is, the
+    received adapter as it is.
+
+    >>> theta = {"x": np.array([3.0], np.float32), BEHIND: np.array([4, 1, 0], np.float32)}
+    >>> without_own(theta, {0: {"x": np.array([0.0], np.float32)}})
+    {'x': array([4.], dtype=float32)}
+    """
+    theta = adapter_alone(received)
+    total, number, trained = received.get(BEHIND, np.zeros(3)).astype(np.float64)
+    own = kept.get(int(trained))
+    if own is None or not 0 < number < total:
+        return theta
+    return {
+        name: ((array.astype(np.float64) * total - own[name] * number) / (total - number)).astype(np.float32)
+        for name, array in theta.items()
+    }
+
+
+def adapter_alone(received: Adapter) -> Adapter:
+    """The received adapter without what stands beside it."""
+    return {name: array for name, array in received.items() if name != BEHIND}
+
+
+def _down(common: Common, client: str, config: Config) -> Adapter:
+    """The adapter; to a client that will score and whose records are behind it, how many they are."""
+    number = common.memory.get(_RECORDS + client)
+    if number is None or not 0 <= common.round < config.federation.rounds:
+        return common.adapter
+    total = sum(float(each[0]) for name, each in common.memory.items() if name.startswith(_RECORDS))
+    return {**common.adapter, BEHIND: np.array([total, number[0], common.memory[_ROUND][0]], np.float32)}
+
+
+def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+    """FedAvg's mean; the server remembers whose records are behind it."""
+    counts: dict[str, int] = {}
+
+    def counted() -> Iterator[Answer]:
+        for answer in answers:
+            counts[answer.client] = answer.num_records
+            yield answer
+
+    combined = mean(common, counted(), config)
+    if combined is None or not config.scoring.without_own:
+        return combined
+    memory = {_RECORDS + client: np.array([number], np.float32) for client, number in counts.items()}
+    return replace(combined, memory={**memory, _ROUND: np.array([common.round], np.float32)})
+
+
+FEDMIDE = Method(
+    "fedmide",
+    "dynamic enrollment: a client trains the common model on its shared records, then tunes it",
+    "FedMIDE, github.com/XiangLi02/FedMIDE",
+    tuning=plain,
+    down=_down,
+    combine=_combine,
+)
