@@ -72,9 +72,10 @@ class Consortium:
 
     def kill(self, name: str) -> None:
         """Kills a process and all its children at once, as a machine that goes dark would."""
-        parent = psutil.Process(self.running.pop(name).pid)
-        for process in [parent, *parent.children(recursive=True)]:
-            process.kill()
+        parent = self.running.pop(name)
+        for child in psutil.Process(parent.pid).children(recursive=True):
+            child.kill()
+        parent.kill()
         parent.wait()
 
     def child(self, name: str, word: str) -> psutil.Process:
