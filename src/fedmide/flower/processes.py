@@ -73,7 +73,7 @@ def _descendants(pid: int) -> list[psutil.Process]:
     return []
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
+def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 180.0) -> None:
     """Waits until a process listens on a port of this machine; raises `UserError` with its last words if it ends."""
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
