@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fedmide demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadgroup --doctest-modules src tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --doctest-modules src tests
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests bench

@@ -109,6 +109,8 @@ def _consortium(folder: Path, config: Path, sites: tuple[str, ...]) -> Iterator[
         for name, verb in [("server", "server"), *((f"site-{site}", "site") for site in sites)]:
             command = [*FEDMIDE, "flower", verb, "start", str(made / name)]
             stack.enter_context(started(command, environment(folder / "home"), folder / f"{name}.log"))
+            while "is up" not in (folder / "server.log").read_text():
+                time.sleep(0.2)
         yield made
 
 

@@ -72,9 +72,11 @@ class Consortium:
 
     def kill(self, name: str) -> None:
         """Kills a process and all its children at once, as a machine that goes dark would."""
-        parent = psutil.Process(self.running.pop(name).pid)
-        for process in [parent, *parent.children(recursive=True)]:
-            process.kill()
+        parent = self.running.pop(name)
+        children = psutil.Process(parent.pid).children(recursive=True)
+        parent.kill()  # first, so that it starts none of them again
+        for child in children:
+            child.kill()
         parent.wait()
 
     def child(self, name: str, word: str) -> psutil.Process:
@@ -179,7 +181,8 @@ def consortium(
         port = str(free_port())
         command = ["flower", "init", str(made.path), "--config", str(config), "--sites", ",".join(SITES)]
         process = popen(*command, "--address", f"127.0.0.1:{port}", "--port", port)
-        assert process.wait(120) == 0, process.communicate()[0]
+        said = process.communicate(timeout=240)[0]
+        assert process.returncode == 0, said
         try:
             for name in SITES:
                 to_own_records(made, name)

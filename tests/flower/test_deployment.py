@@ -1,21 +1,40 @@
-"""A deployment of real processes: the same bytes as in process, and what befalls sites, server and SuperLink."""
+"""A deployment of real processes: the same bytes as in process; what befalls sites, server and SuperLink; who gets in.
 
+All in one file, so that one worker of pytest-xdist runs them, on one consortium.
+"""
+
+import http.client
 import json
 import os
+import shutil
 import signal
+import ssl
+import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedmide.config import load
+from fedmide.flower import keys, texts
+from fedmide.flower.check import check
+from fedmide.flower.flowercli import flwr
+from fedmide.flower.processes import environment, free_port, started
+from fedmide.flower.serverfolder import ServerFolder
+from fedmide.flower.sitefolder import SiteFolder
+from fedmide.flower.supervision import superexec_command, supernode_command
 from fedmide.journal import reopen
 
-pytestmark = [pytest.mark.flower, pytest.mark.xdist_group("deployment")]
+pytestmark = pytest.mark.flower
+
+NGINX = os.environ.get("FEDMIDE_NGINX") or shutil.which("nginx")
 
 
 @pytest.fixture(autouse=True)
@@ -114,7 +133,7 @@ def test_a_site_that_goes_dark_comes_back_with_its_ledger(consortium: Any, tmp_p
     out = tmp_path / "run"
     consortium.fault("b", round_0="slow:200")
     nodes = (consortium.server / "nodes.json").read_text()
-    process = consortium.run(out, "replies.quorum=0.6", "replies.deadline_seconds=60")
+    process = consortium.run(out, "replies.quorum=0.6", "replies.deadline_seconds=120")
     until((out / "server" / "warmup-000").is_dir)
     time.sleep(8)
     consortium.kill("site-b")
@@ -170,5 +189,181 @@ def test_sites_that_differ_are_refused_with_the_reason_before_they_train(consort
         assert not (runs / consortium.federation(out) / "clients").exists()
 
 
-def test_the_quorum_is_that_of_the_configuration(consortium: Any) -> None:
-    assert load(consortium.server / "federation.toml").replies.quorum == 0.5
+# --- who gets in, what is open, what is said to others
+
+
+@pytest.fixture
+def server(consortium: Any) -> ServerFolder:
+    return ServerFolder.read(consortium.server)
+
+
+@pytest.fixture
+def stranger(consortium: Any, tmp_path: Path) -> SiteFolder:
+    """A site's folder whose key is not registered."""
+    folder = replace(SiteFolder.read(consortium.site("a")), path=tmp_path / "stranger")
+    private, public = keys.node_key()
+    keys.write_secret(folder.path / "keys" / "node-key", private)
+    (folder.path / "keys" / "node-key.pub").write_bytes(public)
+    keys.write_secret(folder.path / "keys" / "superexec.secret", keys.new_secret())
+    shutil.copy(consortium.server / "keys" / "ca.pem", folder.path / "keys" / "ca.pem")
+    return folder
+
+
+def said(commands: dict[str, Sequence[str]], folder: Path, enough: Callable[[dict[str, str]], bool]) -> dict[str, str]:
+    """What processes said, all started at once, until it is enough."""
+    logs = {name: folder / f"{name}.log" for name in commands}
+    with ExitStack() as stack:
+        for name, command in commands.items():
+            stack.enter_context(started(command, environment(folder / name), logs[name]))
+        limit = time.monotonic() + 60
+        while True:
+            words = {name: log.read_text(errors="replace") for name, log in logs.items()}
+            if enough(words) or time.monotonic() > limit:
+                return words
+            time.sleep(0.2)
+
+
+def test_nobody_gets_in_without_a_registered_key_the_right_certificate_and_the_secret(
+    server: ServerFolder, stranger: SiteFolder, tmp_path: Path
+) -> None:
+    other = keys.new_authority("another")
+    wrong = stranger.path.with_name("wrong-ca")
+    shutil.copytree(stranger.path, wrong)
+    (wrong / "keys" / "ca.pem").write_bytes(other.certificate.public_bytes(Encoding.PEM))
+    no_secret = superexec_command(server)[:-2]
+    assert not any("secret" in part for part in no_secret)
+    rogue = replace(server, path=tmp_path / "rogue")
+    keys.write_secret(rogue.path / "keys" / "superexec.secret", keys.new_secret())
+    shutil.copy(server.path / "keys" / "ca.pem", rogue.path / "keys" / "ca.pem")
+    commands = {
+        "unregistered": supernode_command(stranger, free_port()),
+        "wrong-ca": supernode_command(replace(stranger, path=wrong), free_port()),
+        "plain": supernode_command(replace(stranger, plain=True), free_port()),
+        "no-secret": no_secret,
+        "wrong-secret": superexec_command(rogue),
+    }
+    expected = {
+        "unregistered": "Failed to activate SuperNode",
+        "wrong-ca": "CERTIFICATE_VERIFY_FAILED",
+        "plain": "Connection attempt failed",
+    }
+    before = refused_executors(server)
+
+    def refused(words: dict[str, str]) -> bool:
+        return refused_executors(server) >= before + 2 and all(word in words[name] for name, word in expected.items())
+
+    words = said(commands, tmp_path, refused)
+    assert refused(words), {name: text[-600:] for name, text in words.items()}
+    assert not any("SuperNode ID" in text or "Start `flwr" in text for text in words.values())
+    known = set(server.read_nodes().values())
+    assert {int(node["node-id"]) for node in flwr(server, "supernode", "list", "fedmide")["nodes"]} == known
+
+
+def refused_executors(server: ServerFolder) -> int:
+    """How often the SuperLink has refused an executor its work so far."""
+    return server.log("superlink").read_text(errors="replace").count('acquire-task HTTP/1.1" 401')
+
+
+def family(consortium: Any) -> Iterator[psutil.Process]:
+    for running in consortium.running.values():
+        parent = psutil.Process(running.pid)
+        for process in [parent, *parent.children(recursive=True)]:
+            if (
+                process.status() != psutil.STATUS_ZOMBIE
+            ):  # an app that has ended and that its executor has not looked for
+                yield process
+
+
+def test_everything_listens_on_loopback_only(consortium: Any) -> None:
+    processes = list(family(consortium))
+    assert len(processes) >= 3 + 3 * 4
+    listening = [
+        each.laddr.ip
+        for process in processes
+        for each in process.net_connections("inet")
+        if each.status == psutil.CONN_LISTEN
+    ]
+    assert len(listening) >= 4
+    assert set(listening) == {"127.0.0.1"}
+
+
+def test_nobody_is_told_of_the_use_and_no_secret_is_an_argument(consortium: Any) -> None:
+    secrets = [path.read_text() for path in consortium.path.rglob("superexec.secret")]
+    secrets += [path.read_text().splitlines()[2] for path in consortium.path.rglob("node-key")]
+    assert len(secrets) == 7
+    for process in family(consortium):
+        command = " ".join(process.cmdline())
+        assert not any(secret in command for secret in secrets)
+        if "flower-" in command:
+            variables = process.environ()
+            assert variables["FLWR_TELEMETRY_ENABLED"] == "0"
+            assert variables["FLWR_DISABLE_UPDATE_CHECK"] == "1"
+
+
+def test_secrets_are_files_of_their_owner_only_and_in_no_log(consortium: Any) -> None:
+    names = ("superexec.secret", "node-key", "ca.key", "server.key")
+    files = [path for name in names for path in consortium.path.rglob(name)]
+    assert len(files) == 4 + 3 + 1 + 1
+    assert {stat.S_IMODE(path.stat().st_mode) for path in files} == {0o600}
+    logs = b"".join(path.read_bytes() for path in [*consortium.path.rglob("*.log"), *consortium.path.glob("*.out")])
+    for path in files:
+        assert path.read_bytes().strip() not in logs
+
+
+def test_the_check_of_a_site_says_what_is_wrong(consortium: Any, stranger: SiteFolder) -> None:
+    good = SiteFolder.read(consortium.site("a"))
+    assert [finding for finding in check(good, lambda message: None) if finding.problem] == []
+    for name in ("site.toml", "federation.json"):
+        shutil.copy(good.path / name, stranger.path / name)
+    facts = json.loads((stranger.path / "federation.json").read_text())
+    facts["knobs"]["lora.r"], facts["version"] = "64", "0.0.1"
+    (stranger.path / "federation.json").write_text(json.dumps(facts))
+    (stranger.path / "keys" / "node-key").chmod(0o644)
+    problems = {finding.what: finding.problem for finding in check(stranger, lambda message: None) if finding.problem}
+    assert set(problems) == {"version, model, prompt and settings", "keys", "node"}
+    assert "lora.r is 2 there and 64 here" in problems["version, model, prompt and settings"]
+    assert "fedmide is '0.1.0' there and '0.0.1' here" in problems["version, model, prompt and settings"]
+    assert "can be read by others" in problems["keys"]
+    assert "does not take this site's key" in problems["node"]
+
+
+@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+def test_through_the_proxy_sites_reach_the_fleet_and_nothing_else(
+    server: ServerFolder, stranger: SiteFolder, tmp_path: Path
+) -> None:
+    port = free_port()
+    made = texts.proxy("127.0.0.1", port, server.port, server.path).replace(
+        f"listen {port}", f"listen 127.0.0.1:{port}"
+    )
+    temporary = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};" for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    (tmp_path / "nginx.conf").write_text(
+        f"daemon off; master_process off; pid {tmp_path}/pid; error_log {tmp_path}/error;"
+        f"events {{}} http {{ access_log off; {temporary} {made} }}"
+    )
+    flwr(server, "supernode", "register", str(stranger.path / "keys" / "node-key.pub"), "fedmide", "--name", "late")
+    command = [str(NGINX), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "error")]
+    with started(command, environment(tmp_path), tmp_path / "nginx.log"):
+        assert answer_of(server, server.port, "/v1/control/list-nodes") != 404, "the SuperLink itself has it"
+        time.sleep(1)
+        hidden = ["control/list-nodes", "runtime/pull-messages", "fleet/../control/list-nodes"]
+        hidden += ["fleet/%2e%2e/control/list-nodes", "fleet/..%2fcontrol/list-nodes", "control", ""]
+        codes = {path: answer_of(server, port, f"/v1/{path}") for path in hidden}
+        assert set(codes.values()) <= {400, 404}, codes
+        words = said(
+            {"node": supernode_command(replace(stranger, superlink=f"127.0.0.1:{port}"), free_port())},
+            tmp_path,
+            lambda words: "SuperNode ID" in words["node"],
+        )
+    assert "SuperNode ID" in words["node"]
+
+
+def answer_of(server: ServerFolder, port: int, path: str) -> int:
+    context = ssl.create_default_context(cafile=str(server.certificate))
+    connection = http.client.HTTPSConnection("127.0.0.1", port, context=context, timeout=10)
+    try:
+        connection.request("POST", path, body=b"", headers={"Content-Type": "application/x-protobuf"})
+        return connection.getresponse().status
+    finally:
+        connection.close()

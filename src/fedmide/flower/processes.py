@@ -47,7 +47,9 @@ def start(command: Sequence[str], variables: Mapping[str, str], log: Path) -> su
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started: asked first, then killed."""
+    """Ends a process and all that it started: asked first, then killed. One that has ended is left alone."""
+    if process.poll() is not None:
+        return  # by now its id may be somebody else's
     family = _descendants(process.pid)
     for each in family:
         with suppress(psutil.NoSuchProcess):
@@ -71,7 +73,7 @@ def _descendants(pid: int) -> list[psutil.Process]:
     return []
 
 
-def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 60.0) -> None:
+def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 180.0) -> None:
     """Waits until a process listens on a port of this machine; raises `UserError` with its last words if it ends."""
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
