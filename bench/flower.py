@@ -19,10 +19,10 @@ from typing import Any
 from bench.tiny import CONFIG
 from fedmide.atomic import write_file
 from fedmide.config import apply_overrides, load, parse, to_toml
+from fedmide.flower.asking import ask
 from fedmide.flower.consortium import Consortium, create
 from fedmide.flower.processes import environment, free_port, started
 from fedmide.flower.sitefolder import SiteFolder
-from fedmide.flower.worker import ask
 from fedmide.journal import reopen
 from fedmide.messages import Hello, encode_hello
 

@@ -1,6 +1,8 @@
 """What Flower runs: frames arrive whole, and no error has words."""
 
 import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,13 @@ from fedmide.flower import apps
 from fedmide.flower.apps import GridExchange, frame_of, records_of
 from fedmide.messages import ClientTask, Hello, Trouble, decode_answer, encode_hello, encode_task, parts
 from fedmide.runtimes.link import Answered
+
+
+def test_what_is_started_for_each_message_loads_no_model_s_libraries() -> None:
+    code = "import sys; import fedmide.flower.apps, fedmide.flower.asking; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    assert "flwr" in loaded
+    assert {"torch", "transformers", "peft", "scipy"} & set(loaded) == set()
 
 
 def frames(fakes: Any) -> list[bytes]:
@@ -106,7 +115,7 @@ def test_the_same_adapter_is_held_once_for_all(fakes: Any, sendable: None) -> No
 
 @pytest.mark.parametrize("where", ["no place", "no worker"])
 def test_a_site_that_can_t_work_says_one_word(where: str, tmp_path: Path, fakes: Any, monkeypatch: Any) -> None:
-    monkeypatch.setattr("fedmide.flower.worker._WAIT_SECONDS", 0.1)
+    monkeypatch.setattr("fedmide.flower.asking._WAIT_SECONDS", 0.1)
     for name in ("FEDMIDE_SITE", "FEDMIDE_RUN"):
         monkeypatch.delenv(name, raising=False)
     if where == "no worker":

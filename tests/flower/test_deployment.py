@@ -99,9 +99,9 @@ def test_replies_that_can_t_be_used_are_refused_and_nothing_of_a_patient_leaves(
     consortium: Any, tmp_path: Path
 ) -> None:
     consortium.fault("b", round_m1="truncated", round_0="nan", round_1="raise", round_2="raise")
-    consortium.fault("c", round_m1="shape", round_0="huge", round_1="slow:100")
+    consortium.fault("c", round_m1="shape", round_0="huge", round_1="slow:50")
     out = consortium.server / "runs" / "faults"
-    settings = ("replies.quorum=0.3", "replies.deadline_seconds=60", "replies.max_update_norm=100")
+    settings = ("replies.quorum=0.3", "replies.deadline_seconds=30", "replies.max_update_norm=100")
     said = ended(consortium.run(out, *settings))
     refused = rows(out)
     assert "can't be read" in refused[-1, "b"]
@@ -109,7 +109,7 @@ def test_replies_that_can_t_be_used_are_refused_and_nothing_of_a_patient_leaves(
     assert "its work failed" in refused[1, "b"]
     assert "shape" in refused[-1, "c"]
     assert "length" in refused[0, "c"]
-    assert "no answer within 60 s" in refused[1, "c"]
+    assert "no answer within 30 s" in refused[1, "c"]
     assert {refused[number, "a"] for number in (-1, 0, 1, 2)} == {""}
     assert "client b is not personalised: its work failed" in said
     told = said.encode() + consortium.wrote()
@@ -131,9 +131,9 @@ def texts_of(consortium: Any) -> list[str]:
 
 def test_a_site_that_goes_dark_comes_back_with_its_ledger(consortium: Any, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    consortium.fault("b", round_0="slow:200")
+    consortium.fault("b", round_0="slow:100")
     nodes = (consortium.server / "nodes.json").read_text()
-    process = consortium.run(out, "replies.quorum=0.6", "replies.deadline_seconds=120")
+    process = consortium.run(out, "replies.quorum=0.6", "replies.deadline_seconds=40")
     until((out / "server" / "warmup-000").is_dir)
     time.sleep(8)
     consortium.kill("site-b")
@@ -176,7 +176,7 @@ def test_sites_that_differ_are_refused_with_the_reason_before_they_train(consort
     out = tmp_path / "run"
     for name, kind in zip("abc", ("model", "version", "schema"), strict=True):
         consortium.fault(name, hello=kind)
-    process = consortium.run(out, "replies.quorum=0.5", "replies.deadline_seconds=60")
+    process = consortium.run(out, "replies.quorum=0.5", "replies.deadline_seconds=30")
     said = ended(process)
     assert process.returncode == 2
     assert "site b is refused: fedmide is '0.0.9' there and '0.1.0' here" in said

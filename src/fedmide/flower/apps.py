@@ -115,7 +115,7 @@ def _split(frame: bytes) -> tuple[bytes, bytes]:
 def _worked(frame: bytes, context: Context) -> bytes:
     """The answer of the site's worker; in a simulation of this process itself."""
     if site := os.environ.get(SITE):
-        from fedmide.flower.worker import ask
+        from fedmide.flower.asking import ask
 
         return ask(Path(site), frame)
     from fedmide.flower.simulated import site_of

@@ -13,18 +13,8 @@ from fedmide import console
 from fedmide.errors import UserError
 from fedmide.flower.sitefolder import SiteFolder
 from fedmide.messages import Trouble, encode_trouble
-from fedmide.runtimes.link import accepted, connected, listening, socket_path
+from fedmide.runtimes.link import accepted, listening, socket_path
 from fedmide.site import Site
-
-_WAIT_SECONDS = 60.0
-"""How long a node waits for a worker that is being started."""
-
-
-def ask(folder: Path, frame: bytes) -> bytes:
-    """The answer of the site's worker to a frame; raises where there is none."""
-    with closing(connected(socket_path(folder, "worker"), _WAIT_SECONDS)) as connection:
-        connection.send_bytes(frame)
-        return connection.recv_bytes()
 
 
 def work(folder: Path) -> None:
