@@ -569,7 +569,7 @@ def test_a_lost_ledger_is_refused_and_never_taken_for_an_empty_one(copied: Path,
         ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:9]))
     else:
         shutil.rmtree(copied / "clients")
-    left = "the ledger is not the one that round 1 left"
+    left = "the ledger is not the one that its last round left"
     with pytest.raises(RunFolderError, match=left) as error, stages.resume(copied):
         pass
     assert len(error.value.problems) == (2 if lost == "folder" else 1)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedmide import adapters, ledger
-from fedmide.atomic import clear_errors, lines_of, to_json, write_file, write_folder
+from fedmide.atomic import clear_errors, lines_of, to_json, without_nan, write_file, write_folder
 from fedmide.client import ClientState, Memory
 from fedmide.config import Config, load, to_toml
 from fedmide.errors import RunFolderError
@@ -53,13 +53,14 @@ class RunFolder:
 
     def commit_round(self, state: ServerState, summary: RoundSummary) -> None:
         """Makes a round last: state after it, and its figures."""
+        told = asdict(summary)
         files = {
             "adapter.safetensors": adapters.encode(state.adapter),
-            "state.json": to_json({"next_round": state.round, "summary": asdict(summary)}),
+            "state.json": json.dumps(without_nan({"next_round": state.round, "summary": told})).encode(),
             **({"memory.safetensors": adapters.encode(state.memory)} if state.memory else {}),
         }
         write_folder(self.path / "server" / self.round_name(summary.round), files)
-        self._append_events(summary)
+        self._append_events(told)
 
     def last_round(self, begin: ServerState) -> ServerState:
         """The state after the last whole round; `begin` if there is none."""
@@ -133,8 +134,9 @@ class RunFolder:
     def commit_personalization(self, summary: RoundSummary) -> None:
         """Makes one client's personalisation count, once its adapter is kept where the client is."""
         (row,) = summary.clients
-        write_file(self._personalization(row.client), to_json({"summary": asdict(summary)}))
-        self._append_events(summary)
+        told = asdict(summary)
+        write_file(self._personalization(row.client), to_json({"summary": told}))
+        self._append_events(told)
 
     def is_personalized(self, client: str) -> bool:
         """Whether the client's personalisation counts."""
@@ -205,11 +207,11 @@ class RunFolder:
     def _round_numbers(self) -> range:
         return range(-self.config.warmup.rounds, self.config.federation.rounds)
 
-    def _append_events(self, summary: RoundSummary) -> None:
+    def _append_events(self, summary: Mapping[str, Any]) -> None:
         """Adds the lines of a round; the file is written anew, so that no line of it is ever half there."""
         path = self.path / "events.jsonl"
         earlier = path.read_bytes() if path.exists() else b""
-        write_file(path, earlier + "".join(_event_lines(asdict(summary))).encode())
+        write_file(path, earlier + "".join(_event_lines(summary)).encode())
 
     def _personalization(self, client: str) -> Path:
         return self.site(client) / "personalization.json"
