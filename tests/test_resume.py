@@ -381,13 +381,14 @@ def test_a_real_run_killed_at_random_moments_ends_with_the_same_bytes(
     seconds = time.perf_counter() - begun
     assert whole == 0
     expected = lasting(tmp_path / "whole")
-    draw, kills = random.Random(1), 0
-    for number in range(6):
+    draw, kills, number = random.Random(1), 0, 0
+    while number < 6 or kills < 4:  # where others slowed the first run down, few of the next ones are hit
         path = tmp_path / f"killed-{number}"
         while forked(config, path, draw.uniform(0, seconds)) != 0:
             kills += 1
         assert lasting(path) == expected
-    assert kills > 3
+        number += 1
+        assert number < 50, "nothing was killed"
 
 
 def forked(config: Config, path: Path, kill_after: float | None) -> int:
