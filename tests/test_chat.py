@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from fedmide import adapters, chat, generation, model
+from fedmide import adapters, chat, cli, generation, model, showing
 from fedmide.config import LoraConfig, ModelConfig
-from fedmide.errors import DataError, ModelError, RunFolderError
+from fedmide.errors import DataError, ModelError, RunFolderError, UsageError
 from fedmide.journal import RunFolder, reopen
 from fedmide.records import Record, RecordId
 from fedmide.tokens import Example
@@ -83,41 +84,38 @@ def folder(run_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_a_client_says_what_it_said_of_its_test_records(folder: RunFolder) -> None:
     records = (folder.path.parent / "input" / "data" / "a" / "test.jsonl").read_text().splitlines()
-    talk = chat.begin(folder, "a")
-    told: list[tuple[str, str]] = []
+    begun = chat.begin(folder, "a")
+    assert list(begun.voices) == ["personalised"]
     for line, prediction in zip(map(json.loads, records), folder.read_predictions("a"), strict=True):
-        said = talk.ask(line["instruction"], line["context"], lambda voice, piece: told.append((voice, piece)))
-        assert said == {"personalised": prediction["prediction"]}
-    assert {voice for voice, _ in told} == {"personalised"}
-    assert "".join(piece for _, piece in told) == "".join(p["prediction"] for p in folder.read_predictions("a"))
+        pieces: list[str] = []
+        said = begun.answer("personalised", line["instruction"], line["context"], pieces.append)
+        assert said == "".join(pieces) == prediction["prediction"]
 
 
 def test_each_voice_is_its_own_adapters(folder: RunFolder, tiny_folder: Path) -> None:
-    talk = chat.begin(folder, "b", ["base", "aggregated"], max_new_tokens=8)
-    order: list[str] = []
-    said = talk.ask("Name liver", "", lambda voice, piece: order.append(voice))
-    assert list(said) == list(dict.fromkeys(order)) == ["personalised", "base", "aggregated"]
-    config = folder.config
+    begun = chat.begin(folder, "b", ["base", "aggregated"], max_new_tokens=8)
+    said = {voice: begun.answer(voice, "Name liver") for voice in begun.voices}
+    assert list(said) == ["personalised", "base", "aggregated"] and len(set(said.values())) == 3
     loaded = model.load(tiny_folder, ModelConfig(dtype="float32", device="cpu"), LoraConfig(r=2))
-    example = talk.encode.encode(Record("Name liver", ""))
+    example = begun.encode.encode(Record("Name liver", ""))
     expected = {
         "personalised": model.read_peft(folder.personal_adapter("b"), loaded.shapes),
-        "base": adapters.fresh(loaded.shapes, config.seed),
+        "base": adapters.fresh(loaded.shapes, folder.config.seed),
         "aggregated": model.read_peft(folder.adapter, loaded.shapes),
     }
     for voice, adapter in expected.items():
         loaded.put(adapter)
-        assert (said[voice],) == generation.generate(loaded, [example], 8, 1)  # type: ignore[index]
-    assert talk.ask("Name heart", "", lambda voice, piece: None) != said
-    assert talk.ask("Name liver", "", lambda voice, piece: None) == said  # what was said in between is not known
+        assert {voice: said[voice]} == {voice: generation.generate(loaded, [example], 8, 1)[0]}  # type: ignore[index]
+    begun.answer("personalised", "Name heart")
+    assert begun.answer("personalised", "Name liver") == said["personalised"]  # what was asked in between is not known
 
 
 def test_the_context_is_part_of_the_prompt(folder: RunFolder) -> None:
-    talk = chat.begin(folder, "a")
-    bare, full = (talk.encode.encode(Record("Name", "", context=context)) for context in ("", "site"))
+    begun = chat.begin(folder, "a")
+    bare, full = (begun.encode.encode(Record("Name", "", context=context)) for context in ("", "site"))
     assert len(full.ids) > len(bare.ids)
     with pytest.raises(DataError, match="leaves no room below the cutoff of 64"):
-        talk.ask("Name", "very " * 40, lambda voice, piece: None)
+        begun.answer("personalised", "Name", "very " * 40)
 
 
 def test_what_can_not_be_talked_to_says_why(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,5 +140,54 @@ def test_two_adapters_and_routers_talk_too(
     monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
     folder = reopen(finished_run(tmp_path, [f"method={method}", "federation.rounds=1"]))
     line = json.loads((tmp_path / "input" / "data" / "a" / "test.jsonl").read_text().splitlines()[1])
-    said = chat.begin(folder, "a").ask(line["instruction"], line["context"], lambda voice, piece: None)
-    assert said == {"personalised": folder.read_predictions("a")[1]["prediction"]}
+    said = chat.begin(folder, "a").answer("personalised", line["instruction"], line["context"])
+    assert said == folder.read_predictions("a")[1]["prediction"]
+
+
+# --- the command
+
+
+@pytest.fixture
+def command(folder: RunFolder) -> Callable[..., Any]:
+    """The command, as if it were typed; `typed` is what stands on stdin."""
+
+    def run(*args: str, typed: str = "") -> Any:
+        return CliRunner().invoke(cli.app, ["chat", str(folder.path), *args], input=typed)
+
+    return run
+
+
+def test_questions_are_answered_until_the_end(folder: RunFolder, command: Callable[..., Any]) -> None:
+    begun = chat.begin(folder, "a", ["base"])
+    expected = [showing.harmless(begun.answer(voice, "Name liver")) for voice in begun.voices]
+    typed = command("--client", "a", "--with", "base", typed="\nName liver\n/quit\nName heart\n")
+    assert typed.exit_code == 0
+    assert typed.stdout == f"[personalised] {expected[0]}\n[base] {expected[1]}\n"
+    both = command("--client", "a", "--with", "both", "--ask", "Name liver", "--json")
+    assert list(json.loads(both.stdout)["answers"]) == ["personalised", "aggregated", "base"]
+    again = command("--client", "a", typed=f"{'very ' * 40}\nName liver")
+    assert again.stdout == f"{expected[0]}\n" and "leaves no room below the cutoff of 64" in again.stderr
+
+
+def test_one_question_is_answered_and_what_steers_a_terminal_is_written_out(
+    folder: RunFolder, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "about.txt").write_text("site a")
+    begun = chat.begin(folder, "a")
+    with_context = begun.answer("personalised", "Name liver", "site a")
+    assert with_context != begun.answer("personalised", "Name liver")
+    asked = ("--client", "a", "--ask", "Name liver", "--context", str(tmp_path / "about.txt"))
+    assert command(*asked).stdout == f"{showing.harmless(with_context)}\n"
+    found = json.loads(command(*asked, "--json").stdout)
+    assert found == {"client": "a", "answers": {"personalised": with_context}}
+    monkeypatch.setattr(chat.Chat, "answer", lambda self, voice, question, context, hear: hear("a\x1b[31m"))
+    assert command(*asked).stdout == "a\\x1b[31m\n"
+
+
+def test_a_mistaken_question_is_told(command: Callable[..., Any], tmp_path: Path) -> None:
+    assert "--json needs --ask" in str(command("--client", "a", "--json").exception)
+    (tmp_path / "picture").write_bytes(b"\xff\xfe")
+    told = command("--client", "a", "--context", str(tmp_path / "picture"))
+    assert isinstance(told.exception, UsageError) and "no text in UTF-8" in str(told.exception)
+    too_long = command("--client", "a", "--ask", "very " * 40)
+    assert isinstance(too_long.exception, DataError)

@@ -6,7 +6,6 @@ to it. Nothing is written, and no record is read.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Literal
 
 from fedmide.checkpoints import fingerprint, locate
@@ -24,8 +23,8 @@ from fedmide.tokens import Encoder, encoder
 Voice = Literal["personalised", "aggregated", "base"]
 """Whose answer it is: the client's own model's, the common one's, or that of the model before any training."""
 
-Hear = Callable[[Voice, str], None]
-"""Is told a piece of a voice's answer as it comes."""
+OTHERS: tuple[Voice, ...] = ("aggregated", "base")
+"""The voices that are no client's own."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +36,18 @@ class Chat:
     voices: dict[Voice, Adapter]
     max_new_tokens: int
 
-    def ask(self, question: str, context: str, hear: Hear) -> dict[Voice, str]:
-        """Every voice's answer, one after the other; raises `DataError` where the question is too long."""
+    def answer(
+        self, voice: Voice, question: str, context: str = "", hear: Callable[[str], None] = lambda piece: None
+    ) -> str:
+        """What the voice answers; `hear` is told each piece of it as it comes.
+
+        Raises `DataError` where question and context are longer than the model's cutoff.
+        """
         example = self.encode.encode(Record(question, "", context=context))
         longest = self.max_new_tokens
         if (positions := self.resident.model.num_positions) is not None:
             longest = min(longest, positions - example.prompt_length)
-        return {
-            voice: self.resident.stream(adapter, example, longest, partial(hear, voice))
-            for voice, adapter in self.voices.items()
-        }
+        return self.resident.stream(self.voices[voice], example, longest, hear)
 
 
 def begin(
