@@ -51,6 +51,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 
 Rule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]  # those of config, which takes long to import
 
+Beside = Literal["aggregated", "base", "both", "nobody"]
 WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
 Part = Literal["training", "validation", "test"]
 
@@ -346,6 +347,41 @@ def export(
 
 
 @app.command()
+def chat(
+    path: RunFolderPath,
+    client: Annotated[str, typer.Option(help="Whose personalised model.")],
+    beside: Annotated[Beside, typer.Option("--with", help="Whose answers to show beside it.")] = "nobody",
+    ask: Annotated[str, typer.Option(help="One question; otherwise they are typed.")] = "",
+    context: Annotated[Path | None, typer.Option(help="File with the text that questions are about.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Longest answer, in tokens; 0: as in the run.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to a client's personalised model; answers come as they are made.
+
+    Each question stands alone, the form that the model was trained in: it knows nothing of the questions before. /quit
+    or control-D ends it. For example: fedmide chat runs/demo-001 --client radiology --with base
+    """
+    from fedmide.journal import reopen
+
+    if as_json and not ask:
+        raise UsageError("--json needs --ask", "Give one question")
+    folder = reopen(path)
+    about = "" if context is None else _text(context)
+    from fedmide import chat as chats
+    from fedmide.console import converse, talk, tell
+    from fedmide.showing import harmless
+
+    others = [voice for voice in chats.OTHERS if beside in (voice, "both")]
+    begun = chats.begin(folder, client, others, max_new_tokens, tell)
+    if as_json:
+        _print_json({"client": client, "answers": {voice: begun.answer(voice, ask, about) for voice in begun.voices}})
+    elif ask:
+        talk(begun, ask, about, harmless)
+    else:
+        converse(begun, about, harmless)
+
+
+@app.command()
 def watch(
     path: RunFolderPath,
     seconds: Annotated[float, typer.Option(min=0.1, help="How often to look.")] = 2.0,
@@ -550,6 +586,14 @@ def data_partition(
 def _names(text: str) -> list[str]:
     """What stands between the commas."""
     return [name for each in text.split(",") if (name := each.strip())]
+
+
+def _text(path: Path) -> str:
+    """What a text file holds."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: no text in UTF-8", "Convert it") from None
 
 
 def _listed(option: str, text: str, is_right: "Callable[[str], bool]") -> list[str]:
