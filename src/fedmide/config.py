@@ -623,8 +623,16 @@ def agreed(config: Config) -> dict[str, str]:
     >>> agreed(Config())["lora.r"], "data.path" in agreed(Config())
     ('8', False)
     """
-    flat = _flat(_used(config))
-    return {name: json.dumps(value) for name, value in flat if not name.startswith(_LOCAL)}
+    return {name: json.dumps(value) for name, value in flat(config).items() if not name.startswith(_LOCAL)}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every knob that the method uses, by its dotted name.
+
+    >>> flat(Config())["lora.r"], "fedprox.mu" in flat(Config())
+    (8, False)
+    """
+    return dict(_flat(_used(config)))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -6,6 +6,7 @@
     │   ├── DataError        records: broken file, missing field, empty response, leak
     │   ├── ModelError       base model or adapter: no weights, targets that match nothing
     │   ├── RunFolderError   a run folder: wrong config, in use, incomplete, no room on disk
+    │   ├── TrackerError     a tracker: not installed, or it does not take the run
     │   └── UsageError       a command line that asks for something that is not there
     └── MessageError         a message that can't be decoded or must not be trusted
 
@@ -57,6 +58,10 @@ class RunFolderError(UserError):
     def __init__(self, problems: str | Sequence[str], remedy: str = "", is_disk: bool = False) -> None:
         super().__init__(problems, remedy)
         self.is_disk = is_disk
+
+
+class TrackerError(UserError):
+    """A tracker is not installed, or does not take the run."""
 
 
 class UsageError(UserError):
