@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
-from fedmide import tracking
+from fedmide import cli, tracking
 from fedmide.config import flat, load
-from fedmide.errors import TrackerError
+from fedmide.errors import TrackerError, UsageError
 from fedmide.journal import RunFolder, reopen
 from fedmide.tracking import ALONE, EXPERIMENT, track, tracked
 
@@ -190,3 +191,30 @@ def test_what_is_missing_is_told(folder: RunFolder, monkeypatch: pytest.MonkeyPa
     Path("taken").write_text("")
     with pytest.raises(TrackerError, match=r"taken/run: can't be written: .*Give another place"):
         track(folder, "tensorboard", "taken")
+
+
+# --- the commands
+
+
+def test_a_finished_run_is_tracked_and_told(folder: RunFolder) -> None:
+    told = CliRunner().invoke(cli.app, ["track", str(folder.path), "--to", "tensorboard", "--uri", "logs"])
+    assert (told.exit_code, told.stdout, told.stderr) == (0, "TensorBoard's log folder logs/run\n", "")
+    uri = f"sqlite:///{Path.cwd()}/told.db"
+    told = CliRunner().invoke(cli.app, ["track", str(folder.path), "--to", "mlflow", "--uri", uri, "--json"])
+    (run,) = Store(uri).runs()
+    assert json.loads(told.stdout) == {"run": str(folder.path), "tracked": f"MLflow run {run.info.run_id} at {uri}"}
+
+
+def test_a_run_is_tracked_at_its_end(
+    small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, folder: RunFolder
+) -> None:
+    command = ["run", str(small_input.config), "--out", "new", "--track", "tensorboard", "--json"]
+    done = CliRunner().invoke(cli.app, command)
+    assert json.loads(done.stdout)["status"] == "evaluated"
+    assert "fedmide: TensorBoard's log folder new/tensorboard\n" in done.stderr
+    assert events_in(Path("new/tensorboard")).Scalars("final/base/response_nll/mean")
+    monkeypatch.setattr(tracking, "NEEDS", {"tensorboard": ("no_such_module",)})
+    refused = CliRunner().invoke(cli.app, [*command, "--set", "seed=4", "--out", "never"])
+    assert isinstance(refused.exception, TrackerError) and not Path("never").exists()
+    elsewhere = CliRunner().invoke(cli.app, [*command, "--runtime", "flower"])
+    assert isinstance(elsewhere.exception, UsageError)

@@ -22,6 +22,7 @@ from fedmide.flower import commands as flower_commands
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from fedmide.journal import RunFolder
     from fedmide.stages import Run, Sets
 
 app = typer.Typer(
@@ -51,6 +52,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.
 
 Rule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]  # those of config, which takes long to import
 
+TrackerName = Literal["mlflow", "tensorboard"]  # those of tracking
 Beside = Literal["aggregated", "base", "both", "nobody"]
 WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
 Part = Literal["training", "validation", "test"]
@@ -110,6 +112,7 @@ def run(
     resume: Resume = None,
     runtime: RuntimeOption = "inprocess",
     server: ServerFolder = None,
+    tracker: Annotated[TrackerName | None, typer.Option("--track", help="Then also put it where track does.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole method, from records to metrics.
@@ -118,9 +121,12 @@ def run(
     and evaluate do one by one. With --runtime flower, rounds and personalisation: what fedmide flower run does.
     """
     if runtime == "flower":
+        if tracker is not None:
+            raise UsageError("--track does not go with --runtime flower", "Give fedmide track RUN afterwards")
         _at_sites(config, overrides, out, resume, server, as_json)
         return
-    _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime)
+    _check_tracker(tracker)
+    _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime, tracker=tracker)
 
 
 @app.command()
@@ -309,6 +315,34 @@ def report(
         _print_json({"report": str(written), "bytes": written.stat().st_size})
     else:
         sys.stdout.write(f"{written}\n")
+
+
+@app.command()
+def track(
+    path: RunFolderPath,
+    tracker: Annotated[TrackerName, typer.Option("--to", help="Which tracker.")],
+    place: Annotated[
+        str,
+        typer.Option(
+            "--uri",
+            help="An MLflow store; otherwise MLFLOW_TRACKING_URI or mlflow.db here. A TensorBoard log folder; "
+            "otherwise RUN/tensorboard.",
+        ),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Put a run's configuration and figures into MLflow or TensorBoard; nothing of a single record.
+
+    Giving it again brings the entry up to date. For example: fedmide track runs/demo-001 --to mlflow
+    """
+    from fedmide.journal import reopen
+
+    folder = reopen(path)
+    where = _track(folder, tracker, place)
+    if as_json:
+        _print_json({"run": str(path), "tracked": where})
+    else:
+        sys.stdout.write(f"{where}\n")
 
 
 @app.command()
@@ -617,6 +651,7 @@ def _work(
     as_json: bool,
     questions: "Sets | None" = None,
     runtime: RuntimeName = "inprocess",
+    tracker: TrackerName | None = None,
 ) -> None:
     """Does stages of a run, then tells of them; `questions` are for the evaluation."""
     with opening as opened:
@@ -632,7 +667,30 @@ def _work(
             results = [getattr(stages, name)(run, bars) for name in names if name in BY_SITES]
         # each verb is called like its stage
         results += [getattr(stages, name)(opened, bars, **more) for name in names if name not in BY_SITES]
+        if tracker is not None:
+            from fedmide.console import tell
+
+            tell(_track(opened.folder, tracker))
         _report(opened, as_json, results[-1])
+
+
+def _check_tracker(tracker: TrackerName | None) -> None:
+    """Refuses a tracker that is not installed, before anything that takes long."""
+    if tracker is not None:
+        from fedmide.tracking import check_installed
+
+        check_installed(tracker)
+
+
+def _track(folder: "RunFolder", tracker: TrackerName, place: str = "") -> str:
+    """Where the run is tracked now; what was left out is told."""
+    from fedmide.console import tell
+    from fedmide.tracking import track
+
+    where, withheld = track(folder, tracker, place)
+    if withheld:
+        tell(withheld)
+    return where
 
 
 def _at_sites(
