@@ -7,7 +7,7 @@
     │   ├── ModelError       base model or adapter: no weights, targets that match nothing
     │   ├── RunFolderError   a run folder: wrong config, in use, incomplete, no room on disk
     │   ├── TrackerError     a tracker: not installed, or it does not take the run
-    │   └── UsageError       a command line that asks for something that is not there
+    │   └── UsageError       a command line or a call that asks for something that is not there
     └── MessageError         a message that can't be decoded or must not be trusted
 
 A user error carries *all* problems found, so that a file is mended in one go. Messages name the place (file, line,
@@ -65,7 +65,7 @@ class TrackerError(UserError):
 
 
 class UsageError(UserError):
-    """The command line asks for something that is not there."""
+    """The command line, or a call, asks for something that is not there."""
 
 
 class MessageError(FedMIDEError):
