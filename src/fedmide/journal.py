@@ -253,6 +253,14 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def free_folder(name: str) -> Path:
+    """Where a new run of this name goes if nobody says: runs/NAME-NNN, with the first number that is free."""
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number:03d}").exists():
+        number += 1
+    return folder
+
+
 def check_new(path: Path, config: Config) -> None:
     """Raises `RunFolderError` where the path is not free for a new run."""
     if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= _BEGUN):
