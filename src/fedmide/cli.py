@@ -759,9 +759,9 @@ def _opened(
 def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractContextManager["Run"]:
     """A new run."""
     from fedmide.config import load
-    from fedmide.journal import check_new
+    from fedmide.journal import check_new, free_folder
 
-    path, loaded = out or _free_folder(config.stem), load(config, overrides)
+    path, loaded = out or free_folder(config.stem), load(config, overrides)
     check_new(path, loaded)  # a mistake is told before anything that takes long to import
     from fedmide import stages
     from fedmide.console import tell
@@ -782,13 +782,6 @@ def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = 
     from fedmide.console import tell
 
     return stages.resume(path, loaded, tell)
-
-
-def _free_folder(name: str) -> Path:
-    number = 1
-    while (folder := Path("runs") / f"{name}-{number:03d}").exists():
-        number += 1
-    return folder
 
 
 def _preset(name: str) -> Path:
