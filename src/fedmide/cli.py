@@ -667,11 +667,11 @@ def _work(
             results = [getattr(stages, name)(run, bars) for name in names if name in BY_SITES]
         # each verb is called like its stage
         results += [getattr(stages, name)(opened, bars, **more) for name in names if name not in BY_SITES]
+        _report(opened, as_json, results[-1])
         if tracker is not None:
             from fedmide.console import tell
 
             tell(_track(opened.folder, tracker))
-        _report(opened, as_json, results[-1])
 
 
 def _check_tracker(tracker: TrackerName | None) -> None:
