@@ -18,6 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Literal
 
 from fedmide.atomic import to_json
@@ -29,10 +30,9 @@ from fedmide.report.write import page
 
 Tracker = Literal["mlflow", "tensorboard"]
 
-NEEDS: Mapping[Tracker, tuple[str, ...]] = {
-    "mlflow": ("mlflow", "sqlalchemy", "alembic"),
-    "tensorboard": ("tensorboard",),
-}
+NEEDS: Mapping[Tracker, tuple[str, ...]] = MappingProxyType(
+    {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "tensorboard": ("tensorboard",)}
+)
 """The modules that a tracker's extra brings."""
 
 EXPERIMENT = "fedmide"
@@ -62,7 +62,7 @@ class Point:
 class Tracked:
     """What a tracker is told of a run. `key` tells it from any other run; `withheld` says what was left out, and why.
 
-    `rounds` were over when the run began to be tracked, and never change; `final` may, when it is evaluated anew.
+    `rounds` never change; `final` may, when the run is evaluated anew.
     """
 
     name: str
