@@ -1,3 +1,26 @@
-"""fedmide: federated instruction tuning, personalised by data alone (FedMIDE)."""
+"""fedmide: federated instruction tuning, personalised by data alone (FedMIDE).
+
+`run` does a run and `read_run` reads one, both as `Results`; `register` makes a method of your own known. They are
+looked up when they are used, so that importing the package costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedmide.api import Results, read_run, run
+    from fedmide.methods import register
 
 __version__ = "0.1.0"
+__all__ = ["Results", "__version__", "read_run", "register", "run"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Results", "read_run", "run"):
+        from fedmide import api
+
+        return getattr(api, name)
+    if name == "register":
+        from fedmide.methods import register
+
+        return register
+    raise AttributeError(f"module 'fedmide' has no attribute {name!r}")

@@ -8,11 +8,12 @@ import difflib
 import hashlib
 import json
 import math
+import re
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
@@ -48,6 +49,8 @@ MethodName = Literal[
     "fedalt",
 ]
 """The federated algorithms; what each does: `methods`, docs/methods.md."""
+OWN_METHOD = re.compile(r"own:[a-z0-9][a-z0-9-]{0,40}")
+"""What a method is called that the package does not have, but the program that runs it: `methods.register`."""
 Quantization = Literal["none", "int8", "nf4"]
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
@@ -409,9 +412,10 @@ METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
 class Config(Section):
     """A whole run."""
 
-    method: MethodName = "fedmide"
-    """The federated algorithm. `warmup`, `enrollment` and `personalization.records` are fedmide's alone: with any other
-    method there is no warm-up and every training record trains."""
+    method: str = "fedmide"
+    """The federated algorithm: one that `fedmide methods` lists, or own:NAME, which your program registers. `warmup`,
+    `enrollment` and `personalization.records` are fedmide's alone: with any other method there is no warm-up and every
+    training record trains."""
     preset: PresetName = "original"
     """What fedmide's knobs are where nothing else is said: "original", the published method's."""
     seed: Count = 0
@@ -515,6 +519,16 @@ class Config(Section):
             return {name: each for name, each in values.items() if name != "preset"}
         preset = values["preset"]
         return filled_in(values, PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else values
+
+    @field_validator("method")
+    @classmethod
+    def _some_method(cls, method: str) -> str:
+        known = get_args(MethodName)
+        if method in known or OWN_METHOD.fullmatch(method):
+            return method
+        close = difflib.get_close_matches(method, known, n=1)
+        hint = f" (did you mean '{close[0]}'?)" if close else ""
+        raise ValueError(f"not a method{hint}; expected {', '.join(known)}, or own:NAME")
 
     @field_validator(*METHOD_TABLES)
     @classmethod
@@ -623,8 +637,16 @@ def agreed(config: Config) -> dict[str, str]:
     >>> agreed(Config())["lora.r"], "data.path" in agreed(Config())
     ('8', False)
     """
-    flat = _flat(_used(config))
-    return {name: json.dumps(value) for name, value in flat if not name.startswith(_LOCAL)}
+    return {name: json.dumps(value) for name, value in flat(config).items() if not name.startswith(_LOCAL)}
+
+
+def flat(config: Config) -> dict[str, Any]:
+    """Every knob that the method uses, by its dotted name.
+
+    >>> flat(Config())["lora.r"], "fedprox.mu" in flat(Config())
+    (8, False)
+    """
+    return dict(_flat(_used(config)))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -647,7 +669,7 @@ def filled_in(values: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]
     return {**values, **merged}
 
 
-def for_method(values: Mapping[str, Any], method: MethodName) -> dict[str, Any]:
+def for_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
     """The values with this method, without the tables that only others use: what compares methods begins with it.
 
     >>> for_method({"seed": 1, "fedprox": {"mu": 1.0}}, "fedavg")

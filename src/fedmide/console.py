@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,10 @@ from rich.progress import Progress as Bars
 from rich.table import Column, Table
 from rich.text import Text
 
+from fedmide.errors import DataError
+
 if TYPE_CHECKING:  # what is said about records needs no model's libraries
+    from fedmide.chat import Chat
     from fedmide.evaluation.tables import Sheet
     from fedmide.methods.method import Method
     from fedmide.sources.check import PartReport, Report
@@ -34,6 +37,9 @@ LINE_SECONDS = 10.0
 """How often a log hears of the progress."""
 
 ARTICLES = dict.fromkeys("aeiou", "an")
+
+QUIT = "/quit"
+"""What ends a conversation."""
 
 MAX_CATEGORIES = 6
 """So many of a client's categories are named."""
@@ -94,6 +100,46 @@ def _lines(stage: str, total: int, unit: str) -> "Advance":
         tell(f"{stage}: {done}/{total} {unit}, {60 * done / max(at - begun, 1e-9):.1f}/min, {left}, {note}")
 
     return advance
+
+
+def talk(chat: "Chat", question: str, context: str, clean: Callable[[str], str]) -> None:
+    """Writes every voice's answer to stdout as it comes, each after its name where there are several.
+
+    `clean` makes of a piece of an answer what a terminal may be shown.
+    """
+    for voice in chat.voices:
+        if len(chat.voices) > 1:
+            sys.stdout.write(f"[{voice}] ")
+        chat.answer(voice, question, context, lambda piece: _say(clean(piece)))
+        _say("\n")
+
+
+def converse(chat: "Chat", context: str, clean: Callable[[str], str]) -> None:
+    """Answers what is typed, a question a line, until /quit or the end of the input."""
+    for question in _questions():
+        try:
+            talk(chat, question, context, clean)
+        except DataError as error:  # too long; the next one may not be
+            tell(str(error))
+
+
+def _questions() -> Iterator[str]:
+    """What is typed. The prompt goes to stderr, so that answers alone can be kept."""
+    console, asks = Console(stderr=True), sys.stdin.isatty()
+    while True:
+        try:
+            line = console.input("> " if asks else "").strip()
+        except EOFError:
+            return
+        if line == QUIT:
+            return
+        if line:
+            yield line
+
+
+def _say(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def results_table(metrics: Mapping[str, Any]) -> Table:

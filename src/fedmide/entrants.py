@@ -120,12 +120,8 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 def _variant(base: Mapping[str, Any], given: Mapping[str, Any], name: str) -> dict[str, Any]:
     if name not in given:
-        return for_method(base, _method(name))
-    return merged(for_method(base, _method(given[name].get("method", "fedmide"))), given[name])
-
-
-def _method(name: str) -> MethodName:
-    return next(method for method in methods.METHODS if method == name)
+        return for_method(base, name)
+    return merged(for_method(base, given[name].get("method", "fedmide")), given[name])
 
 
 def _at_rate(values: Mapping[str, Any], rate: float) -> dict[str, Any]:

@@ -6,7 +6,8 @@
     │   ├── DataError        records: broken file, missing field, empty response, leak
     │   ├── ModelError       base model or adapter: no weights, targets that match nothing
     │   ├── RunFolderError   a run folder: wrong config, in use, incomplete, no room on disk
-    │   └── UsageError       a command line that asks for something that is not there
+    │   ├── TrackerError     a tracker: not installed, or it does not take the run
+    │   └── UsageError       a command line or a call that asks for something that is not there
     └── MessageError         a message that can't be decoded or must not be trusted
 
 A user error carries *all* problems found, so that a file is mended in one go. Messages name the place (file, line,
@@ -59,8 +60,12 @@ class RunFolderError(UserError):
         self.is_disk = is_disk
 
 
+class TrackerError(UserError):
+    """A tracker is not installed, or does not take the run."""
+
+
 class UsageError(UserError):
-    """The command line asks for something that is not there."""
+    """The command line, or a call, asks for something that is not there."""
 
 
 class MessageError(FedMIDEError):

@@ -64,7 +64,7 @@ def export(folder: RunFolder, out: Path, client: str = "", merge: bool = False, 
     Raises `RunFolderError` where the run has no such adapter or the place is taken, `ModelError` where the base can't
     be merged into or the merged model is not what the adapter was.
     """
-    adapter = _adapter(folder, client)
+    adapter = folder.tuned(client)
     if out.exists():
         raise RunFolderError(f"{out} exists already", "Give another place")
     if merge and (kind := folder.config.model.quantization) != "none":
@@ -133,17 +133,6 @@ def card(facts: RunFacts, client: str, parity: Parity | None, dtype: Dtype) -> s
         dtype=dtype,
         rows=_measured(facts, client),
     )
-
-
-def _adapter(folder: RunFolder, client: str) -> Path:
-    clients = folder.read_manifest()["data"]
-    if client and client not in clients:
-        raise RunFolderError(f"{folder.path}: there is no client {client!r}", f"Known: {', '.join(clients)}")
-    path = folder.personal_adapter(client) if client else folder.adapter
-    if not path.is_dir():
-        what, verb = (f"no adapter of client {client}", "personalize") if client else ("no aggregated adapter", "train")
-        raise RunFolderError(f"{folder.path}: {what} yet", f"First: fedmide {verb} {folder.path}")
-    return path
 
 
 def _merged(folder: RunFolder, adapter: Path, out: Path, dtype: Dtype) -> Parity:

@@ -1,4 +1,7 @@
-"""Batched greedy decoding: padded on the left and masked, stopped at the end of sequence, special tokens removed."""
+"""Greedy decoding: stopped at the end of sequence, special tokens removed.
+
+In batches, padded on the left and masked, or one response as it comes; both give the same text.
+"""
 
 from collections.abc import Callable, Sequence
 
@@ -9,6 +12,8 @@ from fedmide.model import LoraModel
 from fedmide.tokens import Example
 
 MAX_NEW_TOKENS = 256
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer makes of bytes that are no character yet."""
 
 
 def default_max_new_tokens(examples: Sequence[Example]) -> int:
@@ -37,6 +42,37 @@ def generate(
             texts[row] = text
         progress(len(rows))
     return tuple(texts)
+
+
+def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
+    """The model's own response to an example's prompt; `hear` is told each piece of it as soon as it is sure.
+
+    The pieces together are the response. What is not sure yet is blank space, which may turn out to be the end, and
+    the bytes of a character that more tokens may complete.
+    """
+    ids = torch.from_numpy(example.ids[: example.prompt_length])[None]
+    new_ids: list[int] = []
+    told = ""
+
+    def tell(text: str) -> None:
+        nonlocal told
+        if text != told and text.startswith(told):
+            hear(text.removeprefix(told))
+            told = text
+
+    def take(token: int) -> None:
+        new_ids.append(token)
+        tell(_text(model, new_ids).rstrip(UNFINISHED).rstrip())
+
+    model.continuations(ids, torch.ones_like(ids), max_new_tokens, take)
+    tell(_text(model, new_ids))
+    return _text(model, new_ids)
+
+
+def _text(model: LoraModel, ids: Sequence[int]) -> str:
+    """Tokens as text without control tokens, and without blank space around it."""
+    text: str = model.tokenizer.decode(ids, skip_special_tokens=True)
+    return text.strip()
 
 
 def _decode(model: LoraModel, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[str]:

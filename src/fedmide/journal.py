@@ -159,6 +159,23 @@ class RunFolder:
         path = self._evaluation(client, stage)
         return _read_json(path) if path.exists() else None
 
+    # --- models
+
+    def tuned(self, client: str = "") -> Path:
+        """The PEFT folder of a client's personalised adapter, or of the aggregated one.
+
+        Raises `RunFolderError` where there is no such client, or no adapter yet.
+        """
+        clients = self.read_manifest()["data"]
+        if client and client not in clients:
+            raise RunFolderError(f"{self.path}: there is no client {client!r}", f"Known: {', '.join(clients)}")
+        path = self.personal_adapter(client) if client else self.adapter
+        if not path.is_dir():
+            what = f"no adapter of client {client}" if client else "no aggregated adapter"
+            verb = "personalize" if client else "train"
+            raise RunFolderError(f"{self.path}: {what} yet", f"First: fedmide {verb} {self.path}")
+        return path
+
     # --- public questions
 
     def save_questions(self, name: str, about: str, values: Mapping[str, Any]) -> None:
@@ -236,6 +253,14 @@ def locked(path: Path) -> Iterator[None]:
         with clear_errors(path):
             _lock(handle, path)
         yield
+
+
+def free_folder(name: str) -> Path:
+    """Where a new run of this name goes if nobody says: runs/NAME-NNN, with the first number that is free."""
+    number = 1
+    while (folder := Path("runs") / f"{name}-{number:03d}").exists():
+        number += 1
+    return folder
 
 
 def check_new(path: Path, config: Config) -> None:

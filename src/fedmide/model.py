@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -35,6 +35,7 @@ import peft
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
+from transformers.generation.streamers import BaseStreamer
 from transformers.pytorch_utils import Conv1D
 
 from fedmide import adapters, attention, devices, fusion, passes, quantization
@@ -55,6 +56,10 @@ OURS = "ours.safetensors"
 """The file in a PEFT folder with what PEFT would not read."""
 
 
+Hear = Callable[[int], None]
+"""Is told a token's id."""
+
+
 class Positions(nn.Module):
     """A hook that lets only chosen rows of the hidden states (B, T, D) through, as (1, N, D)."""
 
@@ -68,6 +73,23 @@ class Positions(nn.Module):
             return None
         hidden = args[0]
         return (hidden.reshape(-1, hidden.shape[-1])[self.rows].unsqueeze(0), *args[1:])
+
+
+class _Told(BaseStreamer):
+    """Tells of each new token of one text; what transformers puts first is the prompt."""
+
+    def __init__(self, hear: Hear) -> None:
+        self.hear = hear
+        self.begun = False
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt (1, T), then one token (1,) at a time."""
+        if self.begun:
+            self.hear(int(value.item()))
+        self.begun = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -237,8 +259,11 @@ class LoraModel:
             handle.remove()
         return seen[0].float().cpu()
 
-    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
-        """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T)."""
+    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, hear: Hear | None = None) -> Tensor:
+        """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T).
+
+        `hear` is told each token as soon as it is chosen; only where B = 1.
+        """
         self._switch(training=False)
         eos = self.tokenizer.eos_token_id
         greedy = transformers.GenerationConfig(
@@ -246,7 +271,10 @@ class LoraModel:
         )
         with torch.inference_mode():
             output: Tensor = self.network.generate(
-                input_ids=ids.to(self.device), attention_mask=mask.to(self.device), generation_config=greedy
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=greedy,
+                streamer=None if hear is None else _Told(hear),
             )
         return output[:, ids.shape[1] :].cpu()
 
@@ -322,6 +350,13 @@ def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
     }
     as_it_is = factors.keys() == adapter.keys() and set(ranks.values()) <= {lora.r}
     return files if as_it_is else {**files, OURS: adapters.encode(adapter)}
+
+
+def read_peft(folder: Path, shapes: adapters.Shapes) -> Adapter:
+    """The adapter that `peft_files` made a folder of; `shapes` are those of the layers that it is for."""
+    if (folder / OURS).exists():
+        return adapters.read(folder / OURS)
+    return adapters.read(folder / "adapter_model.safetensors", shapes)
 
 
 def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) -> str:

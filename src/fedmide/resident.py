@@ -73,6 +73,13 @@ class Resident:
                 found[row] = text
         return tuple(found)
 
+    def stream(self, adapter: Adapter, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
+        """The response to one example's prompt under the adapter, told to `hear` as it comes."""
+        ((_, each),) = self._by_record(adapter, [example])
+        text = generation.stream(self._holding(each), example, max_new_tokens, hear)
+        self._count("responses generated")(1)
+        return text
+
     def _holding(self, adapter: Adapter) -> LoraModel:
         """The model with the adapter in it."""
         routers = [name for name in adapter if name.endswith(adapters.ROUTER)]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fedmide.adapters import ROUTER, A, without_routers
 from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
-from fedmide.model import LoraModel
+from fedmide.model import Hear, LoraModel
 from fedmide.tokens import Batch
 from fedmide.workers import Workers
 
@@ -65,10 +65,10 @@ class RoutedModel(LoraModel):
             router.grad.add_(gradient)
         return losses.detach(), torch.cat([each.reshape(-1) for each in gradients[: len(factors)]])
 
-    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int) -> Tensor:
+    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, hear: Hear | None = None) -> Tensor:
         """As without routers."""
         with self._routed():
-            return super().continuations(ids, mask, max_new_tokens)
+            return super().continuations(ids, mask, max_new_tokens, hear)
 
     @contextmanager
     def _routed(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ from fedmide.journal import RunFolder, check_new, create, locked, reopen
 from fedmide.ledger import before, standing
 from fedmide.localmodel import Adapter, Nll, total
 from fedmide.messages import ClientTask, Metric
-from fedmide.model import OURS, peft_files
+from fedmide.model import peft_files, read_peft
 from fedmide.records import RecordId
 from fedmide.resident import Opener, open_model
 from fedmide.rounds import Runtime
@@ -377,10 +377,7 @@ def _check_quorum(run: Run, summary: RoundSummary) -> None:
 
 
 def _personal_adapter(run: Run, name: str) -> Adapter:
-    folder = run.folder.personal_adapter(name)
-    if (folder / OURS).exists():
-        return adapters.read(folder / OURS)
-    return adapters.read(folder / "adapter_model.safetensors", run.inputs.resident.model.shapes)
+    return read_peft(run.folder.personal_adapter(name), run.inputs.resident.model.shapes)
 
 
 def _responses(run: Run, name: str) -> bytes:

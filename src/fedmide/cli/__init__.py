@@ -12,7 +12,7 @@ import click
 import typer
 
 from fedmide import __version__
-from fedmide.cli import data, results, runs, studies
+from fedmide.cli import data, reference, results, runs, studies
 from fedmide.cli.shared import print_json
 from fedmide.errors import UserError
 from fedmide.flower import commands as flower_commands
@@ -20,10 +20,9 @@ from fedmide.flower import commands as flower_commands
 app = typer.Typer(
     help="Federated instruction tuning on records that never leave their owner, personalised by data alone.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
-for part in (runs, studies, results):
+for part in (runs, studies, results, reference):
     app.add_typer(part.app)
 app.add_typer(data.app, name="data")
 app.add_typer(flower_commands.app, name="flower")
@@ -37,13 +36,13 @@ def main() -> None:
     try:
         code = app(prog_name="fedmide", standalone_mode=False)
     except UserError as error:
-        code = _refuse(str(error), error.problems)
+        code = _refuse(str(error), error.problems, type(error).__name__)
     except click.ClickException as error:
         code = _refuse(*_usage(error)) if error.format_message() else error.exit_code  # else help has been shown
     except OSError as error:
         if error.filename is None:
             raise
-        code = _refuse(f"{error.filename}: {error.strerror}")
+        code = _refuse(f"{error.filename}: {error.strerror}", explained="OSError")
     except (KeyboardInterrupt, click.Abort):
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
@@ -65,11 +64,12 @@ def _root(version: Version = False) -> None:
     """Takes the options that go before a command."""
 
 
-def _refuse(message: str, problems: Sequence[str] = ()) -> int:
-    """The exit code of a mistake, after it has been told."""
-    sys.stderr.write(f"fedmide: {message}\n")
+def _refuse(message: str, problems: Sequence[str] = (), explained: str = "") -> int:
+    """The exit code of a mistake, after it has been told; `explained`: the section that says more."""
+    more = f"fedmide explain {explained}" if explained else ""
+    sys.stderr.write(f"fedmide: {message}\n" + (f"More: {more}\n" if more else ""))
     if "--json" in sys.argv:
-        print_json({"error": message, "problems": list(problems) or [message]})
+        print_json({"error": message, "problems": list(problems) or [message], "more": more})
     return EXIT_USER_ERROR
 
 

@@ -14,7 +14,7 @@ app = typer.Typer(help="Look at records, or make some.", no_args_is_help=True)
 Part = Literal["training", "validation", "test"]
 
 
-@app.command("check")
+@app.command("check", epilog="Example: fedmide data check records --set data.fields.response=answer")
 def check(
     path: Annotated[Path, typer.Argument(help="A folder or file of records.")],
     overrides: Overrides = [],  # noqa: B006
@@ -43,7 +43,7 @@ def check(
             sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
-@app.command("show")
+@app.command("show", epilog="Example: fedmide data show examples/tiny.toml --count 5")
 def show(
     path: Annotated[Path, typer.Argument(help="A configuration (TOML), or a folder or file of records.")],
     client: Annotated[str, typer.Option(help="Whose records; otherwise of every client.")] = "",
@@ -54,7 +54,7 @@ def show(
 ) -> None:
     """Show records as the model sees them: what carries loss, how many tokens, what is cut.
 
-    It prints texts of records. For example: fedmide data show my.toml --client north --count 5
+    It prints texts of records.
     """
     from dataclasses import asdict
 
@@ -91,7 +91,7 @@ def show(
         Console().print(render(each))
 
 
-@app.command("build")
+@app.command("build", epilog="Example: fedmide data build records --clients 3 --training 12 --validation 4 --test 6")
 def build(
     out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a site.")],
     seed: Annotated[int, typer.Option(help="Every draw follows from it.")] = 0,
@@ -112,7 +112,9 @@ def build(
         sys.stdout.write(f"{len(sites)} sites in {out}: {', '.join(site.name for site in sites)}\n")
 
 
-@app.command("partition")
+@app.command(
+    "partition", epilog="Example: fedmide data partition all.jsonl records --clients 8 --by dirichlet:0.5:category"
+)
 def partition(
     path: Annotated[Path, typer.Argument(help="A file of records: JSON, JSONL or Parquet.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a client.")],

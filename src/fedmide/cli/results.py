@@ -6,15 +6,16 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedmide.cli.shared import AsJson, RunFolderPath, print_json
+from fedmide.cli.shared import AsJson, RunFolderPath, TrackerName, print_json, track_run
 from fedmide.errors import UsageError
 
 app = typer.Typer()
 
+Beside = Literal["aggregated", "base", "both", "nobody"]
 Rule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]  # those of config, which takes long to import
 
 
-@app.command()
+@app.command(epilog="Example: fedmide report runs/tiny")
 def report(
     paths: Annotated[list[Path], typer.Argument(help="A run folder; several are compared with the first.")],
     out: Annotated[
@@ -27,7 +28,7 @@ def report(
 ) -> None:
     """Write a page that shows what a run did, or compares runs.
 
-    One file without network: fedmide report runs/demo-001, then open runs/demo-001/report.html.
+    One file that needs no network: open RUN/report.html from disk.
     """
     from fedmide import report as pages
     from fedmide.journal import reopen
@@ -45,7 +46,35 @@ def report(
         sys.stdout.write(f"{written}\n")
 
 
-@app.command()
+@app.command(epilog="Example: fedmide track runs/demo-001 --to mlflow")
+def track(
+    path: RunFolderPath,
+    tracker: Annotated[TrackerName, typer.Option("--to", help="Which tracker.")],
+    place: Annotated[
+        str,
+        typer.Option(
+            "--uri",
+            help="An MLflow store; otherwise MLFLOW_TRACKING_URI or mlflow.db here. A TensorBoard log folder; "
+            "otherwise RUN/tensorboard.",
+        ),
+    ] = "",
+    as_json: AsJson = False,
+) -> None:
+    """Put a run's configuration and figures into MLflow or TensorBoard; nothing of a single record.
+
+    Giving it again brings the entry up to date.
+    """
+    from fedmide.journal import reopen
+
+    folder = reopen(path)
+    where = track_run(folder, tracker, place)
+    if as_json:
+        print_json({"run": str(path), "tracked": where})
+    else:
+        sys.stdout.write(f"{where}\n")
+
+
+@app.command(epilog="Example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16")
 def export(
     path: RunFolderPath,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -56,10 +85,7 @@ def export(
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's model for use elsewhere: a PEFT folder, or merged.
-
-    For example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16
-    """
+    """Write a run's model for use elsewhere: a PEFT folder, or merged."""
     from dataclasses import asdict
 
     from fedmide.journal import reopen
@@ -80,7 +106,42 @@ def export(
     sys.stdout.writelines(f"{line}\n" for line in (f"written: {out}", "to serve:", *commands))
 
 
-@app.command()
+@app.command(epilog="Example: fedmide chat runs/demo-001 --client radiology --with base")
+def chat(
+    path: RunFolderPath,
+    client: Annotated[str, typer.Option(help="Whose personalised model.")],
+    beside: Annotated[Beside, typer.Option("--with", help="Whose answers to show beside it.")] = "nobody",
+    ask: Annotated[str, typer.Option(help="One question; otherwise they are typed.")] = "",
+    context: Annotated[Path | None, typer.Option(help="File with the text that questions are about.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=0, help="Longest answer, in tokens; 0: as in the run.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Talk to a client's personalised model; answers come as they are made.
+
+    Each question stands alone, the form that the model was trained in: it knows nothing of the questions before. /quit
+    or control-D ends it.
+    """
+    from fedmide.journal import reopen
+
+    if as_json and not ask:
+        raise UsageError("--json needs --ask", "Give one question")
+    folder = reopen(path)
+    about = "" if context is None else _text(context)
+    from fedmide import chat as chats
+    from fedmide.console import converse, talk, tell
+    from fedmide.showing import harmless
+
+    others = [voice for voice in chats.OTHERS if beside in (voice, "both")]
+    begun = chats.begin(folder, client, others, max_new_tokens, tell)
+    if as_json:
+        print_json({"client": client, "answers": {voice: begun.answer(voice, ask, about) for voice in begun.voices}})
+    elif ask:
+        talk(begun, ask, about, harmless)
+    else:
+        converse(begun, about, harmless)
+
+
+@app.command(epilog="Example: fedmide watch runs/demo-001")
 def watch(
     path: RunFolderPath,
     seconds: Annotated[float, typer.Option(min=0.1, help="How often to look.")] = 2.0,
@@ -89,7 +150,7 @@ def watch(
 ) -> None:
     """Watch a run as it goes, from its folder alone.
 
-    In a second terminal: fedmide watch runs/demo-001. It ends with the run; control-C ends it sooner and harms nothing.
+    For a second terminal. It ends with the run; control-C ends it sooner and harms nothing.
     """
     from dataclasses import asdict
     from datetime import UTC, datetime
@@ -104,7 +165,7 @@ def watch(
         follow(folder, seconds, once)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide split scores.json --rule otsu-exact --out sets")
 def split(
     path: Annotated[Path, typer.Argument(help="Scored records, JSON or JSONL.")],
     rule: Annotated[Rule, typer.Option(help="How the threshold is found.")] = "otsu-256",
@@ -125,3 +186,11 @@ def split(
         threshold = "none" if result["threshold"] is None else f"{result['threshold']:.6f}"
         counts = f"{result['shared']} shared, {result['personal']} personal"
         sys.stdout.write(f"{counts}, threshold {threshold} ({result['rule']})\n")
+
+
+def _text(path: Path) -> str:
+    """What a text file holds."""
+    try:
+        return path.read_text("utf-8")
+    except UnicodeDecodeError:
+        raise UsageError(f"{path}: no text in UTF-8", "Convert it") from None

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, preset, print_json
+from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, TrackerName, preset, print_json, track_run
 from fedmide.errors import UsageError
 from fedmide.flower import commands as flower_commands
 
@@ -34,13 +34,13 @@ BY_SITES = ("train", "personalize")
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
 
 
-@app.command()
+@app.command(epilog="Example: fedmide demo --out runs/first-look")
 def demo(overrides: Overrides = [], out: Out = None, as_json: AsJson = False) -> None:  # noqa: B006
     """The whole method in minutes: medical sites, a small real model."""
     _work(_begun(preset("demo"), overrides, out), WHOLE, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide run examples/tiny.toml --set federation.rounds=3 --out runs/tiny")
 def run(
     config: ConfigOrRun = None,
     overrides: Overrides = [],  # noqa: B006
@@ -48,6 +48,7 @@ def run(
     resume: Resume = None,
     runtime: RuntimeOption = "inprocess",
     server: ServerFolder = None,
+    tracker: Annotated[TrackerName | None, typer.Option("--track", help="Then also put it where track does.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole method, from records to metrics.
@@ -56,12 +57,15 @@ def run(
     and evaluate do one by one. With --runtime flower, rounds and personalisation: what fedmide flower run does.
     """
     if runtime == "flower":
+        if tracker is not None:
+            raise UsageError("--track does not go with --runtime flower", "Give fedmide track RUN afterwards")
         _at_sites(config, overrides, out, resume, server, as_json)
         return
-    _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime)
+    _check_tracker(tracker)
+    _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime, tracker=tracker)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide train examples/tiny.toml --out runs/tiny")
 def train(
     config: ConfigOrRun = None,
     overrides: Overrides = [],  # noqa: B006
@@ -74,19 +78,19 @@ def train(
     _work(_opened(config, overrides, out, resume), ["train"], as_json, runtime=runtime)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide personalize runs/tiny")
 def personalize(path: RunFolderPath, as_json: AsJson = False) -> None:
     """Tune the aggregated adapter on each client's own records."""
     _work(_earlier(path), ["personalize"], as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide generate runs/tiny")
 def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
     """Write each client's responses to its test prompts."""
     _work(_earlier(path), ["generate"], as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide evaluate runs/tiny --choice medqa:copies/medqa --max-questions 200")
 def evaluate(
     path: RunFolderPath,
     choice: Annotated[
@@ -108,6 +112,7 @@ def _work(
     as_json: bool,
     questions: "Sets | None" = None,
     runtime: RuntimeName = "inprocess",
+    tracker: TrackerName | None = None,
 ) -> None:
     """Does stages of a run, then tells of them; `questions` are for the evaluation."""
     with opening as opened:
@@ -124,6 +129,18 @@ def _work(
         # each verb is called like its stage
         results += [getattr(stages, name)(opened, bars, **more) for name in names if name not in BY_SITES]
         _report(opened, as_json, results[-1])
+        if tracker is not None:
+            from fedmide.console import tell
+
+            tell(track_run(opened.folder, tracker))
+
+
+def _check_tracker(tracker: TrackerName | None) -> None:
+    """Refuses a tracker that is not installed, before anything that takes long."""
+    if tracker is not None:
+        from fedmide.tracking import check_installed
+
+        check_installed(tracker)
 
 
 def _at_sites(
@@ -192,9 +209,9 @@ def _opened(
 def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractContextManager["Run"]:
     """A new run."""
     from fedmide.config import load
-    from fedmide.journal import check_new
+    from fedmide.journal import check_new, free_folder
 
-    path, loaded = out or _free_folder(config.stem), load(config, overrides)
+    path, loaded = out or free_folder(config.stem), load(config, overrides)
     check_new(path, loaded)  # a mistake is told before anything that takes long to import
     from fedmide import stages
     from fedmide.console import tell
@@ -215,13 +232,6 @@ def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = 
     from fedmide.console import tell
 
     return stages.resume(path, loaded, tell)
-
-
-def _free_folder(name: str) -> Path:
-    number = 1
-    while (folder := Path("runs") / f"{name}-{number:03d}").exists():
-        number += 1
-    return folder
 
 
 def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = None) -> None:

@@ -15,7 +15,7 @@ app = typer.Typer()
 WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
 
 
-@app.command()
+@app.command(epilog="Example: fedmide identify --scenario own-style --set federation.rounds=1")
 def identify(
     config: Annotated[
         Path | None, typer.Argument(help="A configuration (TOML); otherwise a preset of minutes.")
@@ -54,7 +54,7 @@ def identify(
         Console().print(rivals_table(name, figures), sets_table(name, figures))
 
 
-@app.command()
+@app.command(epilog="Example: fedmide compare examples/compare-medical.toml --methods fedmide,fedavg-ft --seeds 0,1")
 def compare(
     config: Annotated[Path, typer.Argument(help="A configuration (TOML); it may have tables [variants.NAME].")],
     methods: Annotated[str, typer.Option(help="Methods and variants, with commas between.")],
@@ -96,7 +96,7 @@ def compare(
     sys.stdout.write(f"{folder / ('validation.md' if validation else 'comparison.html')}\n")
 
 
-@app.command()
+@app.command(epilog="Example: fedmide sweep examples/tiny.toml --knob enrollment.threshold=0.9,1.0,1.1 --seeds 0")
 def sweep(
     config: Annotated[Path, typer.Argument(help="A configuration (TOML).")],
     knob: Annotated[list[str], typer.Option(help="KNOB=VALUE,VALUE,...; may be given again.")],
@@ -129,20 +129,6 @@ def sweep(
     for plan in plans:
         Console().print(sweep_table(results[plan.knob]))
         sys.stdout.write(f"{plan.out / 'sweep.svg'}\n")
-
-
-@app.command("methods")
-def list_methods(as_json: AsJson = False) -> None:
-    """List the federated methods that a configuration can choose."""
-    from rich.console import Console
-
-    from fedmide.console import methods_table
-    from fedmide.methods import METHODS
-
-    if as_json:
-        print_json({name: {"summary": each.summary, "source": each.source} for name, each in METHODS.items()})
-    else:
-        Console().print(methods_table(METHODS.values()))
 
 
 def _names(text: str) -> list[str]:

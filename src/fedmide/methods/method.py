@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from fedmide import adapters
 from fedmide.adapters import Shapes
 from fedmide.aggregation import weighted_mean
-from fedmide.config import Config, MethodName
+from fedmide.config import Config
 from fedmide.localmodel import PLAIN, ZERO, Adapter, Epoch, LocalModel, Terms, TrainingPlan
 from fedmide.tokens import Example
 
@@ -164,7 +164,8 @@ def mean(common: Common, answers: Iterable[Answer], config: Config) -> Common | 
 class Method:
     """A federated algorithm. The defaults are FedAvg's."""
 
-    name: MethodName
+    name: str
+    """How a configuration chooses it: its `MethodName`, or own:NAME."""
     summary: str
     """One line: what it does."""
     source: str

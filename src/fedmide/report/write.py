@@ -129,7 +129,7 @@ def _about_scores(facts: RunFacts) -> str:
             "These figures come from the sites' own ledgers, counted in bins. Whoever passes this page on passes on "
             "the distribution of the sites' scores."
         )
-    return "No scores are shown: there are no ledgers with verdicts in this run folder."
+    return "No scores are shown: this page was made without ledgers with verdicts."
 
 
 def _render(sections: Sequence[Section], **values: Any) -> str:

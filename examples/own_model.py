@@ -1,0 +1,33 @@
+"""Your own base model: a folder as transformers writes it. Takes seconds, downloads nothing."""
+
+# %% Any causal language model with safetensors weights will do. This one is random and tiny, made by the package.
+import tempfile
+from pathlib import Path
+
+import fedmide
+from fedmide.config import load
+from fedmide.llama import write_tiny_random
+
+work = Path(tempfile.mkdtemp())
+model = work / "model"
+model.mkdir()
+write_tiny_random(model)
+print(sorted(path.name for path in model.iterdir()))
+
+# %% A small run, pointed at the folder. `lora.targets` names linear layers of your model, or says all-linear.
+# Paths are from the repository's root.
+changes = [f"model.name={model}", 'lora.targets=["q_proj", "v_proj", "down_proj"]', "lora.blocks=all", "lora.r=4"]
+config = load(Path("examples/tiny.toml"), [*changes, "generation.enabled=false"])
+results = fedmide.run(config, out=work / "run", quiet=True)
+trained = results.metrics["method"]["trained_parameters"]
+print(f"{trained} values trained over weights in {results.manifest['model']['dtype']}")
+
+# %% What comes out are PEFT folders, which load over the same model without this package.
+from peft import PeftModel  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+
+client = results.clients()[0]["client"]
+base = AutoModelForCausalLM.from_pretrained(model)
+tuned = PeftModel.from_pretrained(base, results.path / "clients" / client / "adapter")
+settings = tuned.peft_config["default"]
+print(f"{client}'s adapter: rank {settings.r}, on {', '.join(sorted(settings.target_modules))}")

@@ -1,0 +1,41 @@
+"""The verbs that look something up."""
+
+import sys
+from typing import Annotated
+
+import typer
+
+from fedmide.cli.shared import AsJson, print_json
+from fedmide.errors import UsageError
+
+app = typer.Typer()
+
+
+@app.command("methods", epilog="Example: fedmide methods")
+def list_methods(as_json: AsJson = False) -> None:
+    """List the federated methods that a configuration can choose."""
+    from rich.console import Console
+
+    from fedmide.console import methods_table
+    from fedmide.methods import METHODS
+
+    if as_json:
+        print_json({name: {"summary": each.summary, "source": each.source} for name, each in METHODS.items()})
+    else:
+        Console().print(methods_table(METHODS.values()))
+
+
+@app.command(epilog="Example: fedmide explain DataError")
+def explain(
+    name: Annotated[str, typer.Argument(help="The name that a message ends with.")], as_json: AsJson = False
+) -> None:
+    """Say what an error means and what to do about it."""
+    from fedmide.explanations import PAGE, explanation, sections
+
+    text = explanation(name)
+    if not text:
+        raise UsageError(f"{name!r} is no error", f"Known: {', '.join(sections(PAGE.read_text('utf-8')))}")
+    if as_json:
+        print_json({"name": name, "text": text})
+    else:
+        sys.stdout.write(text)
