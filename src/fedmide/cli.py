@@ -95,13 +95,13 @@ def _root(version: Version = False) -> None:
     """Takes the options that go before a command."""
 
 
-@app.command()
+@app.command(epilog="Example: fedmide demo --out runs/first-look")
 def demo(overrides: Overrides = [], out: Out = None, as_json: AsJson = False) -> None:  # noqa: B006
     """The whole method in minutes: medical sites, a small real model."""
     _work(_begun(_preset("demo"), overrides, out), WHOLE, as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide run examples/tiny.toml --set federation.rounds=3 --out runs/tiny")
 def run(
     config: ConfigOrRun = None,
     overrides: Overrides = [],  # noqa: B006
@@ -122,7 +122,7 @@ def run(
     _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide train examples/tiny.toml --out runs/tiny")
 def train(
     config: ConfigOrRun = None,
     overrides: Overrides = [],  # noqa: B006
@@ -135,19 +135,19 @@ def train(
     _work(_opened(config, overrides, out, resume), ["train"], as_json, runtime=runtime)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide personalize runs/tiny")
 def personalize(path: RunFolderPath, as_json: AsJson = False) -> None:
     """Tune the aggregated adapter on each client's own records."""
     _work(_earlier(path), ["personalize"], as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide generate runs/tiny")
 def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
     """Write each client's responses to its test prompts."""
     _work(_earlier(path), ["generate"], as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide evaluate runs/tiny --choice medqa:copies/medqa --max-questions 200")
 def evaluate(
     path: RunFolderPath,
     choice: Annotated[
@@ -163,7 +163,7 @@ def evaluate(
     _work(_earlier(path), ["evaluate"], as_json, _questions(path, choice, max_questions))
 
 
-@app.command()
+@app.command(epilog="Example: fedmide identify --scenario own-style --set federation.rounds=1")
 def identify(
     config: Annotated[
         Path | None, typer.Argument(help="A configuration (TOML); otherwise a preset of minutes.")
@@ -202,7 +202,7 @@ def identify(
         Console().print(rivals_table(name, figures), sets_table(name, figures))
 
 
-@app.command()
+@app.command(epilog="Example: fedmide compare examples/compare-medical.toml --methods fedmide,fedavg-ft --seeds 0,1")
 def compare(
     config: Annotated[Path, typer.Argument(help="A configuration (TOML); it may have tables [variants.NAME].")],
     methods: Annotated[str, typer.Option(help="Methods and variants, with commas between.")],
@@ -244,7 +244,7 @@ def compare(
     sys.stdout.write(f"{folder / ('validation.md' if validation else 'comparison.html')}\n")
 
 
-@app.command()
+@app.command(epilog="Example: fedmide sweep examples/tiny.toml --knob enrollment.threshold=0.9,1.0,1.1 --seeds 0")
 def sweep(
     config: Annotated[Path, typer.Argument(help="A configuration (TOML).")],
     knob: Annotated[list[str], typer.Option(help="KNOB=VALUE,VALUE,...; may be given again.")],
@@ -279,7 +279,7 @@ def sweep(
         sys.stdout.write(f"{plan.out / 'sweep.svg'}\n")
 
 
-@app.command()
+@app.command(epilog="Example: fedmide report runs/tiny")
 def report(
     paths: Annotated[list[Path], typer.Argument(help="A run folder; several are compared with the first.")],
     out: Annotated[
@@ -292,7 +292,7 @@ def report(
 ) -> None:
     """Write a page that shows what a run did, or compares runs.
 
-    One file without network: fedmide report runs/demo-001, then open runs/demo-001/report.html.
+    One file that needs no network: open RUN/report.html from disk.
     """
     from fedmide import report as pages
     from fedmide.journal import reopen
@@ -310,7 +310,7 @@ def report(
         sys.stdout.write(f"{written}\n")
 
 
-@app.command()
+@app.command(epilog="Example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16")
 def export(
     path: RunFolderPath,
     out: Annotated[Path, typer.Argument(help="Folder to write.")],
@@ -321,10 +321,7 @@ def export(
     ] = "float32",
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's model for use elsewhere: a PEFT folder, or merged.
-
-    For example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16
-    """
+    """Write a run's model for use elsewhere: a PEFT folder, or merged."""
     from dataclasses import asdict
 
     from fedmide.journal import reopen
@@ -345,7 +342,7 @@ def export(
     sys.stdout.writelines(f"{line}\n" for line in (f"written: {out}", "to serve:", *commands))
 
 
-@app.command()
+@app.command(epilog="Example: fedmide watch runs/demo-001")
 def watch(
     path: RunFolderPath,
     seconds: Annotated[float, typer.Option(min=0.1, help="How often to look.")] = 2.0,
@@ -354,7 +351,7 @@ def watch(
 ) -> None:
     """Watch a run as it goes, from its folder alone.
 
-    In a second terminal: fedmide watch runs/demo-001. It ends with the run; control-C ends it sooner and harms nothing.
+    For a second terminal. It ends with the run; control-C ends it sooner and harms nothing.
     """
     from dataclasses import asdict
     from datetime import UTC, datetime
@@ -369,7 +366,7 @@ def watch(
         follow(folder, seconds, once)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide split scores.json --rule otsu-exact --out sets")
 def split(
     path: Annotated[Path, typer.Argument(help="Scored records, JSON or JSONL.")],
     rule: Annotated[Rule, typer.Option(help="How the threshold is found.")] = "otsu-256",
@@ -392,7 +389,7 @@ def split(
         sys.stdout.write(f"{counts}, threshold {threshold} ({result['rule']})\n")
 
 
-@app.command("methods")
+@app.command("methods", epilog="Example: fedmide methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the federated methods that a configuration can choose."""
     from rich.console import Console
@@ -406,7 +403,7 @@ def list_methods(as_json: AsJson = False) -> None:
         Console().print(methods_table(METHODS.values()))
 
 
-@data_app.command("check")
+@data_app.command("check", epilog="Example: fedmide data check records --set data.fields.response=answer")
 def data_check(
     path: Annotated[Path, typer.Argument(help="A folder or file of records.")],
     overrides: Overrides = [],  # noqa: B006
@@ -435,7 +432,7 @@ def data_check(
             sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
-@data_app.command("show")
+@data_app.command("show", epilog="Example: fedmide data show examples/tiny.toml --count 5")
 def data_show(
     path: Annotated[Path, typer.Argument(help="A configuration (TOML), or a folder or file of records.")],
     client: Annotated[str, typer.Option(help="Whose records; otherwise of every client.")] = "",
@@ -446,7 +443,7 @@ def data_show(
 ) -> None:
     """Show records as the model sees them: what carries loss, how many tokens, what is cut.
 
-    It prints texts of records. For example: fedmide data show my.toml --client north --count 5
+    It prints texts of records.
     """
     from dataclasses import asdict
 
@@ -483,7 +480,9 @@ def data_show(
         Console().print(render(each))
 
 
-@data_app.command("build")
+@data_app.command(
+    "build", epilog="Example: fedmide data build records --clients 3 --training 12 --validation 4 --test 6"
+)
 def data_build(
     out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a site.")],
     seed: Annotated[int, typer.Option(help="Every draw follows from it.")] = 0,
@@ -504,7 +503,9 @@ def data_build(
         sys.stdout.write(f"{len(sites)} sites in {out}: {', '.join(site.name for site in sites)}\n")
 
 
-@data_app.command("partition")
+@data_app.command(
+    "partition", epilog="Example: fedmide data partition all.jsonl records --clients 8 --by dirichlet:0.5:category"
+)
 def data_partition(
     path: Annotated[Path, typer.Argument(help="A file of records: JSON, JSONL or Parquet.")],
     out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a client.")],
