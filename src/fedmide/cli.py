@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 app = typer.Typer(
     help="Federated instruction tuning on records that never leave their owner, personalised by data alone.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 data_app = typer.Typer(help="Look at records, or make some.", no_args_is_help=True)
