@@ -66,13 +66,13 @@ def main() -> None:
     try:
         code = app(prog_name="fedmide", standalone_mode=False)
     except UserError as error:
-        code = _refuse(str(error), error.problems)
+        code = _refuse(str(error), error.problems, type(error).__name__)
     except click.ClickException as error:
         code = _refuse(*_usage(error)) if error.format_message() else error.exit_code  # else help has been shown
     except OSError as error:
         if error.filename is None:
             raise
-        code = _refuse(f"{error.filename}: {error.strerror}")
+        code = _refuse(f"{error.filename}: {error.strerror}", explained="OSError")
     except (KeyboardInterrupt, click.Abort):
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
@@ -402,6 +402,17 @@ def list_methods(as_json: AsJson = False) -> None:
         Console().print(methods_table(METHODS.values()))
 
 
+@app.command(epilog="Example: fedmide explain DataError")
+def explain(name: Annotated[str, typer.Argument(help="The name that a message ends with.")]) -> None:
+    """Say what an error means and what to do about it."""
+    from fedmide.explanations import PAGE, explanation, sections
+
+    text = explanation(name)
+    if not text:
+        raise UsageError(f"{name!r} is no error", f"Known: {', '.join(sections(PAGE.read_text('utf-8')))}")
+    sys.stdout.write(text)
+
+
 @data_app.command("check", epilog="Example: fedmide data check records --set data.fields.response=answer")
 def data_check(
     path: Annotated[Path, typer.Argument(help="A folder or file of records.")],
@@ -711,11 +722,12 @@ def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = No
     sys.stdout.write(f"{manifest['status']}: {opened.folder.path}\n")
 
 
-def _refuse(message: str, problems: Sequence[str] = ()) -> int:
-    """The exit code of a mistake, after it has been told."""
-    sys.stderr.write(f"fedmide: {message}\n")
+def _refuse(message: str, problems: Sequence[str] = (), explained: str = "") -> int:
+    """The exit code of a mistake, after it has been told; `explained`: the section that says more."""
+    more = f"fedmide explain {explained}" if explained else ""
+    sys.stderr.write(f"fedmide: {message}\n" + (f"More: {more}\n" if more else ""))
     if "--json" in sys.argv:
-        _print_json({"error": message, "problems": list(problems) or [message]})
+        _print_json({"error": message, "problems": list(problems) or [message], "more": more})
     return EXIT_USER_ERROR
 
 
