@@ -21,10 +21,9 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 CLI_START = """# Commands
 
-Every command takes `--help`, which ends with an example. Results go to stdout, as a table or with `--json` as one JSON
-object; progress and messages go to stderr. Exit codes: 0 done, 2 a mistake that you can mend ([errors](errors.md)), 130
-stopped.
-`fedmide --install-completion` sets up completion for the shell it is given in.
+Every command takes `--help`, which ends with an example. Results go to stdout, as a table or, where a command takes
+`--json`, as one JSON object; progress and messages go to stderr. Exit codes: 0 done, 2 a mistake that you can mend
+([errors](errors.md)), 130 stopped. `fedmide --install-completion` sets up completion for the shell it is given in.
 """
 
 CONFIGURATION_START = """# Configuration

@@ -403,14 +403,19 @@ def list_methods(as_json: AsJson = False) -> None:
 
 
 @app.command(epilog="Example: fedmide explain DataError")
-def explain(name: Annotated[str, typer.Argument(help="The name that a message ends with.")]) -> None:
+def explain(
+    name: Annotated[str, typer.Argument(help="The name that a message ends with.")], as_json: AsJson = False
+) -> None:
     """Say what an error means and what to do about it."""
     from fedmide.explanations import PAGE, explanation, sections
 
     text = explanation(name)
     if not text:
         raise UsageError(f"{name!r} is no error", f"Known: {', '.join(sections(PAGE.read_text('utf-8')))}")
-    sys.stdout.write(text)
+    if as_json:
+        _print_json({"name": name, "text": text})
+    else:
+        sys.stdout.write(text)
 
 
 @data_app.command("check", epilog="Example: fedmide data check records --set data.fields.response=answer")
