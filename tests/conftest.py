@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -48,6 +49,24 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
 """Architectures, and what makes a small one show its peculiarities on texts of a few dozen tokens."""
+HOW_TO_INSTALL = (
+    "no Chromium to test pages with: apt-get install chromium (Debian, Ubuntu), or set FEDMIDE_CHROMIUM to the "
+    "path of a Chromium or Chrome"
+)
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium without a window and without a network."""
+    path = os.environ.get("FEDMIDE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+    if path is None:
+        pytest.fail(HOW_TO_INSTALL)
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        yield started
+        started.close()
 
 
 @pytest.fixture(scope="session")

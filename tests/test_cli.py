@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -42,8 +43,16 @@ class Outcome:
         assert self.code == 2, self.err
         assert "Traceback" not in self.err
         lines = [line for line in self.err.splitlines() if not line.startswith(PROGRESS)]
-        assert len(lines) == 1 and lines[0].startswith("fedmide: "), self.err
+        assert lines[0].startswith("fedmide: "), self.err
+        assert " --help" in lines[0] if len(lines) == 1 else lines[1:] == [f"More: {self.explained}"], self.err
         return lines[0].removeprefix("fedmide: ")
+
+    @property
+    def explained(self) -> str:
+        """The command that says more of a mistake."""
+        found = re.findall(r"^More: (fedmide explain \w+Error)$", self.err, re.MULTILINE)
+        assert len(found) == 1, self.err
+        return found[0]
 
 
 PROGRESS = ("fedmide: reading the records", "fedmide: loading ", "fedmide: the run is in", "fedmide: going on with")
@@ -153,6 +162,7 @@ def test_a_mistaken_command_is_one_paragraph(
     assert problem in plain.refusal and plain.out == ""
     assert as_json.refusal == plain.refusal == as_json.json["error"]
     assert as_json.json["problems"]
+    assert f" {as_json.json['more']}\n" in plain.err or problem.endswith("--help")
     assert list(here.iterdir()) == []
 
 
@@ -717,7 +727,7 @@ def test_the_installed_command_keeps_stdout_for_one_json_object(small_input: Any
     assert json.loads(done.stdout)["status"] == "evaluated"
     assert all(line.startswith("fedmide: ") for line in done.stderr.splitlines())
     again = subprocess.run([*command, "--out", "runs/small-001"], capture_output=True, text=True, check=False)
-    assert again.returncode == 2 and len(again.stderr.splitlines()) == 1
+    assert again.returncode == 2 and len(again.stderr.splitlines()) == 2
     assert json.loads(again.stdout)["problems"] == ["runs/small-001 exists already"]
 
 

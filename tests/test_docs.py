@@ -3,15 +3,16 @@
 import re
 from pathlib import Path
 
+import click
 import pytest
 import typer
 
 from fedmide import cli
-from fedmide.config import Config, knobs, load
+from fedmide.config import Config, knobs, load, read_toml
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
-DOCUMENTS = {path.name: path.read_text("utf-8") for path in [ROOT / "README.md", *(ROOT / "docs").glob("*.md")]}
+DOCUMENTS = {path.name: path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.toml")), ids=lambda path: path.name)
@@ -51,11 +52,29 @@ def test_named_tests_exist(name: str) -> None:
     assert [file for file in files if not (ROOT / "tests" / file).is_file()] == []
 
 
-def test_commands_in_the_readme_exist() -> None:
-    command = typer.main.get_command(cli.app)
-    verbs = set(command.commands) | {f"data {verb}" for verb in command.commands["data"].commands}  # type: ignore[attr-defined]
-    named = {verb.strip() for verb in re.findall(r"fedmide ((?:data )?[a-z]+)", README)}
-    assert named - verbs - {"data"} == set()
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_named_commands_exist(name: str) -> None:
+    typed = re.findall(r"(?:^|`)fedmide ([a-z][^`\n]*)", DOCUMENTS[name], re.MULTILINE)
+    for words in map(str.split, typed):
+        command = typer.main.get_command(cli.app)
+        while isinstance(command, click.Group) and words:
+            assert words[0] in command.commands, f"there is no fedmide {' '.join(words)}"
+            command = command.commands[words.pop(0)]
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_configurations_in_documents_parse(name: str, tmp_path: Path) -> None:
+    for text in re.findall(r"^ *```toml\n(.*?)^ *```", DOCUMENTS[name], re.MULTILINE | re.DOTALL):
+        path = tmp_path / "shown.toml"
+        path.write_text(text)
+        if "with_context" in text:
+            assert set(read_toml(path)) == {"with_context", "without_context"}
+        else:
+            load(path)
+
+
+def test_what_the_readers_of_documents_look_for_is_there() -> None:
+    assert "fedmide data check" in DOCUMENTS["data.md"] and DOCUMENTS["data.md"].count("```toml") == 3
 
 
 def test_the_tree_in_the_readme_exists() -> None:

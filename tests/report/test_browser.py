@@ -1,8 +1,6 @@
 """The page in a real browser: it is drawn, its controls work, it asks for nothing, and everyone can use it."""
 
 import json
-import os
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,30 +8,14 @@ from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from fedmide import report
 from fedmide.journal import RunFolder, reopen
 
 pytestmark = pytest.mark.browser
 
-HOW_TO_INSTALL = (
-    "no Chromium to test the report with: apt-get install chromium (Debian, Ubuntu), or set FEDMIDE_CHROMIUM to the "
-    "path of a Chromium or Chrome"
-)
 SHOWN = """key => [...document.querySelectorAll(`#figure-${key} .drawing`)].filter(each => each.offsetParent)"""
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    """Chromium without a window and without a network."""
-    path = os.environ.get("FEDMIDE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.fail(HOW_TO_INSTALL)
-    with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
-        yield started
-        started.close()
 
 
 @dataclass

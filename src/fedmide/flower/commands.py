@@ -22,7 +22,7 @@ Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the federation's own.")]
 
 
-@app.command()
+@app.command(epilog="Example: fedmide flower init consortium --config federation.toml --sites north,south")
 def init(
     path: Annotated[Path, typer.Argument(help="New folder: server/, and site-NAME/ for each site.")],
     config: Annotated[Path, typer.Option(help="The federation's configuration (TOML).")],
@@ -41,7 +41,7 @@ def init(
     sys.stdout.write(f"{path}: read CHECKLIST.md there\n")
 
 
-@server_app.command("start")
+@server_app.command("start", epilog="Example: fedmide flower server start consortium/server")
 def server_start(path: ServerPath) -> None:
     """Run the SuperLink and its executor, in the foreground."""
     _check_installed()
@@ -52,7 +52,7 @@ def server_start(path: ServerPath) -> None:
     server(ServerFolder.read(path), tell)
 
 
-@site_app.command("start")
+@site_app.command("start", epilog="Example: fedmide flower site start consortium/site-north")
 def site_start(path: SitePath) -> None:
     """Run the site's SuperNode, executor and worker, in the foreground."""
     _check_installed()
@@ -63,7 +63,7 @@ def site_start(path: SitePath) -> None:
     site(SiteFolder.read(path), tell)
 
 
-@site_app.command("check")
+@site_app.command("check", epilog="Example: fedmide flower site check consortium/site-north")
 def site_check(path: SitePath, as_json: Json = False) -> None:
     """Tell whether data, model, version, key and connection are right."""
     _check_installed()
@@ -81,7 +81,7 @@ def site_check(path: SitePath, as_json: Json = False) -> None:
         raise UsageError(problems)
 
 
-@app.command("run")
+@app.command("run", epilog="Example: fedmide flower run consortium/server --set federation.rounds=10")
 def run_(
     path: ServerPath,
     config: Annotated[Path | None, typer.Argument(help="Another configuration than the federation's own.")] = None,
@@ -101,7 +101,7 @@ def run_(
     _work(folder, start(loaded, out or _free(folder.path / "runs"), tell, elsewhere=folder.sites), as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide flower resume consortium/server consortium/server/runs/001")
 def resume(
     path: ServerPath, run: Annotated[Path, typer.Argument(help="The run's folder.")], as_json: Json = False
 ) -> None:
@@ -115,7 +115,7 @@ def resume(
     _work(folder, resume_run(run, None, tell, elsewhere=folder.sites), as_json)
 
 
-@app.command()
+@app.command(epilog="Example: fedmide flower status consortium/server")
 def status(path: ServerPath, as_json: Json = False) -> None:
     """Tell who is connected and how far the run is."""
     _check_installed()
@@ -131,7 +131,7 @@ def status(path: ServerPath, as_json: Json = False) -> None:
     sys.stdout.writelines(f"{name}: {value}\n" for name, value in {**sites, **facts}.items())
 
 
-@app.command()
+@app.command(epilog="Example: fedmide flower stop consortium/server")
 def stop(path: ServerPath) -> None:
     """End the run that is going on; it can be gone on with."""
     from fedmide.flower.deployment import stop as stop_run

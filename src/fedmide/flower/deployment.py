@@ -94,9 +94,8 @@ def status(folder: ServerFolder) -> dict[str, object]:
     known = {int(node["node-id"]): str(node["status"]) for node in nodes(folder)}
     sites = {name: known.get(node, "unknown") for name, node in folder.read_nodes().items()}
     last = folder.read_run()
-    rounds = Path(last["run"]) / "server" if last else Path()
-    done = sorted(path.name for path in rounds.iterdir() if not path.name.startswith(".")) if rounds.is_dir() else []
-    facts = {"run": last.get("run"), "going_on": _is_going_on(folder), "rounds_done": len(done)}
+    rounds = Path(last["run"], "server").glob("[!.]*") if last else ()
+    facts = {"run": last.get("run"), "going_on": _is_going_on(folder), "rounds_done": len(list(rounds))}
     return {"sites": sites or {str(node): each for node, each in known.items()}, **facts}
 
 

@@ -1,0 +1,59 @@
+"""What `--help` tells of each command: an example that could be typed, found by walking the app itself."""
+
+import shlex
+from collections.abc import Iterator
+
+import click
+import pytest
+import typer
+
+from fedmide import cli
+from fedmide.config import apply_overrides, parse
+
+START = "Example: fedmide "
+
+
+def walk(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
+    """Every command that does something, with the words that lead to it."""
+    if isinstance(command, click.Group):
+        for name, inner in command.commands.items():
+            yield from walk(inner, (*words, name))
+    else:
+        yield words, command
+
+
+COMMANDS = dict(walk(typer.main.get_command(cli.app)))
+BY_NAME = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
+
+
+def parsed(words: tuple[str, ...], arguments: list[str]) -> click.Context:
+    """A command line that is read but not run; raises where click would refuse it."""
+    return COMMANDS[words].make_context(" ".join(words), list(arguments))
+
+
+def test_commands_at_every_depth_are_found() -> None:
+    assert {("run",), ("data", "check"), ("flower", "init"), ("flower", "server", "start")} <= set(COMMANDS)
+    assert len(COMMANDS) > 20
+
+
+@BY_NAME
+def test_an_example_ends_the_help_and_parses(words: tuple[str, ...]) -> None:
+    epilog = COMMANDS[words].epilog or ""
+    assert epilog.startswith(START), f"fedmide {' '.join(words)} has no example: give it epilog='{START}...'"
+    typed = shlex.split(epilog.removeprefix(START))
+    assert tuple(typed[: len(words)]) == words
+    context = parsed(words, typed[len(words) :])
+    parse(apply_overrides({}, context.params.get("overrides", [])))
+
+
+def test_an_example_that_would_be_refused_is_found() -> None:
+    with pytest.raises(click.NoSuchOption):
+        parsed(("run",), ["my.toml", "--nonsense"])
+    with pytest.raises(click.MissingParameter):
+        parsed(("flower", "site", "check"), [])
+
+
+@BY_NAME
+def test_a_command_says_what_it_does_in_a_line(words: tuple[str, ...]) -> None:
+    first = (COMMANDS[words].help or "").split("\n\n")[0]
+    assert first.endswith(".") and len(first) <= 120
