@@ -10,6 +10,7 @@ import pytest
 
 from fedmide.config import load
 from fedmide.errors import UsageError
+from fedmide.flower import deployment
 from fedmide.flower.consortium import Consortium, create, named
 from fedmide.flower.serverfolder import ServerFolder
 from fedmide.flower.sitefolder import SiteFolder
@@ -122,6 +123,18 @@ def test_other_folders_are_told_from_those_of_a_consortium(tmp_path: Path) -> No
         SiteFolder.read(tmp_path)
     with pytest.raises(UsageError, match="no folder of a server"):
         ServerFolder.read(tmp_path)
+
+
+def test_before_the_first_run_none_of_its_rounds_is_done(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(deployment, "nodes", lambda folder: [{"node-id": "7", "status": "online"}])
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "anything").mkdir()
+    told = deployment.status(ServerFolder.read(made / "server"))
+    assert told == {"sites": {"7": "online"}, "run": None, "going_on": False, "rounds_done": 0}
+    with pytest.raises(UsageError, match="no run is going on"):
+        deployment.stop(ServerFolder.read(made / "server"))
 
 
 def test_names_are_read_from_a_list() -> None:

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedmide.flower import keys, texts
 from fedmide.flower.check import check
+from fedmide.flower.deployment import status
 from fedmide.flower.flowercli import flwr
 from fedmide.flower.processes import environment, free_port, started
 from fedmide.flower.serverfolder import ServerFolder
@@ -84,6 +85,8 @@ def test_a_run_whose_server_is_killed_ends_with_the_bytes_of_one_process(consort
     consortium.end_runs()
     said = ended(consortium.resume(out))
     assert "personalized" in said
+    told = status(ServerFolder.read(consortium.server))
+    assert told == {"sites": dict.fromkeys("abc", "online"), "run": str(out), "going_on": False, "rounds_done": 3}
     expected = in_process(consortium, tmp_path / "expected")
     for name in ("adapter/adapter_model.safetensors", "server/round-001/adapter.safetensors"):
         assert (out / name).read_bytes() == (expected / name).read_bytes()
