@@ -16,9 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from fedmide import export as exports
 from fedmide import model
 from fedmide.config import parse
-from fedmide.errors import ModelError, RunFolderError
+from fedmide.errors import ModelError, RunFolderError, UsageError
 from fedmide.export import compare, export, serving
 from fedmide.journal import RunFolder, reopen
+from fedmide.llama import convert_gguf
 
 IDS = torch.arange(40).reshape(2, 20)
 
@@ -71,6 +72,20 @@ def test_bfloat16_is_rounded_once_and_says_how_far_it_is(folder: RunFolder, tiny
     merged = AutoModelForCausalLM.from_pretrained(export(folder, tmp_path / "whole", merge=True).path, dtype="auto")
     for name, weight in merged.state_dict().items():
         assert torch.equal(found.state_dict()[name], weight.to(torch.bfloat16)), name
+
+
+def test_a_merged_model_is_written_as_gguf_too(folder: RunFolder, tmp_path: Path) -> None:
+    written = export(folder, tmp_path / "out", "a", merge=True, gguf=True)
+    assert written.gguf == tmp_path / "out" / "model.gguf"
+    (tmp_path / "read").mkdir()
+    convert_gguf(written.gguf, tmp_path / "read")
+    ours, theirs = (AutoModelForCausalLM.from_pretrained(tmp_path / name, dtype="auto") for name in ("out", "read"))
+    assert torch.equal(scores(ours), scores(theirs))
+    assert serving(folder, written)[-1] == f"llama-server --model {written.gguf}"
+    assert not any("convert_hf_to_gguf" in command for command in serving(folder, written))
+    with pytest.raises(UsageError, match="--gguf writes a merged model"):
+        export(folder, tmp_path / "other", gguf=True)
+    assert not (tmp_path / "other").exists()
 
 
 def test_a_peft_folder_is_the_runs_own(folder: RunFolder, tiny_folder: Path, tmp_path: Path) -> None:
@@ -144,7 +159,7 @@ def test_the_commands_serve_every_client(folder: RunFolder, tiny_folder: Path, t
     (adapters,) = serving(folder, export(folder, tmp_path / "out"))
     assert f"vllm serve {tiny_folder} --enable-lora --max-lora-rank 16 --lora-modules" in adapters
     assert f"common={folder.adapter}" in adapters and f"b={folder.personal_adapter('b')}" in adapters
-    assert len(serving(folder, export(folder, tmp_path / "merged", merge=True))) == 3
+    assert len(serving(folder, export(folder, tmp_path / "merged", merge=True))) == 4
 
 
 def test_parity_by_hand() -> None:

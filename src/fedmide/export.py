@@ -18,7 +18,8 @@ from fedmide.adapters import A
 from fedmide.adapters import read as read_adapter
 from fedmide.atomic import clear_errors, to_json, write_folder
 from fedmide.checkpoints import locate
-from fedmide.errors import ModelError, RunFolderError
+from fedmide.errors import ModelError, RunFolderError, UsageError
+from fedmide.gguf_export import write_gguf
 from fedmide.journal import RunFolder
 from fedmide.model import adapted, load_merged, load_tokenizer, logits, save_merged
 from fedmide.report.facts import RunFacts, read
@@ -33,6 +34,8 @@ MOST_DIVERGENCE = {"float32": 1e-4, "bfloat16": 0.1}
 
 PROBES = (4, 48)
 """Token sequences that the two are compared on, and their length."""
+
+GGUF_FILE = "model.gguf"
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -56,10 +59,13 @@ class Exported:
 
     path: Path
     parity: Parity | None
+    gguf: Path | None = None
 
 
-def export(folder: RunFolder, out: Path, client: str = "", merge: bool = False, dtype: Dtype = "float32") -> Exported:
-    """Writes the common model, or a client's personalised one, into a new folder.
+def export(
+    folder: RunFolder, out: Path, client: str = "", merge: bool = False, dtype: Dtype = "float32", gguf: bool = False
+) -> Exported:
+    """Writes the common model, or a client's personalised one, into a new folder; with `gguf` a merged one as GGUF too.
 
     Raises `RunFolderError` where the run has no such adapter or the place is taken, `ModelError` where the base can't
     be merged into or the merged model is not what the adapter was.
@@ -72,6 +78,8 @@ def export(folder: RunFolder, out: Path, client: str = "", merge: bool = False, 
             f"{folder.path}: the adapter was trained over a base in {kind}, into which it can't be merged",
             "Export without --merge",
         )
+    if gguf and not merge:
+        raise UsageError("--gguf writes a merged model", "Say --merge too")
     facts = read(folder)
     if not merge:
         files = {path.name: path.read_bytes() for path in sorted(adapter.iterdir())}
@@ -83,10 +91,12 @@ def export(folder: RunFolder, out: Path, client: str = "", merge: bool = False, 
         try:
             parity = _merged(folder, adapter, aside, dtype)
             (aside / "README.md").write_text(card(facts, client, parity, dtype), "utf-8")
+            if gguf:
+                write_gguf(aside, aside / GGUF_FILE)
             aside.replace(out)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-    return Exported(out, parity)
+    return Exported(out, parity, out / GGUF_FILE if gguf else None)
 
 
 def compare(first: torch.Tensor, second: torch.Tensor) -> Parity:
@@ -112,7 +122,10 @@ def serving(folder: RunFolder, exported: Exported) -> tuple[str, ...]:
     commands = [f"vllm serve {base} --enable-lora --max-lora-rank {fitting} --lora-modules {' '.join(modules)}"]
     if exported.parity is not None:
         commands.append(f"vllm serve {exported.path}")
-        commands.append(f"python llama.cpp/convert_hf_to_gguf.py {exported.path} --outfile {exported.path}/model.gguf")
+        made = exported.path / GGUF_FILE
+        if exported.gguf is None:
+            commands.append(f"python llama.cpp/convert_hf_to_gguf.py {exported.path} --outfile {made}")
+        commands.append(f"llama-server --model {made}")
     return tuple(commands)
 
 

@@ -24,7 +24,7 @@ Metadata = Mapping[str, Any]
 CONTROL_TOKEN = 3  # in GGUF's tokenizer.ggml.token_type
 DIGITS_APART = frozenset({"smollm"})  # values of GGUF's tokenizer.ggml.pre whose tokenizers split each digit off
 
-_GGUF_NAMES = {
+GGUF_NAMES = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -108,7 +108,7 @@ def _weight_name(gguf_name: str) -> str:
     """`blk.3.attn_q.weight` is `model.layers.3.self_attn.q_proj.weight`."""
     *block, part, _ = gguf_name.split(".")
     prefix = f"model.layers.{block[1]}." if block else ""
-    return f"{prefix}{_GGUF_NAMES[part]}.weight"
+    return f"{prefix}{GGUF_NAMES[part]}.weight"
 
 
 def _weight(tensor: Any, metadata: Metadata) -> NDArray[np.float32]:
@@ -149,7 +149,9 @@ def _gguf_tokenizer(metadata: Metadata) -> Tokenizer:
     training: the two line ends in "\\n\\n1." are one token, not two.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
-    merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata["tokenizer.ggml.merges"])]
+    merges = [
+        (left, right) for left, right in (merge.split(" ") for merge in metadata.get("tokenizer.ggml.merges", []))
+    ]
     specials = [
         AddedToken(token, special=True, normalized=False)
         for token, kind in zip(tokens, metadata["tokenizer.ggml.token_type"], strict=True)

@@ -83,6 +83,7 @@ def export(
     dtype: Annotated[
         Literal["float32", "bfloat16"], typer.Option(help="Type of a merged model's weights.")
     ] = "float32",
+    gguf: Annotated[bool, typer.Option("--gguf", help="A merged model also as one GGUF file, for llama.cpp.")] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a run's model for use elsewhere: a PEFT folder, or merged."""
@@ -93,7 +94,7 @@ def export(
     folder = reopen(path)
     from fedmide import export as exports
 
-    written = exports.export(folder, out, client, merge, dtype)
+    written = exports.export(folder, out, client, merge, dtype, gguf)
     commands = exports.serving(folder, written)
     if as_json:
         print_json({"folder": str(out), "parity": written.parity and asdict(written.parity), "commands": commands})
@@ -103,6 +104,8 @@ def export(
             f"against the adapter: largest logit difference {written.parity.largest_logit_difference:.2g}, "
             f"{written.parity.divergence:.2g} nats apart, same first choice {written.parity.same_choice:.1%}\n"
         )
+    if written.gguf is not None:
+        sys.stdout.write(f"{written.gguf}: read back, every weight and token is the merged model's\n")
     sys.stdout.writelines(f"{line}\n" for line in (f"written: {out}", "to serve:", *commands))
 
 
