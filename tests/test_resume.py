@@ -416,11 +416,12 @@ def test_the_command_goes_on_after_its_process_was_stopped(
 ) -> None:
     command = [sys.executable, "-c", "from fedmide.cli import main; main()", "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    whole = [*command, str(small_input.config), "--out", str(tmp_path / "whole")]
+    new = [*command, str(small_input.config), "--set", "federation.rounds=8"]  # long enough to be stopped
+    whole = [*new, "--out", str(tmp_path / "whole")]
     assert subprocess.run(whole, env=environment, capture_output=True, check=False).returncode == 0
     path = tmp_path / "stopped"
     with subprocess.Popen(
-        [*command, str(small_input.config), "--out", str(path)],
+        [*new, "--out", str(path)],
         env=environment,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,

@@ -182,11 +182,11 @@ def test_a_name_is_one_that_mlflow_takes(finished_run: Callable[..., Path], tmp_
 
 def test_what_is_missing_is_told(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
-    monkeypatch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "alembic" else find(name))  # type: ignore[attr-defined]
-    with pytest.raises(TrackerError, match=r"alembic is not installed\. pip install 'fedmide\[mlflow\]'"):
-        track(folder, "mlflow")
+    with monkeypatch.context() as patch:
+        patch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "alembic" else find(name))  # type: ignore[attr-defined]
+        with pytest.raises(TrackerError, match=r"alembic is not installed\. pip install 'fedmide\[mlflow\]'"):
+            track(folder, "mlflow")
     with pytest.raises(TrackerError, match=r"MLflow at file:nowhere: .*maintenance mode"):
-        monkeypatch.undo()
         track(folder, "mlflow", "file:nowhere")
     Path("taken").write_text("")
     with pytest.raises(TrackerError, match=r"taken/run: can't be written: .*Give another place"):
