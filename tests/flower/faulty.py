@@ -1,5 +1,6 @@
 """A site's worker that does wrong as its folder's fault.json says: {"-1": "nan", "hello": "version", ...}."""
 
+import errno
 import json
 import sys
 import time
@@ -9,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmide import messages
+from fedmide import atomic, messages
 from fedmide import site as sites
 from fedmide.flower import worker
 from fedmide.messages import Hello, decode_reply, decode_request, encode_reply
@@ -49,6 +50,17 @@ def raising(site: Site, frame: bytes) -> bytes:
         sites.handle = handle
 
 
+def without_room(site: Site, frame: bytes) -> bytes:
+    def full(path: Path, data: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    write, atomic._write_synced = atomic._write_synced, full
+    try:
+        return original(site, frame)
+    finally:
+        atomic._write_synced = write
+
+
 def with_manifest(**changes: Any) -> Any:
     def wrong(site: Site, frame: bytes) -> bytes:
         manifest = {**site.inputs.manifest, **changes}
@@ -77,6 +89,7 @@ WRONG: dict[str, Any] = {
     "shape": bent(lambda array: array.repeat(2, axis=0)),
     "huge": bent(lambda array: array * 1000),
     "raise": raising,
+    "disk": without_room,
     "version": other_version,
     "model": with_manifest(model={"fingerprint": "0123456789abcdef"}),
     "schema": other_schema,

@@ -102,7 +102,7 @@ def test_replies_that_can_t_be_used_are_refused_and_nothing_of_a_patient_leaves(
     consortium: Any, tmp_path: Path
 ) -> None:
     consortium.fault("b", round_m1="truncated", round_0="nan", round_1="raise", round_2="raise")
-    consortium.fault("c", round_m1="shape", round_0="huge", round_1="slow:50")
+    consortium.fault("c", round_m1="shape", round_0="huge", round_1="slow:50", round_2="disk")
     out = consortium.server / "runs" / "faults"
     settings = ("replies.quorum=0.3", "replies.deadline_seconds=30", "replies.max_update_norm=100")
     said = ended(consortium.run(out, *settings))
@@ -115,6 +115,7 @@ def test_replies_that_can_t_be_used_are_refused_and_nothing_of_a_patient_leaves(
     assert "no answer within 30 s" in refused[1, "c"]
     assert {refused[number, "a"] for number in (-1, 0, 1, 2)} == {""}
     assert "client b is not personalised: its work failed" in said
+    assert "client c is not personalised: its disk is full or can't be written to" in said
     told = said.encode() + consortium.wrote()
     words = ["Musterfrau", *texts_of(consortium)]
     assert [word for word in words if word.encode() in told] == []
