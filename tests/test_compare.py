@@ -183,6 +183,37 @@ def test_validation_alone_measures_no_test_record_and_may_be_followed_by_a_compa
     assert {path: path.read_bytes() for path in before} == before
 
 
+def test_runs_that_differ_in_their_tuning_share_their_rounds(
+    compared: tuple[Path, dict[str, Any], list[str]],
+    tmp_path: Path,
+    tiny_folder: Path,
+    monkeypatch: Any,
+    lasting: Any,
+) -> None:
+    monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+    values = values_of(compared[0].parent / "input" / "small.toml")
+    values["variants"] = {"half": {"personalization": {"interpolation": [0.5]}}, "frozen": values["variants"]["frozen"]}
+    said: list[str] = []
+    names = ["fedmide", "frozen", "half"]
+    compare.run(compare.planned(values, names, [0], tmp_path / "shared", validation_only=True), said.append)
+    runs = {name: tmp_path / "shared" / "runs" / name / "rate-0.01-seed-0" for name in names}
+    assert [each for each in said if "the rounds are those of" in each] == [
+        f"the rounds are those of {runs['fedmide']}"
+    ]
+    compare.run(compare.planned(values, ["half"], [0], tmp_path / "alone", validation_only=True), said.append)
+    alone = tmp_path / "alone" / "runs" / "half" / "rate-0.01-seed-0"
+    assert lasting(runs["half"]) == lasting(alone)
+    assert (alone / "validation.json").read_bytes() == (runs["half"] / "validation.json").read_bytes()
+    figures = [json.loads((path / "manifest.json").read_text())["seconds"]["trained"] for path in runs.values()]
+    assert figures[0] <= figures[2] < figures[0] + 1, "what the rounds took counts for both"
+    # a comparison that goes on, too, finds the rounds of what is whole
+    values["variants"]["quarter"] = {"personalization": {"interpolation": [0.25]}}
+    more = compare.planned(values, [*names, "quarter"], [0], tmp_path / "shared", validation_only=True)
+    said.clear()
+    compare.run(more, said.append)
+    assert f"the rounds are those of {runs['fedmide']}" in said
+
+
 def test_test_records_change_no_choice(
     compared: tuple[Path, dict[str, Any], list[str]],
     tmp_path: Path,

@@ -6,7 +6,7 @@
 All runs have the same records, whatever their seed, and the same budget of local steps (`entrants`). Where several
 learning rates are given, each entrant's is chosen on the first seed by the response NLL of the validation records, mean
 over clients; test records of the others are never measured. A run that is whole is not done again, one that was stopped
-goes on. The base model is loaded once.
+goes on. The base model is loaded once, and runs that differ in nothing but their tuning share their rounds.
 
 Where only validation records are looked at, the folder gets `validation.json` and `validation.md` instead: settings are
 chosen by these, and the same runs' test records may be measured later.
@@ -24,7 +24,7 @@ import numpy as np
 
 from fedmide import __version__, stages
 from fedmide.atomic import to_json, write_file
-from fedmide.config import Config
+from fedmide.config import Config, PersonalizationConfig, fingerprint
 from fedmide.entrants import Budget, Entrant, entrants
 from fedmide.errors import RunFolderError, UsageError
 from fedmide.evaluation.comparison import Outcome, compare
@@ -38,6 +38,9 @@ from fedmide.stages import Progress, silent
 
 BASE = "base"
 """The row of the model without an adapter."""
+
+SAME_INPUTS = ("data", "model", "prompt")
+"""What of the manifests must be the same for runs to be compared."""
 
 
 @dataclass(frozen=True)
@@ -95,17 +98,22 @@ class Work:
     opener: Kept = field(default_factory=Kept)
     done: int = 0
     worked: list[float] = field(default_factory=list)
+    trained: dict[str, RunFolder] = field(default_factory=dict)
+    """Runs whose rounds are whole, by what these follow from."""
 
     def run(self, attempt: Attempt, wanted: Sequence[StageName]) -> None:
         """Does what is missing of a run: its validation, then the measures that are wanted of its test records."""
         has = _measured(attempt)
         self.done += 1
         if has is not None and set(wanted) <= has:
+            self.trained.setdefault(_before_tuning(attempt.config), reopen(attempt.path))
             return
         self.tell(f"{_title(attempt)}: run {self.done} of {self.num_runs}{self._left()}")
         begun = time.monotonic()
         with self._opened(attempt) as run:
+            self._share_rounds(run)
             stages.train(run, self.progress)
+            self.trained.setdefault(_before_tuning(attempt.config), run.folder)
             stages.personalize(run, self.progress)
             if not (attempt.path / "validation.json").exists():
                 stages.validate(run)
@@ -118,6 +126,17 @@ class Work:
         if (attempt.path / "config.toml").exists():
             return stages.resume(attempt.path, attempt.config, self.tell, self.opener)
         return stages.start(attempt.config, attempt.path, self.tell, self.opener)
+
+    def _share_rounds(self, run: stages.Run) -> None:
+        """Gives a run without rounds those of one that differs in its tuning alone: they would be the same bytes."""
+        other = self.trained.get(_before_tuning(run.config))
+        if other is None or run.folder.has_rounds:
+            return
+        ours, theirs = run.folder.read_manifest(), other.read_manifest()
+        if all(ours[what] == theirs[what] for what in (*SAME_INPUTS, "threads", "commit")):
+            self.tell(f"the rounds are those of {other.path}")
+            run.folder.take_rounds(other, list(run.inputs.clients))
+            run.folder.update_manifest(seconds={"trained": theirs["seconds"]["trained"]})
 
     def _left(self) -> str:
         if not self.worked:
@@ -192,6 +211,11 @@ def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, 
     work.run(attempts[0], () if plan.validation_only else wanted)
     tried = [{"rate": rate, "validation_nll": value} for rate, value in validations.items()]
     return {"rate": attempts[0].rate, "tried": tried}
+
+
+def _before_tuning(config: Config) -> str:
+    """What a run's rounds follow from: the configuration without how it tunes afterwards."""
+    return fingerprint(config.model_copy(update={"personalization": PersonalizationConfig()}))
 
 
 def _title(attempt: Attempt) -> str:
@@ -315,7 +339,7 @@ def _check_same_inputs(out: Path, folders: Sequence[RunFolder]) -> None:
     problems = [
         f"{folder.path}: its {what} is not that of {folders[0].path}"
         for folder, manifest in zip(folders, manifests, strict=True)
-        for what in ("data", "model", "prompt")
+        for what in SAME_INPUTS
         if manifest[what] != manifests[0][what]
     ]
     if problems:

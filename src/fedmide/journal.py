@@ -74,6 +74,23 @@ class RunFolder:
         memory = adapters.read(kept) if kept.exists() else {}
         return ServerState(begin.federation, begin.clients, next_round, adapter, memory)
 
+    @property
+    def has_rounds(self) -> bool:
+        """Whether a round is whole."""
+        return bool(self._round_folders())
+
+    def take_rounds(self, other: "RunFolder", clients: Sequence[str]) -> None:
+        """Takes over the rounds of a run that was the same up to their end, with what its sites kept of them."""
+        for client in clients:
+            kept = [other.site(client) / "ledger.jsonl", *other._memories(client)]
+            for path in (path for path in kept if path.exists()):
+                write_file(self.path / path.relative_to(other.path), path.read_bytes())
+        for path in other._round_folders():
+            write_folder(
+                self.path / path.relative_to(other.path), {each.name: each.read_bytes() for each in path.iterdir()}
+            )
+        self.rebuild_events(clients)
+
     def round_adapters(self) -> Iterator[tuple[int, Adapter]]:
         """The aggregated adapter after each whole round, with the round's number."""
         for number, folder in zip(self._round_numbers(), self._round_folders(), strict=False):
