@@ -409,6 +409,11 @@ def forked(config: Config, path: Path, kill_after: float | None) -> int:
     return os.waitpid(child, 0)[1]
 
 
+def heeds_interrupts() -> None:
+    """Undoes what a shell does to its jobs in the background: they ignore SIGINT, and so would a child."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
 def test_the_command_goes_on_after_its_process_was_stopped(
@@ -426,6 +431,7 @@ def test_the_command_goes_on_after_its_process_was_stopped(
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=heeds_interrupts,  # noqa: PLW1509
     ) as process:
         while not (path / "server" / "round-000").exists():
             assert process.poll() is None
