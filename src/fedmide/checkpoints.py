@@ -4,7 +4,6 @@ Nothing here loads a model, and nothing imports torch or transformers. What the 
 the business of `llama`; here a folder is found, checked, made once and kept.
 """
 
-import difflib
 import hashlib
 import importlib.metadata
 import json
@@ -20,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmide import llama
-from fedmide.errors import ModelError
+from fedmide.errors import ModelError, did_you_mean
 
 Progress = Callable[[str], None]
 
@@ -64,10 +63,8 @@ def locate(name: str, cache: Path | None = None, progress: Progress = lambda mes
     if _HUB_ID.fullmatch(name):
         progress(f"looking up {name} on the hub")
         return _checked(_from_hub(name))
-    close = difflib.get_close_matches(name, _RECIPES, n=1)
-    hint = f" (did you mean '{close[0]}'?)" if close else ""
     raise ModelError(
-        f"model.name = {name!r}: not a known model, not a folder and not a hub id{hint}",
+        f"model.name = {name!r}: not a known model, not a folder and not a hub id{did_you_mean(name, _RECIPES)}",
         f"Known models: {', '.join(_RECIPES)}; or give a folder, or a hub id such as owner/name",
     )
 

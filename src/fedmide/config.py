@@ -18,7 +18,7 @@ from typing import Annotated, Any, Literal, get_args
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from fedmide.errors import ConfigError
+from fedmide.errors import ConfigError, did_you_mean
 
 Positions = Literal["all", "response"]
 DataSource = Literal["published", "files", "table", "medical"]
@@ -526,9 +526,7 @@ class Config(Section):
         known = get_args(MethodName)
         if method in known or OWN_METHOD.fullmatch(method):
             return method
-        close = difflib.get_close_matches(method, known, n=1)
-        hint = f" (did you mean '{close[0]}'?)" if close else ""
-        raise ValueError(f"not a method{hint}; expected {', '.join(known)}, or own:NAME")
+        raise ValueError(f"not a method{did_you_mean(method, known)}; expected {', '.join(known)}, or own:NAME")
 
     @field_validator(*METHOD_TABLES)
     @classmethod

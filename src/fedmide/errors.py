@@ -14,7 +14,8 @@ A user error carries *all* problems found, so that a file is mended in one go. M
 client), what was expected and what to do; they never hold the text of a record.
 """
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
 
 MAX_SHOWN = 20
 
@@ -70,3 +71,22 @@ class UsageError(UserError):
 
 class MessageError(FedMIDEError):
     """A message is malformed or not to be trusted."""
+
+
+def first_line(error: Exception) -> str:
+    """What another library's error says, shortly: its first line, or its kind where it says nothing.
+
+    >>> first_line(ValueError("one\\ntwo")), first_line(KeyError())
+    ('one', 'KeyError')
+    """
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """What to add to a message on a name that is not known; "" where no known one is near.
+
+    >>> did_you_mean("fedprx", ["fedavg", "fedprox"]), did_you_mean("x", ["fedavg"])
+    (" (did you mean 'fedprox'?)", '')
+    """
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f" (did you mean '{close[0]}'?)" if close else ""

@@ -8,7 +8,7 @@ from typing import TypeVar
 
 import torch
 
-from fedmide.errors import ModelError
+from fedmide.errors import ModelError, first_line
 
 T = TypeVar("T")
 
@@ -53,8 +53,7 @@ class Room:
                 if not is_out_of_memory(error):
                     raise
                 if tokens <= longest:
-                    said = str(error).splitlines()[0] if str(error) else type(error).__name__
-                    raise ModelError(f"memory has no room for one record alone: {said}", REMEDY) from None
+                    raise ModelError(f"memory has no room for one record alone: {first_line(error)}", REMEDY) from None
             _release()  # here the error and what its frames held are gone
             tokens = max(tokens // 2, 1)
         if tokens < first:

@@ -42,7 +42,7 @@ from fedmide import adapters, attention, devices, fusion, passes, quantization
 from fedmide.basis import BaseWeights
 from fedmide.config import LoraConfig, ModelConfig, Quantization
 from fedmide.decoder import Dropout
-from fedmide.errors import ModelError
+from fedmide.errors import ModelError, first_line
 from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
 from fedmide.memory import Room
@@ -376,8 +376,7 @@ def load_tokenizer(folder: Path) -> Any:
             warnings.simplefilter("ignore")
             return transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, RuntimeError, ImportError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{folder}: the tokenizer can't be loaded: {first_line}") from None
+        raise ModelError(f"{folder}: the tokenizer can't be loaded: {first_line(error)}") from None
 
 
 def adapted(folder: Path, adapter: Path) -> PeftModel:
@@ -438,8 +437,7 @@ def _load_base(
                 folder, dtype=dtype, use_safetensors=True, output_loading_info=True, **only_here, **how
             )
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ModelError(f"{folder}: the model can't be loaded: {first_line}") from None
+        raise ModelError(f"{folder}: the model can't be loaded: {first_line(error)}") from None
     base, loading = loaded
     if missing := sorted(loading["missing_keys"]):  # transformers would go on with random ones
         raise ModelError(f"{folder}: {len(missing)} weights missing, first {missing[0]!r}")

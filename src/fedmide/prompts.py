@@ -4,7 +4,6 @@ A prompt ends where the response begins. The tokenizer's own chat template needs
 gives the messages that go into it.
 """
 
-import difflib
 import hashlib
 import re
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedmide.config import read_toml
-from fedmide.errors import ConfigError
+from fedmide.errors import ConfigError, did_you_mean
 from fedmide.records import Record
 
 Chat = Literal["chat"]
@@ -92,10 +91,8 @@ def resolve(name: str) -> Template | Chat:
     path = Path(name).expanduser()
     if path.is_file():
         return load_template(path)
-    close = difflib.get_close_matches(name, [*NAMED, "chat"], n=1)
-    hint = f" (did you mean '{close[0]}'?)" if close else ""
     raise ConfigError(
-        f"prompt.template = {name!r}: neither a known template nor a file{hint}",
+        f"prompt.template = {name!r}: neither a known template nor a file{did_you_mean(name, [*NAMED, 'chat'])}",
         "Give alpaca, plain, chat, or a TOML file with with_context and without_context",
     )
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from fedmide.atomic import to_json
 from fedmide.config import flat, to_toml
-from fedmide.errors import TrackerError
+from fedmide.errors import TrackerError, first_line
 from fedmide.journal import RunFolder
 from fedmide.report.facts import RunFacts, read
 from fedmide.report.write import page
@@ -205,7 +205,7 @@ def _to_mlflow(told: Tracked, uri: str) -> str:
                 client.set_terminated(run_id, end_time=_milliseconds(told.updated))
         except MlflowException as error:
             raise TrackerError(
-                f"MLflow at {uri}: {_first_line(error)}", "Check the place and that it can be reached"
+                f"MLflow at {uri}: {first_line(error)}", "Check the place and that it can be reached"
             ) from None
     return f"MLflow run {run_id} at {uri}"
 
@@ -248,7 +248,3 @@ def _to_tensorboard(told: Tracked, folder: Path) -> str:
 
 def _milliseconds(at: datetime) -> int:
     return round(at.timestamp() * 1000)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
