@@ -76,9 +76,9 @@ def test_what_was_decided_against_is_not_imported(package: str) -> None:
 def test_few_modules_know_the_terminal_and_fewer_write_to_it() -> None:
     assert using("print", "input") == set()
     command_line = {
-        f"cli/{name}.py" for name in ("__init__", "shared", "runs", "studies", "results", "reference", "data")
+        f"cli/{name}.py" for name in ("__init__", "shared", "runs", "studies", "results", "reference", "data", "flower")
     }
-    writing = {*command_line, "console.py", "flower/commands.py"}
+    writing = {*command_line, "console.py"}
     assert using("sys.stdout", "sys.stderr") == writing
     assert importing("rich", "typer", "click") == {*writing, "showing.py", "watch.py"}
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedmide.config import Config, load, parse
 from fedmide.errors import RunFolderError, UsageError
-from fedmide.journal import RunFolder, free_folder, reopen
+from fedmide.journal import RUNS, RunFolder, free_folder, reopen
 from fedmide.report.facts import turns
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def run(config: Config | Mapping[str, Any] | str | Path, out: str | Path = "", q
     from fedmide.console import bars, tell
 
     name = Path(config).stem if isinstance(config, str | Path) else "run"
-    chosen, path = _chosen(config), Path(out) if out else free_folder(name)
+    chosen, path = _chosen(config), Path(out) if out else free_folder(RUNS, name)
     say, progress = (lambda message: None, stages.silent) if quiet else (tell, bars)
     is_begun = (path / "config.toml").is_file()
     opening = stages.resume(path, chosen, say) if is_begun else stages.start(chosen, path, say)

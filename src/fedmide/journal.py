@@ -36,6 +36,9 @@ from fedmide.server import RoundSummary, ServerState
 _BEGUN = {".lock", "manifest.json", ".manifest.json.partial", ".config.toml.partial"}
 """What a folder may hold before it is a run folder: config.toml comes last."""
 
+RUNS = Path("runs")
+"""Where runs go if nobody says: below the working directory."""
+
 
 @dataclass(frozen=True)
 class RunFolder:
@@ -54,9 +57,11 @@ class RunFolder:
     def commit_round(self, state: ServerState, summary: RoundSummary) -> None:
         """Makes a round last: state after it, and its figures."""
         told = asdict(summary)
+        # on one line: with indents Python's own, slow encoder works, and there is a row for each client
+        as_json = json.dumps(without_nan({"next_round": state.round, "summary": told}))
         files = {
             "adapter.safetensors": adapters.encode(state.adapter),
-            "state.json": json.dumps(without_nan({"next_round": state.round, "summary": told})).encode(),
+            "state.json": as_json.encode(),
             **({"memory.safetensors": adapters.encode(state.memory)} if state.memory else {}),
         }
         write_folder(self.path / "server" / self.round_name(summary.round), files)
@@ -82,13 +87,11 @@ class RunFolder:
     def take_rounds(self, other: "RunFolder", clients: Sequence[str]) -> None:
         """Takes over the rounds of a run that was the same up to their end, with what its sites kept of them."""
         for client in clients:
-            kept = [other.site(client) / "ledger.jsonl", *other._memories(client)]
-            for path in (path for path in kept if path.exists()):
+            for path in filter(Path.exists, [other.site(client) / "ledger.jsonl", *other._memories(client)]):
                 write_file(self.path / path.relative_to(other.path), path.read_bytes())
         for path in other._round_folders():
-            write_folder(
-                self.path / path.relative_to(other.path), {each.name: each.read_bytes() for each in path.iterdir()}
-            )
+            files = {each.name: each.read_bytes() for each in path.iterdir()}
+            write_folder(self.path / path.relative_to(other.path), files)
         self.rebuild_events(clients)
 
     def round_adapters(self) -> Iterator[tuple[int, Adapter]]:
@@ -272,10 +275,10 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
-def free_folder(name: str) -> Path:
-    """Where a new run of this name goes if nobody says: runs/NAME-NNN, with the first number that is free."""
-    number = 1
-    while (folder := Path("runs") / f"{name}-{number:03d}").exists():
+def free_folder(parent: Path, name: str = "") -> Path:
+    """Where a new run goes if nobody says: PARENT/NAME-NNN, or PARENT/NNN, with the first number that is free."""
+    number, start = 1, f"{name}-" if name else ""
+    while (folder := parent / f"{start}{number:03d}").exists():
         number += 1
     return folder
 

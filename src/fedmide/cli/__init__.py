@@ -12,10 +12,9 @@ import click
 import typer
 
 from fedmide import __version__
-from fedmide.cli import data, reference, results, runs, studies
+from fedmide.cli import data, flower, reference, results, runs, studies
 from fedmide.cli.shared import print_json
 from fedmide.errors import UserError
-from fedmide.flower import commands as flower_commands
 
 app = typer.Typer(
     help="Federated instruction tuning on records that never leave their owner, personalised by data alone.",
@@ -25,7 +24,7 @@ app = typer.Typer(
 for part in (runs, studies, results, reference):
     app.add_typer(part.app)
 app.add_typer(data.app, name="data")
-app.add_typer(flower_commands.app, name="flower")
+app.add_typer(flower.app, name="flower")
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 130

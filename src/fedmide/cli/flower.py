@@ -1,6 +1,5 @@
 """The verbs of `fedmide flower`: a consortium's set-up, its processes and its runs."""
 
-import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedmide.cli.shared import AsJson, print_json
 from fedmide.errors import UsageError
 
 app = typer.Typer(help="Many hospitals: set up, check, run over Flower.", no_args_is_help=True)
@@ -18,7 +18,6 @@ app.add_typer(site_app, name="site")
 
 ServerPath = Annotated[Path, typer.Argument(help="The server's folder.")]
 SitePath = Annotated[Path, typer.Argument(help="The site's folder.")]
-Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the federation's own.")]
 
 
@@ -64,7 +63,7 @@ def site_start(path: SitePath) -> None:
 
 
 @site_app.command("check", epilog="Example: fedmide flower site check consortium/site-north")
-def site_check(path: SitePath, as_json: Json = False) -> None:
+def site_check(path: SitePath, as_json: AsJson = False) -> None:
     """Tell whether data, model, version, key and connection are right."""
     _check_installed()
     from fedmide.console import tell
@@ -74,7 +73,7 @@ def site_check(path: SitePath, as_json: Json = False) -> None:
     findings = check(SiteFolder.read(path), tell)
     problems = [finding.problem for finding in findings if finding.problem]
     if as_json:
-        _print({"checks": {finding.what: finding.problem or "ok" for finding in findings}})
+        print_json({"checks": {finding.what: finding.problem or "ok" for finding in findings}})
     else:
         sys.stdout.writelines(f"{finding.what}: {finding.problem or finding.found}\n" for finding in findings)
     if problems:
@@ -87,23 +86,24 @@ def run_(
     config: Annotated[Path | None, typer.Argument(help="Another configuration than the federation's own.")] = None,
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NNN in the server's.")] = None,
-    as_json: Json = False,
+    as_json: AsJson = False,
 ) -> None:
     """Rounds and personalisation at all sites; each site evaluates for itself."""
     _check_installed()
     from fedmide.config import load
     from fedmide.console import tell
     from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.journal import free_folder
     from fedmide.stages import start
 
     folder = ServerFolder.read(path)
     loaded = load(config or folder.path / "federation.toml", overrides)
-    _work(folder, start(loaded, out or _free(folder.path / "runs"), tell, elsewhere=folder.sites), as_json)
+    _work(folder, start(loaded, out or free_folder(folder.path / "runs"), tell, elsewhere=folder.sites), as_json)
 
 
 @app.command(epilog="Example: fedmide flower resume consortium/server consortium/server/runs/001")
 def resume(
-    path: ServerPath, run: Annotated[Path, typer.Argument(help="The run's folder.")], as_json: Json = False
+    path: ServerPath, run: Annotated[Path, typer.Argument(help="The run's folder.")], as_json: AsJson = False
 ) -> None:
     """Go on with a run from its last whole round."""
     _check_installed()
@@ -116,7 +116,7 @@ def resume(
 
 
 @app.command(epilog="Example: fedmide flower status consortium/server")
-def status(path: ServerPath, as_json: Json = False) -> None:
+def status(path: ServerPath, as_json: AsJson = False) -> None:
     """Tell who is connected and how far the run is."""
     _check_installed()
     from fedmide.flower.deployment import status as status_of
@@ -124,7 +124,7 @@ def status(path: ServerPath, as_json: Json = False) -> None:
 
     facts = status_of(ServerFolder.read(path))
     if as_json:
-        _print(facts)
+        print_json(facts)
         return
     sites = facts.pop("sites")
     assert isinstance(sites, Mapping)
@@ -152,20 +152,9 @@ def _work(folder: Any, opening: Any, as_json: bool) -> None:
         manifest = opened.folder.read_manifest()
     facts = {"run": str(opened.folder.path), "status": manifest["status"], "seconds": manifest["seconds"]}
     if as_json:
-        _print(facts)
+        print_json(facts)
     else:
         sys.stdout.write(f"{facts['status']}: {facts['run']}\n")
-
-
-def _free(parent: Path) -> Path:
-    number = 1
-    while (folder := parent / f"{number:03d}").exists():
-        number += 1
-    return folder
-
-
-def _print(values: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(values, indent=2) + "\n")
 
 
 def _check_installed() -> None:

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from fedmide.cli import flower
 from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, TrackerName, preset, print_json, track_run
 from fedmide.errors import UsageError
-from fedmide.flower import commands as flower_commands
 
 if TYPE_CHECKING:
     from fedmide.stages import Run, Sets
@@ -150,9 +150,9 @@ def _at_sites(
     if server is None:
         raise UsageError("--runtime flower needs --server", "Make a consortium with fedmide flower init")
     if resume is not None:
-        flower_commands.resume(server, resume, as_json)
+        flower.resume(server, resume, as_json)
     else:
-        flower_commands.run_(server, config, overrides, out, as_json)
+        flower.run_(server, config, overrides, out, as_json)
 
 
 def _reached(run: "Run", runtime: RuntimeName) -> AbstractContextManager["Run"]:
@@ -209,9 +209,9 @@ def _opened(
 def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractContextManager["Run"]:
     """A new run."""
     from fedmide.config import load
-    from fedmide.journal import check_new, free_folder
+    from fedmide.journal import RUNS, check_new, free_folder
 
-    path, loaded = out or free_folder(config.stem), load(config, overrides)
+    path, loaded = out or free_folder(RUNS, config.stem), load(config, overrides)
     check_new(path, loaded)  # a mistake is told before anything that takes long to import
     from fedmide import stages
     from fedmide.console import tell
