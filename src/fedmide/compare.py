@@ -98,7 +98,7 @@ class Work:
     opener: Kept = field(default_factory=Kept)
     done: int = 0
     worked: list[float] = field(default_factory=list)
-    trained: dict[str, RunFolder] = field(default_factory=dict)
+    trained: dict[str, Path] = field(default_factory=dict)
     """Runs whose rounds are whole, by what these follow from."""
 
     def run(self, attempt: Attempt, wanted: Sequence[StageName]) -> None:
@@ -106,14 +106,14 @@ class Work:
         has = _measured(attempt)
         self.done += 1
         if has is not None and set(wanted) <= has:
-            self.trained.setdefault(_before_tuning(attempt.config), reopen(attempt.path))
+            self.trained.setdefault(_before_tuning(attempt.config), attempt.path)
             return
         self.tell(f"{_title(attempt)}: run {self.done} of {self.num_runs}{self._left()}")
         begun = time.monotonic()
         with self._opened(attempt) as run:
             self._share_rounds(run)
             stages.train(run, self.progress)
-            self.trained.setdefault(_before_tuning(attempt.config), run.folder)
+            self.trained.setdefault(_before_tuning(attempt.config), attempt.path)
             stages.personalize(run, self.progress)
             if not (attempt.path / "validation.json").exists():
                 stages.validate(run)
@@ -129,12 +129,13 @@ class Work:
 
     def _share_rounds(self, run: stages.Run) -> None:
         """Gives a run without rounds those of one that differs in its tuning alone: they would be the same bytes."""
-        other = self.trained.get(_before_tuning(run.config))
-        if other is None or run.folder.has_rounds:
+        path = self.trained.get(_before_tuning(run.config))
+        if path is None or run.folder.has_rounds:
             return
+        other = reopen(path)
         ours, theirs = run.folder.read_manifest(), other.read_manifest()
         if all(ours[what] == theirs[what] for what in (*SAME_INPUTS, "threads", "commit")):
-            self.tell(f"the rounds are those of {other.path}")
+            self.tell(f"the rounds are those of {path}")
             run.folder.take_rounds(other, list(run.inputs.clients))
             run.folder.update_manifest(seconds={"trained": theirs["seconds"]["trained"]})
 

@@ -65,8 +65,9 @@ def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callab
         tell(_text(model, new_ids).rstrip(UNFINISHED).rstrip())
 
     model.continuations(ids, torch.ones_like(ids), max_new_tokens, take)
-    tell(_text(model, new_ids))
-    return _text(model, new_ids)
+    text = _text(model, new_ids)
+    tell(text)
+    return text
 
 
 def _text(model: LoraModel, ids: Sequence[int]) -> str:
@@ -83,4 +84,4 @@ def _decode(model: LoraModel, prompts: Sequence[np.ndarray], max_new_tokens: int
         ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
         mask[row, longest - len(prompt) :] = 1
     new_ids = model.continuations(ids, mask, max_new_tokens)
-    return [text.strip() for text in model.tokenizer.batch_decode(new_ids, skip_special_tokens=True)]
+    return [_text(model, row) for row in new_ids.tolist()]

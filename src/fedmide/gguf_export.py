@@ -32,15 +32,15 @@ def write_gguf(folder: Path, path: Path) -> None:
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    settings = _tokenizer_settings(folder)
-    if problems := list(_problems(config, tokenizer)):
+    described, ids = json.loads(tokenizer.to_str()), tokenizer.get_vocab()
+    if problems := list(_problems(config, described, len(ids))):
         raise ModelError(problems, "Export without --gguf")
     weights = load_file(folder / "model.safetensors")
     writer = gguf.GGUFWriter(path, "llama")
     try:
         writer.add_file_type(gguf.LlamaFileType.MOSTLY_BF16 if _is_bfloat16(weights) else gguf.LlamaFileType.ALL_F32)
         _write_shape(writer, config)
-        _write_tokenizer(writer, tokenizer, settings)
+        _write_tokenizer(writer, described, ids, _tokenizer_settings(folder))
         for name, weight in weights.items():
             _write_weight(writer, name, weight, config)
         writer.write_header_to_file()
@@ -61,17 +61,16 @@ def redo_rotary_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tenso
     return weight.reshape(num_heads, 2, rows // num_heads // 2, columns).swapaxes(1, 2).reshape(rows, columns)
 
 
-def _problems(config: Mapping[str, Any], tokenizer: Tokenizer) -> Iterator[str]:
+def _problems(config: Mapping[str, Any], described: Mapping[str, Any], num_tokens: int) -> Iterator[str]:
     """Why the model can't be written, or not so that it is read as it is."""
     if config["model_type"] != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
         yield f"a model of type {config['model_type']} can't be written as GGUF here, only Llama's without biases"
     elif config["rope_parameters"]["rope_type"] != "default":
         yield f"rotary embedding of type {config['rope_parameters']['rope_type']} can't be written as GGUF here"
-    described = json.loads(tokenizer.to_str())
     if described["model"]["type"] != "BPE" or _splitting(described) is None:
         yield "the tokenizer can't be written as GGUF here, only byte-level BPE as GPT-2's or SmolLM's"
-    elif tokenizer.get_vocab_size() != config["vocab_size"]:
-        yield f"{config['vocab_size']} tokens in the model, {tokenizer.get_vocab_size()} in its tokenizer"
+    elif num_tokens != config["vocab_size"]:
+        yield f"{config['vocab_size']} tokens in the model, {num_tokens} in its tokenizer"
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -101,16 +100,16 @@ def _write_shape(writer: gguf.GGUFWriter, config: Mapping[str, Any]) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_block_count(config["num_hidden_layers"])
     writer.add_head_count(heads)
-    writer.add_head_count_kv(config.get("num_key_value_heads") or heads)
+    writer.add_head_count_kv(_key_value_heads(config))
     writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // heads)
     writer.add_rope_freq_base(config["rope_parameters"]["rope_theta"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
 
 
-def _write_tokenizer(writer: gguf.GGUFWriter, tokenizer: Tokenizer, settings: Mapping[str, Any]) -> None:
-    described = json.loads(tokenizer.to_str())
+def _write_tokenizer(
+    writer: gguf.GGUFWriter, described: Mapping[str, Any], ids: Mapping[str, int], settings: Mapping[str, Any]
+) -> None:
     special = {each["id"] for each in described["added_tokens"] if each["special"]}
-    ids = tokenizer.get_vocab()
     tokens = sorted(ids, key=lambda token: ids[token])
     merges = [each if isinstance(each, str) else " ".join(each) for each in described["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
@@ -140,13 +139,18 @@ def _write_weight(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, conf
     if ".q_proj." in name:
         weight = redo_rotary_permutation(weight, config["num_attention_heads"])
     elif ".k_proj." in name:
-        weight = redo_rotary_permutation(weight, config["num_key_value_heads"])
+        weight = redo_rotary_permutation(weight, _key_value_heads(config))
     own = _gguf_name(name)
     if weight.dtype == torch.bfloat16 and weight.dim() > 1:
         bits = weight.contiguous().view(torch.uint8).numpy()
         writer.add_tensor(own, bits, raw_dtype=gguf.GGMLQuantizationType.BF16)
     else:
         writer.add_tensor(own, weight.float().contiguous().numpy())
+
+
+def _key_value_heads(config: Mapping[str, Any]) -> int:
+    """How many heads keys and values have; as many as queries where the model does not say."""
+    return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
 def _gguf_name(name: str) -> str:
