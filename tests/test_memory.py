@@ -166,12 +166,12 @@ from fedmide.tokens import Example
 
 lora = model.load(Path(sys.argv[1]), ModelConfig(dtype="float32", device="cpu"), LoraConfig())
 draw = np.random.default_rng(0)
-examples = [Example(RecordId(str(number)), draw.integers(0, 256, 200).astype(np.int64), 1) for number in range(100)]
+examples = [Example(RecordId(str(number)), draw.integers(0, 256, 200).astype(np.int64), 1) for number in range(400)]
 few = scoring.nll(lora, examples[:3], "all", 200)
 lora.scoring_room.tell = print
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 24 * 10**6,) * 2)  # one tensor of a pass of 20,000 tokens has 41 MB
-found = scoring.nll(lora, examples, "all", 20_000)
+resource.setrlimit(resource.RLIMIT_AS, (size + 24 * 10**6,) * 2)  # a pass of 80,000 tokens needs some ten times that
+found = scoring.nll(lora, examples, "all", 80_000)
 assert all(abs(one.sum - two.sum) < 1e-5 * two.sum for one, two in zip(found, few))
 """
 """Scores in a process of its own: this one has memory that was given back and may be used again."""
@@ -185,7 +185,7 @@ def test_memory_that_really_ends(tiny_folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (told,) = done.stdout.splitlines()
-    assert told.startswith("memory has no room for scoring.tokens_per_batch = 20000: from here on")
+    assert told.startswith("memory has no room for scoring.tokens_per_batch = 80000: from here on")
 
 
 def test_a_run_tells_it_and_ends_well(small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
