@@ -24,7 +24,7 @@ from bench.ours import Federation, timed_work
 from bench.stock import Stock
 from bench.timing import alternating, figure, once, ratios, seconds
 from bench.workload import Workload, workload
-from fedmide import adapters, generation, scoring, training
+from fedmide import adapters, devices, generation, scoring, training
 from fedmide.checkpoints import locate
 from fedmide.client import handle
 from fedmide.evaluation.measure import measure
@@ -80,13 +80,16 @@ def _facts() -> Figures:
 
 
 def peak() -> Figures:
-    """Products at the model's shapes, layer after layer as in a pass, so that no weight is still in the cache."""
+    """Products at the model's shapes, layer after layer as in a pass, so that no weight is still in the cache.
+
+    In float32, and in the type that the model has here where that is another.
+    """
     work = workload("model.dtype=float32")
     config = work.inputs.resident.model.network.get_base_model().config
     hidden, inner, keys = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     shapes = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
     found: Figures = {}
-    for dtype, name in ((torch.float32, "peak_float32_gflops"), (torch.bfloat16, "peak_bfloat16_gflops")):
+    for dtype in sorted({torch.float32, _own_type()}, key=str):
         weights = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(config.num_hidden_layers)]
         best: list[float] = []
         for rows in (512, 1024, 2048):
@@ -100,14 +103,14 @@ def peak() -> Figures:
             work_done = 2 * rows * sum(weight.numel() for layer in weights for weight in layer) / 1e9
             runs = [work_done / each for each in seconds(products, 5)]
             best = max(best, runs, key=statistics.median) if best else runs
-        found[name] = figure(best, 0)
+        found[_peak_name(dtype)] = figure(best, 0)
     return found
 
 
 def shares() -> Iterator[Figures]:
-    """Scoring and training as a share of the bfloat16 peak: operations that must be done over time."""
+    """Scoring and training as a share of the peak in the model's type: operations that must be done over time."""
     work, found = workload(), peak()
-    top = found["peak_bfloat16_gflops"]["value"]
+    top = found[_peak_name(_own_type())]["value"]
     examples = _examples(work)
     model, config = work.inputs.resident.model, work.config
     model.put(work.inputs.fresh_adapter())
@@ -143,7 +146,7 @@ def rounds() -> Iterator[Figures]:
     """A whole round against the stock one: as a user would run that, at equal precision, with kept prefixes."""
     pairs = {
         "round_speedup_as_run": ((), torch.float32),
-        "round_speedup_equal_precision": ((), torch.bfloat16),
+        "round_speedup_equal_precision": ((), _own_type()),
         "round_speedup_float32": (("model.dtype=float32",), torch.float32),
         "prefix_cache_round_speedup": (("lora.blocks=top:8",), torch.float32),
     }
@@ -268,6 +271,15 @@ MEASURES = {
     "many clients": many,
     "whole rounds": rounds,
 }
+
+
+def _own_type() -> torch.dtype:
+    """The type that the model has on this machine where none is set."""
+    return devices.dtype("auto", torch.device("cpu"))
+
+
+def _peak_name(dtype: torch.dtype) -> str:
+    return f"peak_{str(dtype).removeprefix('torch.')}_gflops"
 
 
 def _examples(work: Workload) -> list[Example]:
