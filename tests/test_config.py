@@ -13,6 +13,8 @@ from pydantic import BaseModel, ValidationError
 
 from fedmide.config import (
     METHOD_TABLES,
+    PRESETS,
+    VARIANTS,
     Config,
     MethodName,
     agreed,
@@ -26,7 +28,8 @@ from fedmide.config import (
 )
 from fedmide.errors import ConfigError
 
-METHOD = Path(__file__).resolve().parents[1].parent / "shared" / "method.md"
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+METHOD = EXAMPLES.parents[1] / "shared" / "method.md"
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "8 clients": {"data.source": "published", "data.clients": 0},  # all that there are
@@ -500,6 +503,19 @@ def test_the_original_preset_is_the_published_method_and_the_default() -> None:
     assert (config.scoring.kind, config.scoring.without_own, config.scoring.positions) == ("ratio", False, "all")
     assert (config.enrollment.rule, config.enrollment.softness) == ("otsu-256", 0.0)
     assert (config.personalization.personal_weight, config.personalization.interpolation) == (1.0, [1.0])
+
+
+@pytest.mark.parametrize("example", ["compare.toml", "compare-medical.toml"])
+def test_the_recommended_preset_is_the_variant_that_was_measured(example: str) -> None:
+    assert read_toml(EXAMPLES / example)[VARIANTS]["interpolated-no-reset"] == PRESETS["recommended"]
+
+
+def test_the_recommended_preset_leaves_what_the_user_says() -> None:
+    config = parse({"preset": "recommended", "scoring": {"positions": "all"}})
+    assert (config.scoring.positions, config.warmup.reset) == ("all", False)
+    assert config.personalization.interpolation == [0.0, 0.25, 0.5, 0.75, 1.0]
+    other = parse({"preset": "recommended", "method": "fedavg-ft"})
+    assert other.personalization.interpolation == [1.0], "fedmide's alone"
 
 
 def test_a_preset_says_what_the_user_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ DataSource = Literal["published", "files", "table", "medical"]
 ThresholdRule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]
 SplitRule = Literal["score", "random", "reversed", "length-matched"]
 ScoreKind = Literal["ratio", "relative-gap"]
-PresetName = Literal["original"]
+PresetName = Literal["original", "recommended"]
 MethodName = Literal[
     "fedmide",
     "local",
@@ -390,8 +390,18 @@ class RuntimeConfig(Section):
 VARIANTS = "variants"
 """The table of a file that names variants for a comparison, `[variants.NAME]`: no part of a run's configuration."""
 
-PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType({"original": {}})
-"""FedMIDE's knobs that a preset sets otherwise than the published method has them."""
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "original": {},
+        "recommended": {
+            "warmup": {"reset": False},
+            "scoring": {"positions": "response"},
+            "personalization": {"interpolation": [0.0, 0.25, 0.5, 0.75, 1.0]},
+        },
+    }
+)
+"""FedMIDE's knobs that a preset sets otherwise than the published method has them; docs/results.md says how the
+recommended ones were chosen."""
 
 METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
     {
@@ -417,7 +427,8 @@ class Config(Section):
     `enrollment` and `personalization.records` are fedmide's alone: with any other method there is no warm-up and every
     training record trains."""
     preset: PresetName = "original"
-    """What fedmide's knobs are where nothing else is said: "original", the published method's."""
+    """What fedmide's knobs are where nothing else is said: "original", the published method's, or "recommended": scores
+    on the response, no restart after the warm-up, and a beta for each client by its validation records."""
     seed: Count = 0
     """Every random draw follows from it."""
     data: DataConfig = DataConfig()
