@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmide.config import Config, apply_overrides, load, parse
+from fedmide.config import Config, apply_overrides, parse
 from fedmide.inputs import Inputs, read
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "fedmide-data"
@@ -27,8 +27,3 @@ def workload(*overrides: str) -> Workload:
     values = apply_overrides({}, [*source, *sizes, *common, "scoring.positions=response", *overrides])
     config = parse(values)
     return Workload(config, read(config))
-
-
-def demo() -> Config:
-    """The demo's configuration."""
-    return load(Path(__file__).resolve().parents[1] / "examples" / "demo.toml")

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +16,7 @@ import pytest
 
 from fedmide.config import apply_overrides, load, read_toml
 from fedmide.flower.processes import end, free_port
+from tests.flower.waiting import until
 
 FAULTY = Path(__file__).with_name("faulty.py")
 SITES = ("a", "b", "c")
@@ -150,14 +150,6 @@ def popen(*arguments: str) -> subprocess.Popen[str]:
         env=environment(),
         preexec_fn=die_with_parent,  # noqa: PLW1509
     )
-
-
-def until(true: Callable[[], Any], seconds: float = 240.0) -> None:
-    """Waits for something to come true."""
-    limit = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.1)
 
 
 @pytest.fixture(scope="session")

@@ -32,6 +32,7 @@ from fedmide.flower.serverfolder import ServerFolder
 from fedmide.flower.sitefolder import SiteFolder
 from fedmide.flower.supervision import superexec_command, supernode_command
 from fedmide.journal import reopen
+from tests.flower.waiting import until
 
 pytestmark = pytest.mark.flower
 
@@ -51,13 +52,6 @@ def ended(process: subprocess.Popen[str], seconds: float = 300.0) -> str:
     said: str = process.communicate(timeout=seconds)[0]
     sys.stdout.write(said)
     return said
-
-
-def until(true: Any, seconds: float = 240.0) -> None:
-    limit = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < limit, "waited too long"
-        time.sleep(0.1)
 
 
 def rows(out: Path) -> dict[tuple[int, str], str]:
