@@ -71,6 +71,10 @@ def written_out(lora: LoraModel, batch: Batch, scale: float, seed: int = 0) -> t
     return losses.numpy(), found
 
 
+ROUNDING = 1e-4
+"""What gradients may differ by, relatively: float32 in another order, 4e-5 seen with AVX2, under 2e-5 with AVX-512."""
+
+
 def far(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
     """The largest relative distance of a tensor."""
     assert one.keys() == two.keys()
@@ -88,7 +92,7 @@ def test_losses_and_gradients_are_those_of_the_modules(
         theirs, their_gradients = by_modules(lora, batch, 0.1)
         ours, our_gradients = written_out(lora, batch, 0.1)
         assert ours == pytest.approx(theirs, rel=1e-5)
-        assert far(our_gradients, their_gradients) < 2e-5
+        assert far(our_gradients, their_gradients) < ROUNDING
         lora.prepare(training=False)
         assert lora.nll(batch).numpy() == pytest.approx(theirs, rel=1e-5)
 
@@ -107,7 +111,7 @@ def test_any_grouping_of_heads(
     batch = one_batch(random_examples(5, longest=30), "all")
     theirs, their_gradients = by_modules(lora, batch, 1.0)
     ours, our_gradients = written_out(lora, batch, 1.0)
-    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
+    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < ROUNDING
 
 
 @pytest.mark.parametrize(("queries", "scores"), [(7, 1), (16, 700), (128, 2**19)])
@@ -120,7 +124,7 @@ def test_attention_in_parts_is_the_same(
     monkeypatch.setattr(attention, "QUERIES", queries)
     monkeypatch.setattr(attention, "SCORES", scores)
     ours, our_gradients = written_out(lora, batch, 1.0)
-    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
+    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < ROUNDING
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
@@ -170,7 +174,7 @@ def test_texts_too_long_go_through_the_modules(
     monkeypatch.setattr(attention, "MAX_LENGTH", 29)
     monkeypatch.setattr(passes, "hidden", None)
     long = written_out(lora, batch, 1.0)
-    assert long[0] == pytest.approx(short[0], rel=1e-5) and far(long[1], short[1]) < 2e-5
+    assert long[0] == pytest.approx(short[0], rel=1e-5) and far(long[1], short[1]) < ROUNDING
     assert lora.nll(batch).numpy() == pytest.approx(short[0], rel=1e-5)
 
 
@@ -242,7 +246,7 @@ def test_dropout_is_pefts_given_the_same_masks(
     with given_masks(lora, masks, 1 / (1 - again.rate)):
         theirs, their_gradients = by_modules(lora, batch, 1.0)
     assert next(masks, None) is None
-    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 1e-4
+    assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < ROUNDING
     other, _ = written_out(lora, batch, 1.0, seed=8)
     assert np.abs(other - ours).max() > 1e-3
     assert written_out(lora, batch, 1.0, seed=7)[0].tobytes() == ours.tobytes()
@@ -375,7 +379,7 @@ def test_kept_states_give_the_losses_and_gradients_of_the_whole_model(
     theirs, their_gradients = by_modules(plain, batch, 1.0)
     for _ in range(2):  # computed, then kept
         ours, our_gradients = written_out(kept, batch, 1.0)
-        assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < 2e-5
+        assert ours == pytest.approx(theirs, rel=1e-5) and far(our_gradients, their_gradients) < ROUNDING
 
 
 # --- bfloat16

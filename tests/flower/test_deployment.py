@@ -96,7 +96,7 @@ def test_replies_that_can_t_be_used_are_refused_and_nothing_of_a_patient_leaves(
     consortium: Any, tmp_path: Path
 ) -> None:
     consortium.fault("b", round_m1="truncated", round_0="nan", round_1="raise", round_2="raise")
-    consortium.fault("c", round_m1="shape", round_0="huge", round_1="slow:50", round_2="disk")
+    consortium.fault("c", round_m1="shape", round_0="huge", round_1="slow:35", round_2="disk")
     out = consortium.server / "runs" / "faults"
     settings = ("replies.quorum=0.3", "replies.deadline_seconds=30", "replies.max_update_norm=100")
     said = ended(consortium.run(out, *settings))
