@@ -17,9 +17,10 @@ from hypothesis import settings
 from fedmide import adapters, stages
 from fedmide.checkpoints import locate
 from fedmide.client import ClientState
-from fedmide.config import Config, Positions, apply_overrides, load, parse
+from fedmide.config import Config, apply_overrides, load, parse
 from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan, total
 from fedmide.records import RecordId
+from fedmide.sections import Positions
 from fedmide.tokens import Example
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
@@ -109,7 +110,7 @@ def shape_folder(
 def shape_model(shape_folder: Path) -> Any:
     """The model in `shape_folder` in float32 under adapters on all its linear layers; a test puts in its own."""
     from fedmide import model
-    from fedmide.config import LoraConfig, ModelConfig
+    from fedmide.sections import LoraConfig, ModelConfig
 
     config = ModelConfig(name="small", dtype="float32", device="cpu")
     return model.load(shape_folder, config, LoraConfig(targets="all-linear", dropout=0.5))

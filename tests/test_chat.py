@@ -12,10 +12,10 @@ import torch
 from typer.testing import CliRunner
 
 from fedmide import adapters, chat, cli, generation, model, showing
-from fedmide.config import LoraConfig, ModelConfig
 from fedmide.errors import DataError, ModelError, RunFolderError, UsageError
 from fedmide.journal import RunFolder, reopen
 from fedmide.records import Record, RecordId
+from fedmide.sections import LoraConfig, ModelConfig
 from fedmide.tokens import Example
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -16,7 +16,6 @@ from fedmide.config import (
     PRESETS,
     VARIANTS,
     Config,
-    MethodName,
     agreed,
     apply_overrides,
     fingerprint,
@@ -27,6 +26,7 @@ from fedmide.config import (
     to_toml,
 )
 from fedmide.errors import ConfigError
+from fedmide.sections import MethodName
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 METHOD = EXAMPLES.parents[1] / "shared" / "method.md"

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide.config import ThresholdRule
 from fedmide.enrollment import Verdict, enroll, members, rearranged, relative_gap, score, split, weight
 from fedmide.records import RecordId
+from fedmide.sections import ThresholdRule
 from fedmide.thresholds import RULES
 
 nlls = st.floats(0.0, 20.0)

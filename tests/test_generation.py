@@ -13,9 +13,9 @@ import torch
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 from fedmide import adapters, generation, model
-from fedmide.config import LoraConfig, ModelConfig
 from fedmide.model import LoraModel
 from fedmide.records import RecordId
+from fedmide.sections import LoraConfig, ModelConfig
 from fedmide.tokens import Example
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -12,11 +12,12 @@ import pytest
 import torch
 
 from fedmide import model, scoring, stages, training
-from fedmide.config import LoraConfig, ModelConfig, TrainingConfig, load
+from fedmide.config import load
 from fedmide.errors import ModelError
 from fedmide.localmodel import Adapter, TrainingPlan
 from fedmide.memory import Room, is_out_of_memory
 from fedmide.model import LoraModel
+from fedmide.sections import LoraConfig, ModelConfig, TrainingConfig
 from fedmide.tokens import Batch, Example
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -160,7 +161,7 @@ import resource, sys
 from pathlib import Path
 import numpy as np
 from fedmide import model, scoring
-from fedmide.config import LoraConfig, ModelConfig
+from fedmide.sections import LoraConfig, ModelConfig
 from fedmide.records import RecordId
 from fedmide.tokens import Example
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from fedmide import adapters, model, scoring
 from fedmide.checkpoints import locate
-from fedmide.config import LoraConfig, ModelConfig
 from fedmide.errors import ModelError
 from fedmide.localmodel import Adapter
 from fedmide.model import LoraModel, peft_files
+from fedmide.sections import LoraConfig, ModelConfig
 from fedmide.tokens import Example
 
 FLOAT32 = ModelConfig(name="tiny-random", dtype="float32", device="cpu")

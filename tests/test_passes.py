@@ -17,11 +17,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedmide import attention, model, passes
 from fedmide.attention import Attended
-from fedmide.config import LoraConfig, ModelConfig, Positions
 from fedmide.decoder import Dropout
 from fedmide.localmodel import Adapter
 from fedmide.model import LoraModel
 from fedmide.products import Product
+from fedmide.sections import LoraConfig, ModelConfig, Positions
 from fedmide.tokens import Batch, Example, batches, pad
 from fedmide.workers import Workers
 

@@ -13,11 +13,11 @@ from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 
 from fedmide import adapters, model, quantization, scoring, training
 from fedmide.checkpoints import locate
-from fedmide.config import LoraConfig, ModelConfig, PromptConfig, TrainingConfig
 from fedmide.errors import ModelError
 from fedmide.localmodel import TrainingPlan, total
 from fedmide.model import LoraModel, peft_files
 from fedmide.records import Record
+from fedmide.sections import LoraConfig, ModelConfig, PromptConfig, TrainingConfig
 from fedmide.tokens import Example, encode_all, encoder, pad
 
 pytestmark = pytest.mark.usefixtures("one_thread")

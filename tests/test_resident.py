@@ -9,18 +9,11 @@ import pytest
 import torch
 
 from fedmide import resident as resident_module
-from fedmide.config import (
-    Config,
-    GenerationConfig,
-    LoraConfig,
-    ModelConfig,
-    RuntimeConfig,
-    ScoringConfig,
-    TrainingConfig,
-)
+from fedmide.config import Config
 from fedmide.errors import ModelError
 from fedmide.localmodel import Adapter, LocalModel, TrainingPlan
 from fedmide.resident import Resident, open_model
+from fedmide.sections import GenerationConfig, LoraConfig, ModelConfig, RuntimeConfig, ScoringConfig, TrainingConfig
 from fedmide.tokens import Example
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,10 +14,10 @@ from transformers import AutoModelForCausalLM
 
 from fedmide import adapters, model, scoring
 from fedmide.checkpoints import locate
-from fedmide.config import LoraConfig, ModelConfig, Positions, PromptConfig
 from fedmide.localmodel import Nll
 from fedmide.model import LoraModel
 from fedmide.records import Record
+from fedmide.sections import LoraConfig, ModelConfig, Positions, PromptConfig
 from fedmide.tokens import Example, encode_all, encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

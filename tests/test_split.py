@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide.config import DataConfig
 from fedmide.errors import DataError
 from fedmide.records import ClientData, Record, RecordId, client_data
+from fedmide.sections import DataConfig
 from fedmide.seeds import entropy
 from fedmide.split import Leak, Parts, group, leaks, limit, split
 

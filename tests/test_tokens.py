@@ -14,10 +14,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from fedmide.checkpoints import locate
-from fedmide.config import ModelConfig, PromptConfig
 from fedmide.errors import DataError, ModelError
 from fedmide.prompts import ALPACA, Template, render
 from fedmide.records import Record, RecordId
+from fedmide.sections import ModelConfig, PromptConfig
 from fedmide.tokens import ROOM, WORTH_PARTING, Encoder, Example, batches, encode_all, encoder, pad
 
 EOS, USER, ASSISTANT = 257, 258, 259

@@ -19,10 +19,10 @@ from transformers import AutoModelForCausalLM, get_linear_schedule_with_warmup
 
 from fedmide import adapters, model, scoring, training
 from fedmide.checkpoints import locate
-from fedmide.config import LoraConfig, ModelConfig, PromptConfig, TrainingConfig
 from fedmide.localmodel import Adapter, TrainingPlan, total
 from fedmide.model import LoraModel
 from fedmide.records import Record
+from fedmide.sections import LoraConfig, ModelConfig, PromptConfig, TrainingConfig
 from fedmide.tokens import Example, encode_all, encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

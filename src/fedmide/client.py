@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from fedmide import methods
 from fedmide.adapters import between, is_finite
 from fedmide.aggregation import weighted_mean
-from fedmide.config import Config, TrainingConfig
+from fedmide.config import Config
 from fedmide.enrollment import Verdict, enroll, rearranged, split, weight
 from fedmide.errors import MessageError
 from fedmide.ledger import Ledger, Standing, before, measurements, scores, standing, verdicts
@@ -36,6 +36,7 @@ from fedmide.messages import ClientReply, ClientTask, Metric, MetricName
 from fedmide.methods.fedmide import adapter_alone, without_own
 from fedmide.methods.method import Visit
 from fedmide.records import RecordId
+from fedmide.sections import TrainingConfig
 from fedmide.seeds import stream
 from fedmide.tokens import Example
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from fedmide import __version__, stages
 from fedmide.atomic import to_json, write_file
-from fedmide.config import Config, PersonalizationConfig, fingerprint
+from fedmide.config import Config, fingerprint
 from fedmide.entrants import Budget, Entrant, entrants
 from fedmide.errors import RunFolderError, UsageError
 from fedmide.evaluation.comparison import Outcome, compare
@@ -34,6 +34,7 @@ from fedmide.evaluation.tables import sheets, to_html, to_markdown, validation_s
 from fedmide.inputs import Tell
 from fedmide.journal import RunFolder, locked, reopen
 from fedmide.resident import Kept
+from fedmide.sections import PersonalizationConfig
 from fedmide.stages import Progress, silent
 
 BASE = "base"

@@ -2,8 +2,8 @@
 
 import torch
 
-from fedmide.config import Device, Dtype
 from fedmide.errors import ModelError
+from fedmide.sections import Device, Dtype
 
 CPU_BFLOAT16 = ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16")
 """What torch calls a processor's instructions for products in bfloat16, on x86 and ARM."""

@@ -13,8 +13,8 @@ from typing import Literal
 import numpy as np
 from scipy.special import expit
 
-from fedmide.config import NATURAL, ScoreKind, SplitRule, ThresholdRule
 from fedmide.records import RecordId
+from fedmide.sections import NATURAL, ScoreKind, SplitRule, ThresholdRule
 from fedmide.thresholds import RULES
 
 SetName = Literal["shared", "personal"]

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from fedmide import methods
-from fedmide.config import VARIANTS, Config, MethodName, for_method, parse, without_variants
+from fedmide.config import VARIANTS, Config, for_method, parse, without_variants
 from fedmide.errors import ConfigError, UsageError
+from fedmide.sections import MethodName
 from fedmide.sources import load
 from fedmide.training import num_steps
 

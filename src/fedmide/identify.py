@@ -10,7 +10,7 @@ from typing import Any
 
 from fedmide import server
 from fedmide.client import ClientState
-from fedmide.config import Config, Positions, fingerprint
+from fedmide.config import Config, fingerprint
 from fedmide.errors import ConfigError
 from fedmide.evaluation.identification import Moment, Site, summarize
 from fedmide.inputs import Inputs, Tell, read
@@ -19,6 +19,7 @@ from fedmide.localmodel import Adapter
 from fedmide.messages import ClientTask
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
+from fedmide.sections import Positions
 from fedmide.server import Delivery
 from fedmide.sources.identification import KnownSites, Scenario, build
 from fedmide.stages import Advance, Progress, silent

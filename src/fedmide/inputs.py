@@ -16,13 +16,14 @@ import torch
 from fedmide import __version__
 from fedmide.checkpoints import fingerprint as model_fingerprint
 from fedmide.checkpoints import locate
-from fedmide.config import Config, DataConfig, ModelConfig, agreed
+from fedmide.config import Config, agreed
 from fedmide.config import fingerprint as config_fingerprint
 from fedmide.errors import DataError, ModelError, UserError
 from fedmide.localmodel import Adapter
 from fedmide.prompts import prompt_hash, resolve
 from fedmide.records import ClientData, Record
 from fedmide.resident import Opener, Resident, open_model
+from fedmide.sections import DataConfig, ModelConfig
 from fedmide.sources import load as load_data
 from fedmide.tokens import Encoder, Example, encode_all, encoder
 

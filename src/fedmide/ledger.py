@@ -13,11 +13,11 @@ from typing import ClassVar
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from fedmide.atomic import lines_of
-from fedmide.config import ScoreKind
 from fedmide.enrollment import SCORES, Reason, SetName, Verdict, members
 from fedmide.errors import RunFolderError
 from fedmide.localmodel import Nll
 from fedmide.records import RecordId
+from fedmide.sections import ScoreKind
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,8 @@ from typing import Literal, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmide.config import Config, PersonalizationConfig, Positions, TrainingConfig
+from fedmide.config import Config
+from fedmide.sections import PersonalizationConfig, Positions, TrainingConfig
 from fedmide.seeds import entropy
 from fedmide.tokens import Example
 

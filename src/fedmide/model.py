@@ -40,13 +40,13 @@ from transformers.pytorch_utils import Conv1D
 
 from fedmide import adapters, attention, devices, fusion, passes, quantization
 from fedmide.basis import BaseWeights
-from fedmide.config import LoraConfig, ModelConfig, Quantization
 from fedmide.decoder import Dropout
 from fedmide.errors import ModelError, first_line
 from fedmide.fusion import Flat
 from fedmide.localmodel import Adapter
 from fedmide.memory import Room
 from fedmide.prefixes import Prefixes
+from fedmide.sections import LoraConfig, ModelConfig, Quantization
 from fedmide.tokens import Batch
 from fedmide.workers import Workers
 

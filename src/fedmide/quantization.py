@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fedmide.config import Quantization
 from fedmide.errors import ModelError
+from fedmide.sections import Quantization
 
 LAYERS = ("Linear8bitLt", "Linear4bit")
 

@@ -13,10 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from fedmide import adapters, generation, methods, scoring, training
-from fedmide.config import Config, LoraConfig, Positions
+from fedmide.config import Config
 from fedmide.localmodel import ZERO, Adapter, Epoch, Nll, TrainingPlan
 from fedmide.model import LoraModel, load
 from fedmide.routing import routed
+from fedmide.sections import LoraConfig, Positions
 from fedmide.threads import available_cores, free_threads
 from fedmide.tokens import Example
 

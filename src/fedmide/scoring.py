@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from fedmide.config import Positions
 from fedmide.localmodel import Nll
 from fedmide.model import LoraModel
+from fedmide.sections import Positions
 from fedmide.tokens import Example, batches
 
 

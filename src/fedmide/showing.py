@@ -12,9 +12,10 @@ from typing import Any, Literal
 from rich.console import Group, RenderableType
 from rich.text import Text
 
-from fedmide.config import Config, Positions
+from fedmide.config import Config
 from fedmide.errors import DataError
 from fedmide.records import Record
+from fedmide.sections import Positions
 from fedmide.tokens import Encoder, Example, encoder
 
 Kind = Literal["prompt", "response", "cut"]

@@ -14,9 +14,9 @@ from unicodedata import normalize
 
 import numpy as np
 
-from fedmide.config import DataConfig
 from fedmide.errors import DataError
 from fedmide.records import ClientData, Record, canonical_text, client_data
+from fedmide.sections import DataConfig
 from fedmide.seeds import entropy, stream
 
 HeldOut = Literal["validation", "test"]

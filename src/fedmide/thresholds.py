@@ -12,7 +12,7 @@ from types import MappingProxyType
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from fedmide.config import ThresholdRule
+from fedmide.sections import ThresholdRule
 
 NUM_BINS = 256
 

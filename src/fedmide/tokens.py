@@ -19,10 +19,10 @@ import numpy as np
 from jinja2 import TemplateError
 from numpy.typing import NDArray
 
-from fedmide.config import ModelConfig, Positions, PromptConfig
 from fedmide.errors import DataError, ModelError
 from fedmide.prompts import Template, chat_messages, render, resolve
 from fedmide.records import Record, RecordId
+from fedmide.sections import ModelConfig, Positions, PromptConfig
 
 ROOM = 4
 """A prompt is cut so that the response gets its length or this part of the cutoff, whichever is less: 1 / ROOM."""

@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmide.config import TrainingConfig
 from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan, rate_at
 from fedmide.model import LoraModel
+from fedmide.sections import TrainingConfig
 from fedmide.tokens import Batch, Example, batches
 
 PASSES = 2**20

@@ -8,9 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from fedmide.config import Config, ModelConfig, RuntimeConfig
+from fedmide.config import Config
 from fedmide.localmodel import Adapter
 from fedmide.resident import Resident, open_model
+from fedmide.sections import ModelConfig, RuntimeConfig
 
 
 @pytest.fixture(scope="module")

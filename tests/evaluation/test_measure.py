@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from fedmide.atomic import to_json
-from fedmide.config import Config, EvaluationConfig, ModelConfig, PromptConfig, RuntimeConfig
+from fedmide.config import Config
 from fedmide.evaluation.choice import choice_accuracy, draw_choices
 from fedmide.evaluation.measure import Measured, measure
 from fedmide.evaluation.summary import stage_figures
@@ -18,6 +18,7 @@ from fedmide.localmodel import Adapter
 from fedmide.prompts import ALPACA, Template, render
 from fedmide.records import ClientData, Record, client_data
 from fedmide.resident import Resident
+from fedmide.sections import EvaluationConfig, ModelConfig, PromptConfig, RuntimeConfig
 from fedmide.tokens import Encoder, encoder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

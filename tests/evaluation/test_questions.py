@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from fedmide.atomic import to_json
-from fedmide.config import Config, ModelConfig, RuntimeConfig
+from fedmide.config import Config
 from fedmide.evaluation.questions import Scored, draw_questions, score_questions, set_figures
 from fedmide.localmodel import Adapter
 from fedmide.resident import Resident
+from fedmide.sections import ModelConfig, RuntimeConfig
 from fedmide.sources.questions import FORMS, Question, fingerprint
 from fedmide.tokens import encoder
 

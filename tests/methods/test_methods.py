@@ -10,9 +10,10 @@ import pytest
 
 from fedmide import adapters, methods, server
 from fedmide.client import handle
-from fedmide.config import METHOD_TABLES, Config, MethodName, for_method, parse
+from fedmide.config import METHOD_TABLES, Config, for_method, parse
 from fedmide.errors import ConfigError
 from fedmide.messages import ClientReply
+from fedmide.sections import MethodName
 from fedmide.server import Delivery
 
 ALL = [name for name in get_args(MethodName) if name != "central"]

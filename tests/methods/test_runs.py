@@ -9,9 +9,10 @@ from typing import Any, get_args
 import pytest
 
 from fedmide import stages
-from fedmide.config import MethodName, load
+from fedmide.config import load
 from fedmide.errors import RunFolderError
 from fedmide.methods import METHODS
+from fedmide.sections import MethodName
 
 QUICK = ("generation.enabled=false", "data.max_test_records=2", "lora.blocks=top:1", "data.validation_fraction=0.2")
 

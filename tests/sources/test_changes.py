@@ -5,9 +5,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide.config import Config, DataConfig
+from fedmide.config import Config
 from fedmide.errors import DataError
 from fedmide.records import ClientData, Record, client_data
+from fedmide.sections import DataConfig
 from fedmide.sources import load
 from fedmide.sources.changes import noisy, pieces
 from fedmide.split import group

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmide.config import DataConfig
 from fedmide.records import Record, client_data
+from fedmide.sections import DataConfig
 from fedmide.sources import load
 from fedmide.sources.check import Lengths, PartReport, check
 from fedmide.split import Leak

@@ -12,9 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedmide.config import DataConfig, FieldNames
 from fedmide.errors import DataError
 from fedmide.records import Record
+from fedmide.sections import DataConfig, FieldNames
 from fedmide.sources import load
 from fedmide.sources.files import natural_order, read_folder, read_records, read_table
 from fedmide.sources.scored import read_scores

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmide.config import FieldNames
 from fedmide.errors import DataError, RunFolderError
 from fedmide.records import ClientData, Record, canonical_text
+from fedmide.sections import FieldNames
 from fedmide.sources import knowledge, medical, medical_tasks, ontologies, vocabularies
 from fedmide.sources.check import check
 from fedmide.sources.files import read_folder

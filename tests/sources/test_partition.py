@@ -11,9 +11,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedmide.config import DataConfig, FieldNames
 from fedmide.errors import DataError, RunFolderError, UsageError
 from fedmide.records import Record
+from fedmide.sections import DataConfig, FieldNames
 from fedmide.sources import load, picture
 from fedmide.sources.partition import (
     Labelled,

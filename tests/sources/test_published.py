@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from fedmide.config import DataConfig, FieldNames
 from fedmide.errors import DataError
 from fedmide.records import canonical_text
+from fedmide.sections import DataConfig, FieldNames
 from fedmide.sources import load
 from fedmide.sources.files import read_records
 from fedmide.sources.published import read_published

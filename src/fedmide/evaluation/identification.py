@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedmide.config import Positions
 from fedmide.enrollment import score
 from fedmide.evaluation.intervals import ends
 from fedmide.localmodel import Nll
 from fedmide.records import RecordId
+from fedmide.sections import Positions
 from fedmide.seeds import stream
 
 Figures = dict[str, Any]

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import get_args
 
-from fedmide.config import OWN_METHOD, Config, MethodName
+from fedmide.config import Config
 from fedmide.errors import ConfigError
 from fedmide.methods.adaptive import FEDADAGRAD, FEDADAM, FEDAVGM, FEDYOGI
 from fedmide.methods.averaging import CENTRAL, FEDAVG, FEDAVG_FT, FEDPROX, LOCAL
@@ -17,6 +17,7 @@ from fedmide.methods.halves import FEDSA_LORA, FFA_LORA
 from fedmide.methods.method import Method
 from fedmide.methods.scaffold import SCAFFOLD
 from fedmide.methods.stacking import FEDEX_LORA, FLORA
+from fedmide.sections import OWN_METHOD, MethodName
 
 _ALL = (
     *(FEDMIDE, LOCAL, CENTRAL, FEDAVG, FEDAVG_FT, FEDPROX),

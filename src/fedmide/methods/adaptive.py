@@ -18,9 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmide.adapters import prefixed, under
-from fedmide.config import AdaptiveConfig, Config, MethodName
+from fedmide.config import Config
 from fedmide.localmodel import Adapter
 from fedmide.methods.method import Answer, Common, Method, mean
+from fedmide.sections import AdaptiveConfig, MethodName
 
 Array = NDArray[np.float64]
 Arrays = dict[str, Array]

@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from fedmide.config import DataConfig, DataSource
 from fedmide.errors import DataError
 from fedmide.records import ClientData
+from fedmide.sections import DataConfig, DataSource
 from fedmide.sources.changes import noisy, pieces
 from fedmide.sources.files import read_folder, read_table
 from fedmide.sources.published import is_published, read_published

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from fedmide.config import FieldNames
 from fedmide.errors import DataError
 from fedmide.records import Record
+from fedmide.sections import FieldNames
 from fedmide.split import Parts
 
 T = TypeVar("T")

@@ -17,9 +17,9 @@ from typing import Literal
 import numpy as np
 
 from fedmide.atomic import write_file, write_folder
-from fedmide.config import FieldNames
 from fedmide.errors import DataError, RunFolderError, UsageError
 from fedmide.records import Record
+from fedmide.sections import FieldNames
 from fedmide.seeds import entropy, stream
 from fedmide.sources.files import Part, Reading, Row, checked_record, gathered, rows_of, sound
 from fedmide.split import normalised

@@ -8,8 +8,8 @@ Nothing else is looked at, not even `local_training_{i}_v2.json` and the like, w
 import re
 from pathlib import Path
 
-from fedmide.config import FieldNames
 from fedmide.errors import DataError
+from fedmide.sections import FieldNames
 from fedmide.sources.files import PARTS, ClientFiles, Part, Reading, read_clients
 from fedmide.split import Parts
 

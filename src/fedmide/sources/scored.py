@@ -12,10 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from fedmide.atomic import write_file
-from fedmide.config import ThresholdRule
 from fedmide.enrollment import SetName, score, split
 from fedmide.errors import DataError
 from fedmide.records import RecordId
+from fedmide.sections import ThresholdRule
 from fedmide.sources.files import Reading, Row, gathered, holds_half_a_pair, json_rows, kind, sound
 
 SETS: tuple[SetName, ...] = ("shared", "personal")
