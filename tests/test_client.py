@@ -456,6 +456,20 @@ def test_it_tunes_the_aggregated_adapter_on_the_chosen_records(fakes: Any, recor
     assert after.ledger == split(fakes).ledger
 
 
+def test_it_tunes_on_personal_records_before_the_shared_ones(fakes: Any) -> None:
+    config = fakes.config("enrollment.rule=otsu-exact", "personalization.epochs=1")
+    for records, order, num_first in (("all", ["a0", "a1", "a2"], 0), ("personal-first", ["a2", "a0", "a1"], 1)):
+        chosen = config.personalization.model_copy(update={"records": records})
+        model, site = Path(fakes, [1.0]), fakes.site("a", [9, 13, 8], config)
+        _, state = handle(task(fakes, -1, 0.0), site, fakes.line())
+        _, state = handle(task(fakes, 0, 9.0), state, fakes.line())
+        assert standing(state.ledger, state.training).personal == ("a2",)
+        state = replace(state, config=config.model_copy(update={"personalization": chosen}))
+        handle(task(fakes, 20, 9.0), state, model)
+        ((_, trained, plan),) = model.trained
+        assert (trained, plan.num_first) == (order, num_first)
+
+
 def test_without_epochs_or_records_the_aggregated_adapter_is_the_personal_one(fakes: Any) -> None:
     for overrides in ([], ["personalization.records=personal", "personalization.epochs=3"]):
         config = fakes.config("personalization.epochs=0", *overrides)

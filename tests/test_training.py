@@ -169,6 +169,20 @@ def test_loss_is_the_nll_before_each_step(exact: LoraModel, random_examples: Mak
     assert epoch.loss.sum == pytest.approx(before.sum, rel=1e-6)
 
 
+def test_the_first_records_come_before_the_others_in_every_pass(
+    exact: LoraModel, random_examples: MakeExamples
+) -> None:
+    examples = random_examples(12)
+    first, others, changed = examples[:4], examples[4:8], examples[8:]
+    how = replace(plan(batch_size=2, epochs=2), num_first=4)
+    short = replace(how, settings=how.settings.model_copy(update={"max_steps": 2}))
+    assert distance(trained(exact, first + others, short), trained(exact, first + changed, short)) == 0
+    assert distance(trained(exact, first + others, how), trained(exact, first + changed, how)) > 0
+    exact.put(start(exact))
+    losses = [epoch.loss.num_tokens for epoch in training.train(exact, first + others, how)]
+    assert losses == [sum(each.num_predicted("all") for each in first + others)] * 2  # none is left out
+
+
 # --- steps, rates and clipping ---------------------------------------------------------------------------------
 
 

@@ -166,7 +166,13 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     method, visit = methods.of(state.config), _visit(task, state)
     start = method.own(visit, model)
     now = standing(state.ledger, state.training)
-    chosen = {"all": tuple(state.training), "shared": now.shared, "personal": now.personal}
+    first = now.personal if state.config.personalization.records == "personal-first" else ()
+    chosen = {
+        "all": tuple(state.training),
+        "personal-first": (*now.personal, *now.shared),
+        "personal": now.personal,
+        "shared": now.shared,
+    }
     records = chosen[state.config.personalization.records]
     if method.tuning is None or not records or state.config.personalization.epochs == 0:
         return _reply(task, None, 0, {}), replace(state, adapter=method.finish(visit, model, start))
@@ -174,7 +180,7 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
         state.config.personalization.personal_weight if now.sets[each] == "personal" else 1.0 for each in records
     ]
     plan = personalization_plan(state.config, state.name, method.tuning(visit))
-    plan = replace(plan, weights=_unless_equal(tuple(weights)))
+    plan = replace(plan, weights=_unless_equal(tuple(weights)), num_first=len(first))
     examples = [state.training[record] for record in records]
     kept, adapter, validated = 0, start, ZERO
     num_tokens = num_steps = 0

@@ -79,6 +79,8 @@ class TrainingPlan:
     purpose: str = "training"
     weights: tuple[float, ...] = ()
     """What each record's loss weighs, in the records' order, positive; only their ratios matter. None: all alike."""
+    num_first: int = 0
+    """So many of the records, those at the beginning, come before the others in every pass."""
 
     @property
     def stream_seed(self) -> int:

@@ -256,8 +256,9 @@ class PersonalizationConfig(Section):
     """At most so many passes; the one with the lowest validation loss is kept. 0: no personalisation."""
     learning_rate: Rate = 2e-4
     """AdamW's rate at the start; where it isn't given, `training.learning_rate`."""
-    records: Literal["all", "personal", "shared"] = "all"
-    """Which of the client's training records to tune on."""
+    records: Literal["all", "personal-first", "personal", "shared"] = "all"
+    """Which of the client's training records to tune on; "personal-first": all, in every pass those of the personal
+    set first, so that fewer steps than records leave out shared ones."""
     max_steps: Count = 0
     """At most so many optimiser steps; 0: as the epochs give."""
     personal_weight: Rate = 1.0

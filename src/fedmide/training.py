@@ -43,7 +43,9 @@ def train(
     step = 0
     for _ in range(settings.epochs):
         loss = ZERO
-        for rows in _record_batches(order.permutation(len(examples)), settings.batch_size):
+        first, others = order.permutation(plan.num_first), order.permutation(len(examples) - plan.num_first)
+        rows_in_order = np.concatenate([first, plan.num_first + others])
+        for rows in _record_batches(rows_in_order, settings.batch_size):
             if step == last_step:
                 break
             seed = plan.stream_seed + step * PASSES
