@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fedmide import __version__, cli, config, stages
+from fedmide import __version__, cli, config, sections, stages
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fedmide-data" / "8"
 
@@ -100,7 +100,7 @@ def test_the_methods_are_listed(fedmide: Callable[..., Outcome]) -> None:
     shown, listed = fedmide("methods"), fedmide("methods", "--json")
     assert (shown.code, listed.code) == (0, 0)
     found = listed.json
-    assert list(found) == list(typing.get_args(config.MethodName))
+    assert list(found) == list(typing.get_args(sections.MethodName))
     assert all(name in shown.out and each["summary"] and each["source"] for name, each in found.items())
 
 
@@ -173,7 +173,7 @@ def test_the_scenarios_of_the_command_line_are_those_of_the_sources() -> None:
 
 
 def test_the_rules_of_the_command_line_are_those_of_the_configuration() -> None:
-    assert typing.get_args(cli.results.Rule) == typing.get_args(config.ThresholdRule)
+    assert typing.get_args(cli.results.Rule) == typing.get_args(sections.ThresholdRule)
 
 
 # --- mistakes in a configuration
