@@ -166,7 +166,6 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     method, visit = methods.of(state.config), _visit(task, state)
     start = method.own(visit, model)
     now = standing(state.ledger, state.training)
-    first = now.personal if state.config.personalization.records == "personal-first" else ()
     chosen = {
         "all": tuple(state.training),
         "personal-first": (*now.personal, *now.shared),
@@ -174,13 +173,14 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
         "shared": now.shared,
     }
     records = chosen[state.config.personalization.records]
+    num_first = len(now.personal) if state.config.personalization.records == "personal-first" else 0
     if method.tuning is None or not records or state.config.personalization.epochs == 0:
         return _reply(task, None, 0, {}), replace(state, adapter=method.finish(visit, model, start))
     weights = [
         state.config.personalization.personal_weight if now.sets[each] == "personal" else 1.0 for each in records
     ]
     plan = personalization_plan(state.config, state.name, method.tuning(visit))
-    plan = replace(plan, weights=_unless_equal(tuple(weights)), num_first=len(first))
+    plan = replace(plan, weights=_unless_equal(tuple(weights)), num_first=num_first)
     examples = [state.training[record] for record in records]
     kept, adapter, validated = 0, start, ZERO
     num_tokens = num_steps = 0
