@@ -36,6 +36,7 @@ from fedmide.messages import (
     encode_hello,
     encode_reply,
     encode_task,
+    encode_tasks,
     encode_trouble,
     parts,
 )
@@ -438,3 +439,19 @@ def test_a_frame_has_a_head_of_its_own_and_an_adapter() -> None:
     assert heads[0] != heads[1]
     assert payloads[0] == payloads[1] == adapters.encode(ADAPTER)
     assert [head + payload for head, payload in zip(heads, payloads, strict=True)] == frames
+
+
+def test_an_adapter_that_follows_itself_is_encoded_once_and_frames_are_as_alone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    other = {name: array + 1 for name, array in ADAPTER.items()}
+    asked = [
+        ClientTask("f", name, 0, adapter)
+        for name, adapter in zip("abcd", [ADAPTER, ADAPTER, other, ADAPTER], strict=True)
+    ]
+    alone = [encode_task(task) for task in asked]
+    encoded: list[object] = []
+    encode = adapters.encode
+    monkeypatch.setattr(adapters, "encode", lambda adapter: encoded.append(adapter) or encode(adapter))
+    assert list(encode_tasks(asked)) == alone
+    assert len(encoded) == 3

@@ -7,7 +7,7 @@ safetensors; nothing is unpickled.
 
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Annotated, Literal, TypeAlias, TypeVar, get_args
 
@@ -252,16 +252,25 @@ def _check_end(payload: bytes) -> None:
 
 def encode_task(task: ClientTask) -> bytes:
     """The task's frame; raises `MessageError` where it names something too long to be read again."""
-    header = _checked(
-        _TaskHeader,
-        kind="task",
-        federation=task.federation,
-        client=task.client,
-        round=task.round,
-        restart=task.restart,
-        train=task.train,
-    )
-    return _frame(header, adapters.encode(task.adapter))
+    return next(encode_tasks([task]))
+
+
+def encode_tasks(tasks: Iterable[ClientTask]) -> Iterator[bytes]:
+    """The tasks' frames; an adapter that follows itself, as where all clients get one, is encoded once."""
+    adapter, payload = None, b""
+    for task in tasks:
+        header = _checked(
+            _TaskHeader,
+            kind="task",
+            federation=task.federation,
+            client=task.client,
+            round=task.round,
+            restart=task.restart,
+            train=task.train,
+        )
+        if task.adapter is not adapter:
+            adapter, payload = task.adapter, adapters.encode(task.adapter)
+        yield _frame(header, payload)
 
 
 def decode_task(data: bytes) -> ClientTask:

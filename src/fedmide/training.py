@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmide.localmodel import ZERO, Epoch, Nll, TrainingPlan, rate_at
+from fedmide.localmodel import ZERO, Adapter, Epoch, Nll, TrainingPlan, rate_at
 from fedmide.model import LoraModel
 from fedmide.sections import TrainingConfig
 from fedmide.tokens import Batch, Example, batches
@@ -41,7 +41,10 @@ def train(
     last_step = num_steps(len(examples), settings)
     weights = _of_mean_one(plan.weights)
     step = 0
+    adapter: Adapter | None = None
     for _ in range(settings.epochs):
+        if adapter is not None:
+            model.put(adapter)  # the caller may have used the model
         loss = ZERO
         first, others = order.permutation(plan.num_first), order.permutation(len(examples) - plan.num_first)
         rows_in_order = np.concatenate([first, plan.num_first + others])
@@ -56,7 +59,6 @@ def train(
             progress(sum(len(examples[row].ids) for row in rows))
         adapter = model.take()
         yield Epoch(adapter, loss, step)
-        model.put(adapter)
         if step == last_step:
             return
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from fedmide.client import ClientState, handle
 from fedmide.localmodel import LocalModel
-from fedmide.messages import ClientTask, decode_reply, decode_task, encode_reply, encode_task
+from fedmide.messages import ClientTask, decode_reply, decode_task, encode_reply, encode_tasks
 from fedmide.server import Delivery
 
 
@@ -24,11 +24,10 @@ class InProcess:
 
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
         """The replies, in the tasks' order."""
-        for task in tasks:
-            yield self._deliver(task)
+        for task, down in zip(tasks, encode_tasks(tasks), strict=True):
+            yield self._deliver(task, down)
 
-    def _deliver(self, task: ClientTask) -> Delivery:
-        down = encode_task(task)
+    def _deliver(self, task: ClientTask, down: bytes) -> Delivery:
         begun = time.perf_counter()
         reply, state = handle(decode_task(down), self.sites[task.client], self.model)
         self.sites[task.client] = state

@@ -20,7 +20,7 @@ from fedmide.messages import (
     TroubleCode,
     decode_answer,
     encode_hello,
-    encode_task,
+    encode_tasks,
 )
 from fedmide.runtimes.link import Answered, Exchange, LinkLostError
 from fedmide.server import Delivery
@@ -90,8 +90,9 @@ class Remote:
         sizes: dict[str, int] = {}
 
         def frames() -> Iterator[tuple[int, bytes]]:
-            for node, client in list(asked.items()):  # answers may come before all are asked
-                frame = encode_task(tasks[client])
+            to_ask = list(asked.items())  # answers may come before all are asked
+            encoded = encode_tasks(tasks[client] for _, client in to_ask)
+            for (node, client), frame in zip(to_ask, encoded, strict=True):
                 sizes[client] = len(frame)
                 yield node, frame
 
