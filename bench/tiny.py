@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from bench.ours import timed_work
-from fedmide import stages
+from fedmide import opening, stages
 from fedmide.config import load
 
 CONFIG = """
@@ -40,7 +40,7 @@ def main() -> None:
         rows = [{"instruction": f"What is {client} and {number}?", "response": "So."} for number in range(num_records)]
         (folder / "data" / f"c{client}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "tiny.toml").write_text(CONFIG.format(folder=folder, rounds=num_rounds))
-    with stages.start(load(folder / "tiny.toml"), folder / "run") as run:
+    with opening.start(load(folder / "tiny.toml"), folder / "run") as run:
         begun = time.perf_counter()
         with timed_work(run.inputs.resident.model) as busy:
             stages.train(run)

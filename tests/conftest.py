@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from fedmide import adapters, stages
+from fedmide import adapters, opening, stages
 from fedmide.checkpoints import locate
 from fedmide.client import ClientState
 from fedmide.config import Config, apply_overrides, load, parse
@@ -315,7 +315,7 @@ def finished_run(tiny_folder: Path, one_thread: None) -> Callable[..., Path]:
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
             config = load(write_small_input(folder / "input").config, overrides)
-            with stages.start(config, folder / "run") as run:
+            with opening.start(config, folder / "run") as run:
                 for stage in (stages.train, stages.personalize, stages.generate, stages.evaluate):
                     stage(run)
         return folder / "run"

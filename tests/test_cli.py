@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from fedmide import __version__, cli, config, sections, stages
+from fedmide import __version__, cli, config, opening, sections, stages
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fedmide-data" / "8"
 
@@ -326,7 +326,7 @@ def finished(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
         given = small_input_at(folder / "input")
-        with stages.start(config.load(given.config, QUICK), folder / "run") as run:
+        with opening.start(config.load(given.config, QUICK), folder / "run") as run:
             for stage in (stages.train, stages.personalize, stages.generate, stages.evaluate):
                 stage(run)
         yield given, folder / "run"
@@ -484,7 +484,7 @@ def test_changed_data_is_refused(fedmide: Callable[..., Outcome], small_input: A
 def test_a_run_that_another_process_works_on_is_refused(
     fedmide: Callable[..., Outcome], finished: tuple[Any, Path], small_input: Any
 ) -> None:
-    with stages.resume(finished[1]):
+    with opening.resume(finished[1]):
         assert "another process works on this run" in fedmide("run", "--resume", finished[1]).refusal
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from fedmide import compare, stages
+from fedmide import compare, opening, progress, stages
 from fedmide.config import read_toml
 from fedmide.errors import RunFolderError, UsageError
 from fedmide.evaluation.measure import Measured
@@ -111,7 +111,7 @@ def test_runs_are_what_they_are_alone(compared: tuple[Path, dict[str, Any], list
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDMIDE_CACHE", _cache(folder))
-        with stages.start(load(folder / "config.toml"), out.parent / "alone") as run:
+        with opening.start(load(folder / "config.toml"), out.parent / "alone") as run:
             stages.train(run)
             stages.personalize(run)
     kept, alone = lasting(folder), lasting(out.parent / "alone")
@@ -137,7 +137,7 @@ def test_a_comparison_that_was_stopped_goes_on_and_ends_the_same(
     whole = stages.personalize
     calls = 0
 
-    def stopped(run: stages.Run, progress: stages.Progress = stages.silent) -> None:
+    def stopped(run: opening.Run, progress: progress.Progress = progress.silent) -> None:
         nonlocal calls
         calls += 1
         if calls == 2:

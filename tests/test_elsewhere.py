@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fedmide import stages
+from fedmide import opening, stages
 from fedmide.config import apply_overrides, load, parse, read_toml, to_toml
 from fedmide.errors import RunFolderError
 from fedmide.flower.runs import remote
@@ -48,7 +48,7 @@ def elsewhere(small_input: Any, tmp_path: Path) -> Sites:
     return Sites(found)
 
 
-def run_over(opened: stages.Run, sites: Sites) -> None:
+def run_over(opened: opening.Run, sites: Sites) -> None:
     run = remote(opened, lambda: sites, {1: "a", 2: "b"})
     stages.train(run)
     stages.personalize(run)
@@ -58,12 +58,12 @@ def test_sites_with_paths_of_their_own_end_with_the_bytes_of_one_process(
     elsewhere: Sites, small_input: Any, tmp_path: Path
 ) -> None:
     config = load(small_input.config)  # the server's: its records are gone, they lie at the sites
-    with stages.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
+    with opening.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
         run_over(opened, elsewhere)
         federation = opened.federation
     for name in "ab":
         (tmp_path / f"site-{name}" / "data" / name).rename(small_input.data / name)
-    with stages.start(config, tmp_path / "one") as opened:
+    with opening.start(config, tmp_path / "one") as opened:
         stages.train(opened)
         stages.personalize(opened)
     adapter = "adapter/adapter_model.safetensors"
@@ -80,7 +80,7 @@ def test_sites_with_paths_of_their_own_end_with_the_bytes_of_one_process(
 def test_two_runs_of_one_configuration_are_two_federations(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
     names = []
     for number in range(2):
-        with stages.start(load(small_input.config), tmp_path / f"{number}", elsewhere=("a", "b")) as opened:
+        with opening.start(load(small_input.config), tmp_path / f"{number}", elsewhere=("a", "b")) as opened:
             stages.train(remote(opened, lambda: elsewhere))
             names.append(opened.federation)
     assert len(set(names)) == 2
@@ -95,11 +95,11 @@ def test_too_few_replies_stop_the_run_before_the_round_counts_and_it_goes_on_lat
     broken = replace(elsewhere, bend=lambda node, frame: frame[:-9] if node == 2 and len(frame) > 5000 else frame)
     with (
         pytest.raises(RunFolderError, match="1 of 2 replies count, 2 are needed: its answer can't be read"),
-        stages.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened,
+        opening.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened,
     ):
         run_over(opened, broken)
     assert not (tmp_path / "run" / "server").exists()
-    with stages.resume(tmp_path / "run", elsewhere=("a", "b")) as opened:
+    with opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened:
         run_over(opened, elsewhere)
     assert json.loads((tmp_path / "run" / "manifest.json").read_text())["status"] == "personalized"
 
@@ -107,13 +107,13 @@ def test_too_few_replies_stop_the_run_before_the_round_counts_and_it_goes_on_lat
 def test_a_site_that_lost_its_ledger_is_refused(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
     told: list[str] = []
     config = load(small_input.config, ["replies.quorum=0.5", "replies.deadline_seconds=1"])
-    with stages.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
+    with opening.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
         stages.train(remote(opened, lambda: elsewhere))
         ledger = tmp_path / "site-b" / "runs" / opened.federation / "clients" / "b" / "ledger.jsonl"
     ledger.unlink()
     with (
         pytest.raises(RunFolderError, match=r"client b is not personalised: .*ledger"),
-        stages.resume(tmp_path / "run", elsewhere=("a", "b"), tell=told.append) as opened,
+        opening.resume(tmp_path / "run", elsewhere=("a", "b"), tell=told.append) as opened,
     ):
         stages.personalize(remote(opened, lambda: elsewhere))
     assert any("site b is refused: its ledger is not the one that its last round left" in line for line in told)

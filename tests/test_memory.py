@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmide import model, scoring, stages, training
+from fedmide import model, opening, scoring, stages, training
 from fedmide.config import load
 from fedmide.errors import ModelError
 from fedmide.localmodel import Adapter, TrainingPlan
@@ -192,7 +192,7 @@ def test_memory_that_really_ends(tiny_folder: Path) -> None:
 def test_a_run_tells_it_and_ends_well(small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     limited(monkeypatch, 150, ERRORS["gpu"])
-    with stages.start(load(small_input.config, ["training.batch_size=10"]), tmp_path / "run", told.append) as run:
+    with opening.start(load(small_input.config, ["training.batch_size=10"]), tmp_path / "run", told.append) as run:
         stages.train(run)
         stages.personalize(run)
     notices = [line for line in told if line.startswith("memory has no room")]

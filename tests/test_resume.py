@@ -25,7 +25,7 @@ from typing import Any
 
 import pytest
 
-from fedmide import adapters, stages
+from fedmide import adapters, opening, stages
 from fedmide.config import Config, load
 from fedmide.errors import RunFolderError
 from fedmide.evaluation.measure import Measured
@@ -168,10 +168,10 @@ class DiceRun:
     config: Config
     begin: Callable[[], Inputs]
 
-    def go_on(self, path: Path, stages_ahead: Sequence[Callable[[stages.Run], object]] = STAGES) -> Path:
+    def go_on(self, path: Path, stages_ahead: Sequence[Callable[[opening.Run], object]] = STAGES) -> Path:
         """What `fedmide run` and, once there is a run, `fedmide run --resume` do; or single verbs in turn."""
         begun = (path / "config.toml").exists()
-        with stages.resume(path) if begun else stages.start(self.config, path) as run:
+        with opening.resume(path) if begun else opening.start(self.config, path) as run:
             for stage in stages_ahead:
                 stage(run)
         return path
@@ -211,7 +211,7 @@ def dice_run(real_inputs: Inputs, fakes: Any, monkeypatch: pytest.MonkeyPatch) -
             "rounds": len(events),
         }
 
-    monkeypatch.setattr(stages, "read", lambda *_, **__: begin())
+    monkeypatch.setattr(opening, "read", lambda *_, **__: begin())
     monkeypatch.setattr(stages, "measure", measure)  # the figures are pure, and slow beside dice
     monkeypatch.setattr(stages.summary, "summarize", summarize)
     monkeypatch.setattr(stages.summary, "set_figures", lambda ledger, records: {"entries": len(ledger)})
@@ -337,7 +337,7 @@ def test_a_run_goes_on_after_it_was_interrupted_at_any_work(
     for number in range(1, 10_000):
         path = tmp_path / f"interrupted-{number}"
         try:
-            with stages.start(dice_run.config, path) as run:
+            with opening.start(dice_run.config, path) as run:
                 for stage in STAGES:
                     stage(interrupted(run, number))
         except KeyboardInterrupt:
@@ -348,7 +348,7 @@ def test_a_run_goes_on_after_it_was_interrupted_at_any_work(
     assert number > 4, "else little was seen"
 
 
-def interrupted(run: stages.Run, number: int) -> stages.Run:
+def interrupted(run: opening.Run, number: int) -> opening.Run:
     """The same run, whose model is interrupted at its n-th training in each stage."""
     trained = 0
 
@@ -397,7 +397,7 @@ def forked(config: Config, path: Path, kill_after: float | None) -> int:
     if not child:
         try:
             begun = (path / "config.toml").exists()
-            with stages.resume(path) if begun else stages.start(config, path) as run:
+            with opening.resume(path) if begun else opening.start(config, path) as run:
                 for stage in STAGES:
                     stage(run)
         except BaseException:  # noqa: BLE001 - nothing of the test's own may go on in the child

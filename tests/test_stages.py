@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedmide import atomic, journal, stages
+from fedmide import adapters, atomic, journal, opening, progress, stages
 from fedmide.config import Config, load
 from fedmide.errors import RunFolderError, UserError
 from fedmide.resident import Resident
@@ -22,14 +22,14 @@ ALL = {"warmup", "train", "personalize"}
 
 
 def whole_run(config: Config, path: Path) -> Path:
-    with stages.start(config, path) as run:
+    with opening.start(config, path) as run:
         for stage in STAGES:
             stage(run)
     return path
 
 
 Lasting = Callable[[Path], dict[str, Any]]
-Refusal = Callable[[Path, Callable[[stages.Run], object]], str]
+Refusal = Callable[[Path, Callable[[opening.Run], object]], str]
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Shown:
     notes: list[str] = field(default_factory=list)
     signs_of_life: list[str] = field(default_factory=list)
 
-    def __call__(self, stage: str, total: int, unit: str) -> AbstractContextManager[stages.Advance]:
+    def __call__(self, stage: str, total: int, unit: str) -> AbstractContextManager[progress.Advance]:
         self.totals[stage] = total
         return nullcontext(lambda units, note: (self.notes if units else self.signs_of_life).append(note))
 
@@ -153,7 +153,7 @@ def test_the_runs_own_configuration_repeats_it_byte_for_byte(
 
 def test_another_seed_gives_another_run(reference: tuple[Any, Path], tmp_path: Path, lasting: Lasting) -> None:
     config = load(reference[0].config, ["seed=4", "federation.rounds=1"])
-    with stages.start(config, tmp_path / "other") as run:
+    with opening.start(config, tmp_path / "other") as run:
         stages.train(run)
     ours, theirs = lasting(tmp_path / "other"), lasting(reference[1])
     for name in ("server/warmup-000/adapter.safetensors", "server/round-000/adapter.safetensors"):
@@ -165,11 +165,11 @@ def test_each_stage_on_its_own_gives_the_same_bytes(
     reference: tuple[Any, Path], tmp_path: Path, lasting: Lasting
 ) -> None:
     path = tmp_path / "steps"
-    with stages.start(load(reference[0].config), path):
+    with opening.start(load(reference[0].config), path):
         pass
     status = []
     for stage in STAGES:
-        with stages.resume(path) as run:
+        with opening.resume(path) as run:
             stage(run)
         status.append(journal.reopen(path).read_manifest()["status"])
     assert status == ["trained", "personalized", "generated", "evaluated"]
@@ -179,7 +179,7 @@ def test_each_stage_on_its_own_gives_the_same_bytes(
 def test_a_finished_run_stays_as_it_is(copied: Path, lasting: Lasting) -> None:
     before, times = lasting(copied), {path: path.stat().st_mtime_ns for path in copied.rglob("*") if path.is_file()}
     shown = Shown()
-    with stages.resume(copied) as run:
+    with opening.resume(copied) as run:
         for stage in STAGES:
             stage(run, shown)
             assert run.folder.read_manifest()["status"] == "evaluated"
@@ -200,8 +200,8 @@ def test_a_finished_run_stays_as_it_is(copied: Path, lasting: Lasting) -> None:
 def refusal(lasting: Lasting) -> Refusal:
     """What a stage is refused with; it leaves the folder as it was."""
 
-    def refused(path: Path, stage: Callable[[stages.Run], object]) -> str:
-        with stages.resume(path) as run, pytest.raises(RunFolderError) as error:
+    def refused(path: Path, stage: Callable[[opening.Run], object]) -> str:
+        with opening.resume(path) as run, pytest.raises(RunFolderError) as error:
             before = lasting(path)
             stage(run)
         assert lasting(path) == before
@@ -235,7 +235,7 @@ def test_a_run_can_be_evaluated_before_it_is_personalised(reference: tuple[Any, 
     for client in CLIENTS:
         (copied / "clients" / client / "personalization.json").unlink()
     shutil.rmtree(copied / "predictions")
-    with stages.resume(copied) as run:
+    with opening.resume(copied) as run:
         metrics = stages.evaluate(run)
     assert set(metrics["over_clients"]) == {"base", "aggregated"}
     for name, client in metrics["clients"].items():
@@ -252,19 +252,19 @@ def test_a_run_can_be_evaluated_before_it_is_personalised(reference: tuple[Any, 
 def test_changed_records_are_refused_by_client(small_input: Any, tmp_path: Path) -> None:
     config = load(small_input.config)
     path = tmp_path / "run"
-    with stages.start(config, path):
+    with opening.start(config, path):
         pass
     for client in "ab":
         file = small_input.data / client / "training.jsonl"
         file.write_text(file.read_text().replace("liver", "gland"))
-    with pytest.raises(RunFolderError) as error, stages.resume(path):
+    with pytest.raises(RunFolderError) as error, opening.resume(path):
         pass
     assert error.value.problems == tuple(
         f"{path}: the records of client '{client}' are not those that the run began with" for client in "ab"
     )
     shutil.rmtree(small_input.data / "b")
     shutil.copytree(small_input.data / "a", small_input.data / "c")
-    with pytest.raises(RunFolderError) as error, stages.resume(path):
+    with pytest.raises(RunFolderError) as error, opening.resume(path):
         pass
     assert len(error.value.problems) == 3
 
@@ -276,7 +276,7 @@ def test_a_changed_model_prompt_or_configuration_is_refused(
     shutil.copytree(tiny_folder, cache / tiny_folder.name)
     monkeypatch.setenv("FEDMIDE_CACHE", str(cache))
     path = tmp_path / "run"
-    with stages.start(load(small_input.config), path):
+    with opening.start(load(small_input.config), path):
         pass
     tokenizer = cache / tiny_folder.name / "tokenizer.json"
     tokenizer.write_bytes(tokenizer.read_bytes() + b"\n")
@@ -285,7 +285,7 @@ def test_a_changed_model_prompt_or_configuration_is_refused(
     )
     toml = path / "config.toml"
     toml.write_text(toml.read_text().replace("learning_rate = 0.01", "learning_rate = 0.02"))
-    with pytest.raises(RunFolderError) as error, stages.resume(path):
+    with pytest.raises(RunFolderError) as error, opening.resume(path):
         pass
     found = [problem.removeprefix(f"{path}: ") for problem in error.value.problems]
     assert found[:2] == [
@@ -306,7 +306,7 @@ def test_all_that_is_wrong_with_records_prompt_and_model_folder_is_told_at_once(
     (tmp_path / "model").mkdir()
     (small_input.folder / "plain.toml").write_text("with_context = 'no'")
     config = load(small_input.config, [f"model.name={tmp_path / 'model'}"])
-    with pytest.raises(UserError) as error, stages.start(config, tmp_path / "run"):
+    with pytest.raises(UserError) as error, opening.start(config, tmp_path / "run"):
         pass
     text = str(error.value)
     for expected in (
@@ -329,7 +329,7 @@ def test_records_longer_than_the_cutoff_are_all_named(small_input: Any, tmp_path
         file = small_input.data / client / f"{part}.jsonl"
         file.write_text(file.read_text() + long)
     config = load(small_input.config, ["data.validation_fraction=0"])
-    with pytest.raises(UserError) as error, stages.start(config, tmp_path / "run"):
+    with pytest.raises(UserError) as error, opening.start(config, tmp_path / "run"):
         pass
     assert [problem.split(":")[0] for problem in error.value.problems] == [
         "client 'a', training, record 11",
@@ -337,7 +337,7 @@ def test_records_longer_than_the_cutoff_are_all_named(small_input: Any, tmp_path
     ]
     assert "Raise model.cutoff" in str(error.value) and str(error.value).count("Raise") == 1
     assert not (tmp_path / "run").exists()
-    with stages.start(load(small_input.config, ["prompt.overflow=cut"]), tmp_path / "run") as run:
+    with opening.start(load(small_input.config, ["prompt.overflow=cut"]), tmp_path / "run") as run:
         truncated = {name: each["truncated"] for name, each in run.folder.read_manifest()["data"].items()}
     assert truncated == {"a": 1, "b": 1}
 
@@ -345,7 +345,10 @@ def test_records_longer_than_the_cutoff_are_all_named(small_input: Any, tmp_path
 def test_adapters_that_fit_nowhere_are_refused(small_input: Any, tmp_path: Path) -> None:
     for targets, found in (('["nowhere", "never"]', 2), ('"nowhere"', 1)):
         config = load(small_input.config, [f"lora.targets={targets}"])
-        with pytest.raises(UserError, match="matches no linear layer") as error, stages.start(config, tmp_path / "run"):
+        with (
+            pytest.raises(UserError, match="matches no linear layer") as error,
+            opening.start(config, tmp_path / "run"),
+        ):
             pass
         assert len(error.value.problems) == found and "q_proj" in error.value.remedy
     assert not (tmp_path / "run").exists()
@@ -354,8 +357,8 @@ def test_adapters_that_fit_nowhere_are_refused(small_input: Any, tmp_path: Path)
 def test_a_path_that_is_taken_is_refused_before_anything_is_read(
     reference: tuple[Any, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "read", lambda *args: pytest.fail("read"))
-    with pytest.raises(RunFolderError, match="exists already"), stages.start(load(reference[0].config), reference[1]):
+    monkeypatch.setattr(opening, "read", lambda *args: pytest.fail("read"))
+    with pytest.raises(RunFolderError, match="exists already"), opening.start(load(reference[0].config), reference[1]):
         pass
 
 
@@ -365,15 +368,15 @@ def test_a_path_that_is_taken_is_refused_before_anything_is_read(
 def test_a_second_process_is_refused_while_a_run_is_worked_on(
     reference: tuple[Any, Path], copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with stages.resume(copied):
-        monkeypatch.setattr(stages, "read", lambda *args: pytest.fail("read"))
-        with pytest.raises(RunFolderError, match="another process works on this run"), stages.resume(copied):
+    with opening.resume(copied):
+        monkeypatch.setattr(opening, "read", lambda *args: pytest.fail("read"))
+        with pytest.raises(RunFolderError, match="another process works on this run"), opening.resume(copied):
             pass
 
 
 def test_a_new_run_is_locked_from_the_start(small_input: Any, tmp_path: Path) -> None:
     with (
-        stages.start(load(small_input.config), tmp_path / "run") as run,
+        opening.start(load(small_input.config), tmp_path / "run") as run,
         pytest.raises(RunFolderError, match="another process"),
         journal.locked(run.folder.path),
     ):
@@ -424,7 +427,7 @@ def test_a_report_that_fails_does_not_end_the_run(
 
     monkeypatch.setattr(stages.report, "write", fails)
     said: list[str] = []
-    with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
+    with opening.start(load(small_input.config), tmp_path / "run", said.append) as run:
         for stage in STAGES:
             stage(run)
     assert journal.reopen(tmp_path / "run").read_manifest()["status"] == "evaluated"
@@ -434,7 +437,7 @@ def test_a_report_that_fails_does_not_end_the_run(
 
 def test_progress_counts_what_there_is_to_do(small_input: Any, tmp_path: Path) -> None:
     shown, said = Shown(), []
-    with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
+    with opening.start(load(small_input.config), tmp_path / "run", said.append) as run:
         for stage in STAGES:
             stage(run, shown)
     assert shown.totals == {"rounds": 6, "personalisation": 2, "generation": 2, "evaluation": 6}
@@ -458,13 +461,13 @@ def test_a_model_that_is_made_first_is_told_of(
 
     monkeypatch.setattr(inputs, "locate", locate)
     said: list[str] = []
-    with pytest.raises(UserError), stages.start(load(small_input.config), tmp_path / "run", said.append):
+    with pytest.raises(UserError), opening.start(load(small_input.config), tmp_path / "run", said.append):
         pass
     assert said[-1] == "downloading something, once"
 
 
 def test_the_silent_progress_takes_anything() -> None:
-    with stages.silent("rounds", 3, "clients") as advance:
+    with progress.silent("rounds", 3, "clients") as advance:
         advance(1, "a")
 
 
@@ -483,7 +486,7 @@ def test_a_federation_that_runs_off_goes_on_and_says_so(
 
     monkeypatch.setattr(Resident, "train", run_off)
     said: list[str] = []
-    with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
+    with opening.start(load(small_input.config), tmp_path / "run", said.append) as run:
         for stage in STAGES:
             stage(run)
         metrics = metrics_of(tmp_path / "run")
@@ -499,7 +502,7 @@ def test_a_federation_that_runs_off_goes_on_and_says_so(
     ]
     for client in metrics["clients"].values():
         assert client["stages"]["personalized"] == client["stages"]["aggregated"]
-    with stages.resume(tmp_path / "run"):
+    with opening.resume(tmp_path / "run"):
         pass
 
 
@@ -517,13 +520,13 @@ def test_one_client_that_runs_off_leaves_the_round_to_the_others(
 
     monkeypatch.setattr(inprocess, "encode_reply", broken)
     said: list[str] = []
-    with stages.start(load(small_input.config), tmp_path / "run", said.append) as run:
+    with opening.start(load(small_input.config), tmp_path / "run", said.append) as run:
         stages.train(run)
     assert [line.split(":")[0] for line in said if "does not count" in line] == [
         f"{name}, client b" for name in ("warmup-000", "round-000", "round-001")
     ]
     assert not any("nobody" in line for line in said)
-    with stages.resume(tmp_path / "run") as run:  # its ledger is its own, whatever became of its replies
+    with opening.resume(tmp_path / "run") as run:  # its ledger is its own, whatever became of its replies
         stages.personalize(run)
 
 
@@ -543,12 +546,12 @@ def test_more_tokens_than_the_model_reads_are_refused_and_generation_stays_below
 ) -> None:
     with (
         pytest.raises(UserError, match=r"model\.cutoff = 4096: tiny-random reads at most 2048 tokens"),
-        stages.start(load(small_input.config, ["model.cutoff=4096"]), tmp_path / "run"),
+        opening.start(load(small_input.config, ["model.cutoff=4096"]), tmp_path / "run"),
     ):
         pass
     assert not (tmp_path / "run").exists()
     asked: list[int] = []
-    with stages.start(load(small_input.config, ["generation.max_new_tokens=9999"]), tmp_path / "run") as run:
+    with opening.start(load(small_input.config, ["generation.max_new_tokens=9999"]), tmp_path / "run") as run:
         run.inputs.resident.generate = lambda adapter, examples, longest: asked.append(longest) or ("",) * len(examples)  # type: ignore[method-assign,func-returns-value]
         stages.train(run)
         stages.personalize(run)
@@ -570,7 +573,7 @@ def test_a_lost_ledger_is_refused_and_never_taken_for_an_empty_one(copied: Path,
     else:
         shutil.rmtree(copied / "clients")
     left = "the ledger is not the one that its last round left"
-    with pytest.raises(RunFolderError, match=left) as error, stages.resume(copied):
+    with pytest.raises(RunFolderError, match=left) as error, opening.resume(copied):
         pass
     assert len(error.value.problems) == (2 if lost == "folder" else 1)
 
@@ -587,10 +590,10 @@ def test_a_run_goes_on_with_the_threads_it_began_with(
     monkeypatch.setattr(torch, "get_num_threads", lambda: wanted[-1])
     monkeypatch.setattr(resident, "available_cores", lambda: 2)
     monkeypatch.setattr(resident, "free_threads", lambda tell: 3)
-    with stages.start(load(small_input.config, ["runtime.threads=0"]), tmp_path / "run"):
+    with opening.start(load(small_input.config, ["runtime.threads=0"]), tmp_path / "run"):
         pass
     monkeypatch.setattr(resident, "free_threads", lambda tell: 64)
-    with stages.resume(tmp_path / "run"):
+    with opening.resume(tmp_path / "run"):
         pass
     assert [number for number in wanted if number != 1] == [
         3,
@@ -605,12 +608,12 @@ def test_other_versions_are_told_and_another_device_is_refused(copied: Path) -> 
     manifest["versions"]["peft"] = "0.0.1"
     (copied / "manifest.json").write_text(json.dumps(manifest))
     said: list[str] = []
-    with stages.resume(copied, tell=said.append):
+    with opening.resume(copied, tell=said.append):
         pass
     assert any(line.startswith("peft was 0.0.1 when the run began") for line in said)
     (copied / "manifest.json").write_text(json.dumps({**manifest, "device": "cuda"}))
     was = "the device was cuda when the run began and is cpu now"
-    with pytest.raises(RunFolderError, match=was), stages.resume(copied):
+    with pytest.raises(RunFolderError, match=was), opening.resume(copied):
         pass
 
 
@@ -626,7 +629,7 @@ def test_events_stay_in_the_clients_order_when_a_run_goes_on(
     before = lasting(path)
     assert [event["client"] for event in journal.reopen(path).events()] == ["9", "10"] * 3
     (path / "events.jsonl").unlink()
-    with stages.resume(path) as run:
+    with opening.resume(path) as run:
         stages.evaluate(run)
     assert lasting(path) == before
 
@@ -641,11 +644,11 @@ def test_the_runs_adapters_load_with_peft_and_give_the_same_likelihoods(referenc
 
     from fedmide.checkpoints import locate
 
-    with stages.resume(reference[1]) as run:
+    with opening.resume(reference[1]) as run:
         examples = run.inputs.examples["a"].test
         folders = {"aggregated": run.folder.adapter, **{name: run.folder.personal_adapter(name) for name in CLIENTS}}
         for name, folder in folders.items():
-            adapter = stages.adapters.read(folder / "adapter_model.safetensors", run.inputs.resident.model.shapes)
+            adapter = adapters.read(folder / "adapter_model.safetensors", run.inputs.resident.model.shapes)
             ours = run.inputs.resident.nll(adapter, examples, "all")
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # PEFT's own
@@ -663,7 +666,7 @@ def test_test_records_decide_nothing(reference: tuple[Any, Path], tmp_path: Path
     for client in CLIENTS:
         (data / client / "test.jsonl").write_text('{"instruction": "Else?", "response": "quite"}\n')
     config = load(reference[0].config, [f"data.path={data}"])
-    with stages.start(config, tmp_path / "run") as run:
+    with opening.start(config, tmp_path / "run") as run:
         stages.train(run)
         stages.personalize(run)
     kept = [

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from fedmide import stages, watch
+from fedmide import opening, progress, stages, watch
 from fedmide.config import load
 from fedmide.journal import RunFolder, reopen
 from fedmide.watch import Snapshot, follow, look, render
@@ -26,7 +26,7 @@ def shown(seen: Snapshot) -> list[str]:
 def looks(small_input: Any, tmp_path: Path) -> list[list[str]]:
     """What a run shows after each of its stages."""
     seen = []
-    with stages.start(load(small_input.config), tmp_path / "run") as run:
+    with opening.start(load(small_input.config), tmp_path / "run") as run:
         for stage in (None, stages.train, stages.personalize, stages.generate, stages.evaluate):
             if stage is not None:
                 stage(run)
@@ -36,7 +36,7 @@ def looks(small_input: Any, tmp_path: Path) -> list[list[str]]:
 
 def test_every_stage_is_shown(looks: list[list[str]], tmp_path: Path) -> None:
     heads = [lines[0].split(",")[0] for lines in looks]
-    assert heads == [f"run: {status}" for status in stages.STATUSES]
+    assert heads == [f"run: {status}" for status in progress.STATUSES]
     assert [lines[1] for lines in looks] == [
         f"rounds {rounds}/3   personalised {tuned}/2   generated {told}/2"
         for rounds, tuned, told in [(0, 0, 0), (3, 0, 0), (3, 2, 0), (3, 2, 2), (3, 2, 2)]
@@ -53,7 +53,7 @@ def test_every_stage_is_shown(looks: list[list[str]], tmp_path: Path) -> None:
 
 @pytest.fixture
 def trained(small_input: Any, tmp_path: Path) -> RunFolder:
-    with stages.start(load(small_input.config), tmp_path / "run") as run:
+    with opening.start(load(small_input.config), tmp_path / "run") as run:
         stages.train(run)
     return reopen(tmp_path / "run")
 

@@ -110,15 +110,16 @@ def run(config: Config | Mapping[str, Any] | str | Path, out: str | Path = "", q
     configuration it goes on, and what is done is not done again. Progress goes to stderr unless `quiet`. Raises
     `fedmide.errors.UserError`, whose text says what to do.
     """
-    from fedmide import stages
+    from fedmide import opening, stages
     from fedmide.console import bars, tell
+    from fedmide.progress import silent
 
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     chosen, path = _chosen(config), Path(out) if out else free_folder(RUNS, name)
-    say, progress = (lambda message: None, stages.silent) if quiet else (tell, bars)
+    say, progress = (lambda message: None, silent) if quiet else (tell, bars)
     is_begun = (path / "config.toml").is_file()
-    opening = stages.resume(path, chosen, say) if is_begun else stages.start(chosen, path, say)
-    with opening as begun:
+    opened = opening.resume(path, chosen, say) if is_begun else opening.start(chosen, path, say)
+    with opened as begun:
         for stage in (stages.train, stages.personalize, stages.generate, stages.evaluate):
             stage(begun, progress)
     return read_run(path)

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmide import __version__, stages
+from fedmide import __version__, opening, stages
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config, fingerprint
 from fedmide.entrants import Budget, Entrant, entrants
@@ -33,9 +33,9 @@ from fedmide.evaluation.summary import StageName
 from fedmide.evaluation.tables import sheets, to_html, to_markdown, validation_sheet
 from fedmide.inputs import Tell
 from fedmide.journal import RunFolder, locked, reopen
+from fedmide.progress import Progress, silent
 from fedmide.resident import Kept
 from fedmide.sections import PersonalizationConfig
-from fedmide.stages import Progress, silent
 
 BASE = "base"
 """The row of the model without an adapter."""
@@ -123,12 +123,12 @@ class Work:
                 stages.evaluate(run, self.progress, wanted=wanted)
         self.worked.append(time.monotonic() - begun)
 
-    def _opened(self, attempt: Attempt) -> AbstractContextManager[stages.Run]:
+    def _opened(self, attempt: Attempt) -> AbstractContextManager[opening.Run]:
         if (attempt.path / "config.toml").exists():
-            return stages.resume(attempt.path, attempt.config, self.tell, self.opener)
-        return stages.start(attempt.config, attempt.path, self.tell, self.opener)
+            return opening.resume(attempt.path, attempt.config, self.tell, self.opener)
+        return opening.start(attempt.config, attempt.path, self.tell, self.opener)
 
-    def _share_rounds(self, run: stages.Run) -> None:
+    def _share_rounds(self, run: opening.Run) -> None:
         """Gives a run without rounds those of one that differs in its tuning alone: they would be the same bytes."""
         path = self.trained.get(_before_tuning(run.config))
         if path is None or run.folder.has_rounds:

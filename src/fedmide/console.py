@@ -29,9 +29,9 @@ if TYPE_CHECKING:  # what is said about records needs no model's libraries
     from fedmide.chat import Chat
     from fedmide.evaluation.tables import Sheet
     from fedmide.methods.method import Method
+    from fedmide.progress import Advance
     from fedmide.sources.check import PartReport, Report
     from fedmide.sources.partition import Dealt
-    from fedmide.stages import Advance
 
 LINE_SECONDS = 10.0
 """How often a log hears of the progress."""

@@ -17,12 +17,12 @@ from fedmide.inputs import Inputs, Tell, read
 from fedmide.ledger import before, standing
 from fedmide.localmodel import Adapter
 from fedmide.messages import ClientTask
+from fedmide.progress import Advance, Progress, silent
 from fedmide.rounds import run as run_rounds
 from fedmide.runtimes.inprocess import InProcess
 from fedmide.sections import Positions
 from fedmide.server import Delivery
 from fedmide.sources.identification import KnownSites, Scenario, build
-from fedmide.stages import Advance, Progress, silent
 
 POSITIONS: tuple[Positions, ...] = ("all", "response")
 

@@ -25,7 +25,7 @@ from fedmide.evaluation.curves import Point, curves_svg
 from fedmide.inputs import Tell
 from fedmide.journal import locked, reopen
 from fedmide.methods import METHODS
-from fedmide.stages import Progress, silent
+from fedmide.progress import Progress, silent
 
 METRICS = {"response_nll": "mean", "response_nll_worst": "worst"}
 """What is shown of a run, and what it is called among the figures over clients."""

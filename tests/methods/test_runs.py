@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from fedmide import stages
+from fedmide import opening, stages
 from fedmide.config import load
 from fedmide.errors import RunFolderError
 from fedmide.methods import METHODS
@@ -44,7 +44,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
 ) -> None:
     """Stopped after the sites kept what they made of the last round, before the server did."""
     config = load(small_input.config, [f"method={name}", *options, *QUICK])
-    metrics = go(stages.start(config, tmp_path / "run"))
+    metrics = go(opening.start(config, tmp_path / "run"))
     assert metrics["over_clients"]["personalized"]["response_nll"]["num_clients"] == 2
     stopped = Path(shutil.copytree(tmp_path / "run", tmp_path / "stopped"))
     shutil.rmtree(stopped / "server" / "round-001")
@@ -53,26 +53,26 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
         shutil.rmtree(path)
     for path in (*stopped.glob("clients/*/personalization.json"), *stopped.glob("clients/*/evaluation-*.json")):
         path.unlink()
-    go(stages.resume(stopped))
+    go(opening.resume(stopped))
     assert lasting(stopped) == lasting(tmp_path / "run")
 
 
 @pytest.mark.parametrize("how", ["method=local", "scoring.without_own=true"])
 def test_a_lost_memory_is_never_taken_for_none(how: str, small_input: Any, tmp_path: Path) -> None:
     config = load(small_input.config, [how, *QUICK])
-    with stages.start(config, tmp_path / "run") as run:
+    with opening.start(config, tmp_path / "run") as run:
         stages.train(run)
     kept = sorted(path.name for path in (tmp_path / "run/clients/b/memory").iterdir())
     assert kept == ["000.safetensors", "001.safetensors"]
     (tmp_path / "run/clients/b/memory/001.safetensors").unlink()
     with pytest.raises(RunFolderError, match="clients/b: the memory of round 1 is missing"):
-        stages.resume(tmp_path / "run").__enter__()
+        opening.resume(tmp_path / "run").__enter__()
 
 
 def test_training_in_one_place_is_on_everyones_records(small_input: Any, tmp_path: Path) -> None:
     config = load(small_input.config, ["method=central", *QUICK])
     assert METHODS["central"].in_one_place
-    go(stages.start(config, tmp_path / "run"))
+    go(opening.start(config, tmp_path / "run"))
     events = [json.loads(line) for line in (tmp_path / "run/events.jsonl").read_text().splitlines()]
     rounds = [event for event in events if event["stage"] == "train"]
     assert [(event["client"], event["num_records"]) for event in rounds] == [("(all clients)", 16)] * 2
@@ -95,6 +95,6 @@ def test_the_figures_say_what_a_method_trains_and_needs(
 ) -> None:
     """Rank 2 in one block: q 64 in and out, v 64 in and 32 out: A 2 * 128, B 2 * 96; two routers of 2 * 64."""
     config = load(small_input.config, [f"method={method}", *QUICK, "federation.rounds=1"])
-    figures = go(stages.start(config, tmp_path / "run"))["method"]
+    figures = go(opening.start(config, tmp_path / "run"))["method"]
     assert (figures["name"], figures["trained_parameters"], figures["extra_parameters"]) == (method, trained, extra)
     assert figures["source"] == METHODS[method].source  # type: ignore[index]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedmide import stages
+from fedmide import opening, stages
 from fedmide.config import load
 from fedmide.errors import RunFolderError
 from fedmide.journal import RunFolder, reopen
@@ -79,7 +79,7 @@ def test_facts_at_every_stage(done: int, whole_run: Path, tmp_path: Path, tiny_f
     config = load(whole_run.parent / "input" / "small.toml")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
-        with stages.start(config, tmp_path / "run") as run:
+        with opening.start(config, tmp_path / "run") as run:
             for stage in (stages.train, stages.personalize, stages.generate, stages.evaluate)[:done]:
                 stage(run)
     facts = read(reopen(tmp_path / "run"))

@@ -94,7 +94,7 @@ def run_(
     from fedmide.console import tell
     from fedmide.flower.serverfolder import ServerFolder
     from fedmide.journal import free_folder
-    from fedmide.stages import start
+    from fedmide.opening import start
 
     folder = ServerFolder.read(path)
     loaded = load(config or folder.path / "federation.toml", overrides)
@@ -109,7 +109,7 @@ def resume(
     _check_installed()
     from fedmide.console import tell
     from fedmide.flower.serverfolder import ServerFolder
-    from fedmide.stages import resume as resume_run
+    from fedmide.opening import resume as resume_run
 
     folder = ServerFolder.read(path)
     _work(folder, resume_run(run, None, tell, elsewhere=folder.sites), as_json)

@@ -13,7 +13,8 @@ from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, TrackerName, pr
 from fedmide.errors import UsageError
 
 if TYPE_CHECKING:
-    from fedmide.stages import Run, Sets
+    from fedmide.opening import Run
+    from fedmide.stages import Sets
 
 app = typer.Typer()
 
@@ -213,10 +214,10 @@ def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractCont
 
     path, loaded = out or free_folder(RUNS, config.stem), load(config, overrides)
     check_new(path, loaded)  # a mistake is told before anything that takes long to import
-    from fedmide import stages
+    from fedmide import opening
     from fedmide.console import tell
 
-    return stages.start(loaded, path, tell)
+    return opening.start(loaded, path, tell)
 
 
 def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> AbstractContextManager["Run"]:
@@ -228,10 +229,10 @@ def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = 
         raise UsageError("--set can't change a run that has begun", "Start a new run with CONFIG and --set")
     loaded = None if config is None else load(config, overrides)
     reopen(path, loaded)
-    from fedmide import stages
+    from fedmide import opening
     from fedmide.console import tell
 
-    return stages.resume(path, loaded, tell)
+    return opening.resume(path, loaded, tell)
 
 
 def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = None) -> None:

@@ -16,8 +16,8 @@ from fedmide.flower.runs import remote
 from fedmide.flower.serverfolder import ServerFolder
 from fedmide.flower.supervision import alive
 from fedmide.inputs import Tell
+from fedmide.opening import Run
 from fedmide.runtimes.link import Linked, LinkLostError, accepted, listening, socket_path
-from fedmide.stages import Run
 
 _COME_UP_SECONDS = 60.0
 _RETRY_SECONDS = 3.0

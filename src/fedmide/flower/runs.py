@@ -10,9 +10,9 @@ from fedmide.config import agreed
 from fedmide.errors import UsageError
 from fedmide.flower.simulation import simulation
 from fedmide.messages import Facts
+from fedmide.opening import Run, set_sizes
 from fedmide.runtimes.link import Exchange
 from fedmide.runtimes.remote import Remote
-from fedmide.stages import Run, set_sizes
 
 
 def remote(run: Run, connect: Callable[[], Exchange], bound: Mapping[int, str] | None = None) -> Run:

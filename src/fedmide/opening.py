@@ -1,0 +1,147 @@
+"""A run opened: its folder, which no other process gets at meanwhile, and what its configuration points at.
+
+All input is read and checked before anything is written, and again whenever a run goes on.
+"""
+
+import secrets
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedmide import adapters, methods, server
+from fedmide.atomic import check_room
+from fedmide.config import Config
+from fedmide.errors import RunFolderError
+from fedmide.inputs import Inputs, Tell, changed, other_versions, read, without_records
+from fedmide.journal import RunFolder, check_new, create, locked, reopen
+from fedmide.ledger import before, standing
+from fedmide.records import RecordId
+from fedmide.resident import Opener, open_model
+from fedmide.rounds import Runtime
+from fedmide.server import ServerState
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder and what its configuration points at."""
+
+    folder: RunFolder
+    inputs: Inputs
+    tell: Tell
+    federation: str
+    runtime: Runtime | None = None
+    """How sites are reached that are not in this process."""
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.folder.config
+
+
+@contextmanager
+def start(
+    config: Config,
+    path: Path,
+    tell: Tell = lambda message: None,
+    opener: Opener = open_model,
+    elsewhere: Sequence[str] = (),
+) -> Iterator[Run]:
+    """A new run in a new folder, which no other process gets at meanwhile.
+
+    All input is read and checked before anything is written. `elsewhere` are the names of sites whose records this
+    machine does not hold; each such run is a federation of its own, told from others by a drawn ending.
+    """
+    check_new(path, config)
+    reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
+    inputs = reader(config, tell, opener=opener)
+    num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
+    num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers else 0
+    begin = server.begin("", inputs.clients, inputs.fresh_adapter(), config)
+    check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
+    with locked(path):
+        tell(f"the run is in {path}")
+        federation = f"{inputs.federation}-{secrets.token_hex(4)}" if elsewhere else inputs.federation
+        folder = create(path, config, {**inputs.manifest, "federation": federation})
+        folder.rebuild_events(())
+        yield Run(folder, inputs, tell, federation)
+
+
+@contextmanager
+def resume(
+    path: Path,
+    config: Config | None = None,
+    tell: Tell = lambda message: None,
+    opener: Opener = open_model,
+    elsewhere: Sequence[str] = (),
+) -> Iterator[Run]:
+    """An earlier run, to go on with, which no other process gets at meanwhile, on as many threads as it began with.
+
+    Refused where its configuration, its data, its model or its ledgers are no longer the same.
+    """
+    folder = reopen(path, config)
+    with locked(path):
+        tell(f"going on with {path}")
+        earlier = folder.read_manifest()
+        reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
+        inputs = reader(folder.config, tell, earlier["threads"], opener=opener)
+        if problems := list(changed(earlier, inputs.manifest)):
+            raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
+        for difference in other_versions(earlier, inputs.manifest):
+            tell(f"{difference}: from here on bytes may differ")
+        folder.rebuild_events(list(inputs.clients))
+        run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
+        if not elsewhere:  # sites that are elsewhere are asked by who reaches them
+            _check_ledgers(run)
+        yield run
+
+
+def set_sizes(run: Run) -> dict[str, tuple[int, int]]:
+    """How many shared and personal records each site told of in the last round, where its reply in that counted."""
+    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
+    told = {name: event["metrics"] for name, event in last.items() if "shared" in event["metrics"]}
+    return {name: (int(each["shared"]["sum"]), int(each["personal"]["sum"])) for name, each in told.items()}
+
+
+def begin(run: Run) -> ServerState:
+    """The state before the first round."""
+    return server.begin(run.federation, run.inputs.clients, run.inputs.fresh_adapter(), run.config)
+
+
+def record_ids(run: Run, name: str) -> list[RecordId]:
+    """A client's training records, in order."""
+    return [example.id for example in run.inputs.examples[name].training]
+
+
+def _check_ledgers(run: Run) -> None:
+    """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
+    state = run.folder.last_round(begin(run))
+    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
+    if run.config.method != "fedmide":
+        if methods.of(run.config).remembers:
+            _check_memories(run, last, state.round)
+        return
+    problems = []
+    for name, told in set_sizes(run).items():
+        now = standing(before(run.folder.read_ledger(name), state.round), record_ids(run, name))
+        if told != (len(now.shared), len(now.personal)):
+            problems.append(f"{run.folder.site(name)}: the ledger is not the one that its last round left")
+    if problems:
+        raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+    if run.config.scoring.without_own:
+        _check_memories(run, last, state.round)
+
+
+def _check_memories(run: Run, last: Mapping[str, Mapping[str, Any]], next_round: int) -> None:
+    """The same for what a method keeps on the sites: it must be of the last round that each trained in."""
+    trained = {name: event["round"] for name, event in last.items() if "steps" in event["metrics"]}
+    kept = {name: run.folder.read_memory(name, next_round)[-1:] for name in trained}
+    problems = [
+        f"{run.folder.site(name)}: the memory of round {number} is missing"
+        for name, number in trained.items()
+        if [memory.round for memory in kept[name]] != [number]
+    ]
+    if problems:
+        raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")

@@ -1,0 +1,93 @@
+"""Long work as whoever waits for it sees it, and what it leaves in the manifest: how long it took, how much it held."""
+
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from pathlib import Path
+from typing import Protocol
+
+from fedmide.inputs import now
+from fedmide.messages import ClientTask
+from fedmide.opening import Run
+from fedmide.rounds import Runtime
+from fedmide.server import Delivery
+
+STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
+"""How far a run is, as its manifest says."""
+
+Advance = Callable[[int, str], None]
+"""Tells how many units of work were done, and a word on the latest."""
+
+
+class Progress(Protocol):
+    """Shows long work to whoever waits for it."""
+
+    def __call__(self, stage: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+        """A stage of `total` units; within it the returned function is called as units are done."""
+
+
+def silent(stage: str, total: int, unit: str) -> AbstractContextManager[Advance]:
+    """Shows nothing."""
+    return nullcontext(lambda units, note: None)
+
+
+@contextmanager
+def listening(run: Run, shown: AbstractContextManager[Advance]) -> Iterator[Advance]:
+    """The same progress, which also tells of the model's work within a client."""
+    resident = run.inputs.resident
+    with shown as advance:
+        resident.heard = lambda kind, total: advance(0, f"{total:,} {kind}")
+        try:
+            yield advance
+        finally:
+            resident.heard = lambda kind, total: None
+
+
+def noted(run: Run, runtime: Runtime, advance: Advance) -> Runtime:
+    """The same runtime, with progress told after every delivery."""
+
+    def deliver(tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
+        for delivery in runtime(tasks):
+            advance(1, _note(run, tasks[0].round, delivery))
+            yield delivery
+
+    return deliver
+
+
+def _note(run: Run, round_number: int, delivery: Delivery) -> str:
+    """A word on what a client has just done."""
+    title = f"{run.folder.round_name(round_number)}, " if round_number < run.config.federation.rounds else ""
+    loss = delivery.reply.metrics.get("loss") if delivery.reply else None
+    return f"{title}client {delivery.client}" + (f", loss {loss.sum / loss.count:.3f}" if loss else "")
+
+
+@contextmanager
+def timed(run: Run, status: str, work: int) -> Iterator[None]:
+    """Notes in the manifest that a stage ended, and how long it has worked, restarts included.
+
+    A stage that had no work left does not set the status back to its own.
+    """
+    begun = time.perf_counter()
+    ended = {}
+    try:
+        yield
+        earlier = run.folder.read_manifest()["status"]
+        if work or STATUSES.index(status) > STATUSES.index(earlier):
+            ended = {"status": status, "updated": now()}
+    finally:
+        seconds = run.folder.read_manifest()["seconds"]
+        spent = seconds.get(status, 0.0) + time.perf_counter() - begun
+        peak = max(run.folder.read_manifest()["peak_memory_mb"], _peak_memory_mb())
+        held = {"peak_memory_mb": peak, "prefix_cache_mb": run.inputs.resident.model.prefix_bytes // 10**6}
+        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)}, **held, **ended)
+
+
+def _peak_memory_mb() -> int:
+    """The most memory that this process has held so far, in 10^6 bytes."""
+    with suppress(OSError, StopIteration):  # Linux; what getrusage tells there counts a parent's memory too
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(peak * (1 if sys.platform == "darwin" else 1024) / 1e6)
