@@ -524,7 +524,7 @@ def test_a_file_that_the_system_refuses_is_told(
     def refuse(*args: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", "some/file")
 
-    monkeypatch.setattr(stages, "start", refuse)
+    monkeypatch.setattr(opening, "start", refuse)
     assert fedmide("run", small_input.config).refusal == "some/file: Permission denied"
 
 
@@ -534,7 +534,7 @@ def test_a_fault_of_ours_keeps_its_traceback(
     def fail(*args: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(stages, "start", fail)
+    monkeypatch.setattr(opening, "start", fail)
     with pytest.raises(ZeroDivisionError):
         fedmide("run", small_input.config)
 

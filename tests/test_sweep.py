@@ -67,6 +67,22 @@ def test_a_knob_that_takes_a_warm_up_away_pays_it_back(small_input: Any, tmp_pat
     assert [each.config.federation.rounds for each in plan.entrants["fedmide"]] == [3, 2, 1]
 
 
+def test_a_variant_is_turned_too_and_does_not_set_the_knob_back(small_input: Any, tmp_path: Path) -> None:
+    values = values_of(small_input.config)
+    values["variants"] = {
+        "soft": {"enrollment": {"softness": 0.5}},
+        "near": {"method": "fedprox", "fedprox": {"mu": 0.1}},
+    }
+    plan = sweep.planned(values, "enrollment.softness=0.1,0.2", ["soft", "near", "fedmide"], [0], tmp_path)
+    assert list(plan.entrants) == ["soft", "near", "fedmide"]
+    assert [each.config.enrollment.softness for each in plan.entrants["soft"]] == [0.1, 0.2]
+    plan = sweep.planned(values, "training.batch_size=2,4", ["soft", "near"], [0], tmp_path)
+    assert [each.config.enrollment.softness for each in plan.entrants["soft"]] == [0.5, 0.5]
+    assert [each.config.training.batch_size for each in plan.entrants["near"]] == [2, 4]
+    assert {each.config.fedprox.mu for each in plan.entrants["near"]} == {0.1}
+    assert plan.attempt("near", 1, 0).path == tmp_path / "training.batch_size/runs/near/4-seed-0"
+
+
 @pytest.mark.parametrize("turned", ["enrollment.threshold", "=1", "x.y=", "lora.r=4,4", "data.path=../x,y"])
 def test_a_knob_without_values_is_refused(small_input: Any, tmp_path: Path, turned: str) -> None:
     with pytest.raises(UsageError, match="--knob"):
@@ -87,7 +103,7 @@ def test_an_unknown_knob_is_refused_before_any_run(small_input: Any, tmp_path: P
 
 def test_unknown_methods_and_seeds_are_refused(small_input: Any, tmp_path: Path) -> None:
     values = values_of(small_input.config)
-    with pytest.raises(UsageError, match="no method"):
+    with pytest.raises(ConfigError, match="'fedmidi' is no method, nor a variant"):
         sweep.planned(values, "lora.r=4,8", ["fedmidi"], [0], tmp_path)
     with pytest.raises(UsageError, match="--seeds"):
         sweep.planned(values, "lora.r=4,8", ["fedmide"], [], tmp_path)

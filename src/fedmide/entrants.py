@@ -59,7 +59,7 @@ def budget_of(values: Mapping[str, Any]) -> Budget:
 
     K is `training.max_steps` or, where that is 0, what the largest client needs for `training.epochs`.
     """
-    config = parse(for_method(values, "fedmide"))
+    config = parse(for_method(without_variants(values), "fedmide"))
     rounds = config.warmup.rounds + config.federation.rounds + config.personalization.epochs
     steps = config.training.max_steps or max(
         num_steps(len(client.training), config.training) for client in load(config.data, config.data_seed)
@@ -69,13 +69,24 @@ def budget_of(values: Mapping[str, Any]) -> Budget:
 
 def entrants(values: Mapping[str, Any], names: Sequence[str]) -> tuple[Entrant, ...]:
     """What the names stand for: methods, or variants in the values' own table; all problems as one `ConfigError`."""
-    base = without_variants(values)
-    given = values.get(VARIANTS, {})
-    problems = list(_problems(given, names))
+    check_names(values, names)
+    budget = budget_of(values)
+    return tuple(Entrant(name, within(budget, settings(values, name), name), budget) for name in names)
+
+
+def check_names(values: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses names that are neither a method's nor a variant's, and variants that set what they can't."""
+    problems = list(_problems(values.get(VARIANTS, {}), names))
     if problems:
         raise ConfigError(problems, "See `fedmide methods` and docs/compare.md")
-    budget = budget_of(base)
-    return tuple(Entrant(name, within(budget, _variant(base, given, name), name), budget) for name in names)
+
+
+def settings(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a method, or a variant in the values' own table, is configured by; the budget is not in it yet."""
+    base, variant = without_variants(values), values.get(VARIANTS, {}).get(name)
+    if variant is None:
+        return for_method(base, name)
+    return merged(for_method(base, variant.get("method", "fedmide")), variant)
 
 
 def within(budget: Budget, values: Mapping[str, Any], name: str) -> Config:
@@ -117,12 +128,6 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
         old = result.get(key)
         result[key] = merged(old, each) if isinstance(old, Mapping) and isinstance(each, Mapping) else each
     return result
-
-
-def _variant(base: Mapping[str, Any], given: Mapping[str, Any], name: str) -> dict[str, Any]:
-    if name not in given:
-        return for_method(base, name)
-    return merged(for_method(base, given[name].get("method", "fedmide")), given[name])
 
 
 def _at_rate(values: Mapping[str, Any], rate: float) -> dict[str, Any]:

@@ -1,10 +1,11 @@
 """A knob turned: methods at several values of it, on several seeds; mean and worst client as figures and a picture.
 
     OUT/KNOB/sweep.json   sweep.svg
-            runs/METHOD/VALUE-seed-S/    a run folder each
+            runs/NAME/VALUE-seed-S/    a run folder each
 
-All values have the budget of local steps of the configuration as it is (`entrants`), unless the knob is what makes it.
-Runs are done as a comparison's are: what is whole is kept, what was stopped goes on.
+A name is a method's or a variant's. All values have the budget of local steps of the configuration as it is
+(`entrants`), unless the knob is what makes it. Runs are done as a comparison's are: what is whole is kept, what was
+stopped goes on.
 """
 
 import json
@@ -19,12 +20,11 @@ import numpy as np
 from fedmide.atomic import to_json, write_file
 from fedmide.compare import Attempt, Work
 from fedmide.config import apply_overrides, fingerprint, for_method, parse
-from fedmide.entrants import BUDGET, Entrant, budget_of, within
+from fedmide.entrants import BUDGET, Entrant, budget_of, check_names, settings, within
 from fedmide.errors import UsageError
 from fedmide.evaluation.curves import Point, curves_svg
 from fedmide.inputs import Tell
 from fedmide.journal import locked, reopen
-from fedmide.methods import METHODS
 from fedmide.progress import Progress, silent
 
 METRICS = {"response_nll": "mean", "response_nll_worst": "worst"}
@@ -35,7 +35,7 @@ _VALUE = re.compile(r"[A-Za-z0-9._:+-]+")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A knob, its values as they were given, and the configuration of each method at each of them."""
+    """A knob, its values as they were given, and the configuration of each method or variant at each of them."""
 
     out: Path
     knob: str
@@ -48,39 +48,44 @@ class Sweep:
         """How many runs it takes in all."""
         return len(self.entrants) * len(self.values) * len(self.seeds)
 
-    def attempt(self, method: str, place: int, seed: int) -> Attempt:
-        """The run of a method at one of the values."""
-        entrant = self.entrants[method][place]
-        path = self.out / "runs" / method / f"{self.values[place]}-seed-{seed}"
+    def attempt(self, name: str, place: int, seed: int) -> Attempt:
+        """The run of a method or a variant at one of the values."""
+        entrant = self.entrants[name][place]
+        path = self.out / "runs" / name / f"{self.values[place]}-seed-{seed}"
         return Attempt(entrant, entrant.config.training.learning_rate, seed, path)
 
 
 def planned(values: Mapping[str, Any], turned: str, names: Sequence[str], seeds: Sequence[int], out: Path) -> Sweep:
-    """What `KNOB=VALUE,VALUE,...`, method names and seeds ask for; every configuration is checked."""
+    """What `KNOB=VALUE,VALUE,...`, names of methods and variants, and seeds ask for; every configuration is checked."""
     knob, _, given = (each.strip() for each in turned.partition("="))
     texts = [each.strip() for each in given.split(",")]
     if not knob or len(set(texts)) < len(texts) or not all(_VALUE.fullmatch(each) for each in texts):
         raise UsageError(f"--knob {turned!r}: expected KNOB=VALUE,VALUE", "For example enrollment.threshold=0.9,1.0")
-    if wrong := [name for name in names if name not in METHODS]:
-        raise UsageError(f"--methods: {wrong[0]!r} is no method", "See fedmide methods")
+    check_names(values, names)
     if not seeds or len(set(seeds)) < len(seeds):
         raise UsageError("--seeds: expected numbers, each once", "For example --seeds 0,1,2")
-    wanted = [method for method in METHODS if method in names]
-    turns = [apply_overrides(values, [f"{knob}={text}"]) for text in texts]
-    for method in wanted:
-        for text, each in zip(texts, turns, strict=True):
-            parse(for_method(each, method), f"{knob} = {text}")  # all of them before records are read
-    budgets = [budget_of(each) for each in turns] if knob in BUDGET else [budget_of(values)] * len(turns)
+    turns = {name: [_turned(values, name, f"{knob}={text}") for text in texts] for name in names}
+    for each in turns.values():
+        for text, settings_at in zip(texts, each, strict=True):
+            parse(settings_at, f"{knob} = {text}")  # all of them before records are read
+    whole = [apply_overrides(values, [f"{knob}={text}"]) for text in texts]
+    budgets = [budget_of(each) for each in whole] if knob in BUDGET else [budget_of(values)] * len(texts)
     entrants: dict[str, tuple[Entrant, ...]] = {
-        method: tuple(
-            Entrant(name := f"{method}, {knob} = {text}", within(budget, for_method(each, method), name), budget)
-            for text, each, budget in zip(texts, turns, budgets, strict=True)
+        name: tuple(
+            Entrant(title := f"{name}, {knob} = {text}", within(budget, settings_at, title), budget)
+            for text, settings_at, budget in zip(texts, each, budgets, strict=True)
         )
-        for method in wanted
+        for name, each in turns.items()
     }
     if len(texts) > 1 and not any(_differ(each) for each in entrants.values()):
         raise UsageError(f"--knob {turned!r}: makes no difference to {', '.join(entrants)}", "Turn another knob")
     return Sweep(out / knob, knob, tuple(texts), entrants, tuple(seeds))
+
+
+def _turned(values: Mapping[str, Any], name: str, setting: str) -> dict[str, Any]:
+    """What a method or a variant is configured by with the knob at a value, which a variant does not set back."""
+    own = settings(apply_overrides(values, [setting]), name)
+    return for_method(apply_overrides(own, [setting]), str(own["method"]))
 
 
 def _differ(entrants: Sequence[Entrant]) -> bool:

@@ -100,7 +100,9 @@ def compare(
 def sweep(
     config: Annotated[Path, typer.Argument(help="A configuration (TOML).")],
     knob: Annotated[list[str], typer.Option(help="KNOB=VALUE,VALUE,...; may be given again.")],
-    methods: Annotated[str, typer.Option(help="Methods, with commas between; otherwise the configuration's.")] = "",
+    methods: Annotated[
+        str, typer.Option(help="Methods and variants, with commas between; otherwise the configuration's method.")
+    ] = "",
     seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Folder; otherwise sweeps/NAME. It goes on where it is.")] = None,
@@ -112,9 +114,9 @@ def sweep(
     """
     from rich.console import Console
 
-    from fedmide.config import apply_overrides, read_toml, without_variants
+    from fedmide.config import apply_overrides, read_toml
 
-    values = without_variants(apply_overrides(read_toml(config), overrides))
+    values = apply_overrides(read_toml(config), overrides)
     numbers = [int(each) for each in _listed("seeds", seeds, str.isdecimal)]
     from fedmide import sweep as sweeping
     from fedmide.console import bars, sweep_table, tell
