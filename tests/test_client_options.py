@@ -235,6 +235,7 @@ class Valley:
 
     def __init__(self, fakes: Any) -> None:
         self.fakes, self.plans, self.scored = fakes, list[TrainingPlan](), 0
+        self.starts: list[float] = []
 
     def fresh(self, seed: int) -> Adapter:
         raise AssertionError("not asked for")
@@ -245,6 +246,7 @@ class Valley:
 
     def train(self, adapter: Adapter, examples: Sequence[Any], plan: TrainingPlan) -> Iterator[Epoch]:
         self.plans.append(plan)
+        self.starts.append(place(adapter))
         yield Epoch(self.fakes.adapter(10.0), Nll(1.0, 1), 1)
 
 
@@ -283,6 +285,22 @@ def test_a_tuning_can_be_overshot(fakes: Any) -> None:
 def test_without_a_choice_nothing_is_told_or_scored_for_it(fakes: Any) -> None:
     found, metrics, model = tuned(fakes, [6, 6])
     assert (found, "beta" in metrics, model.scored) == (10.0, False, 1)
+
+
+def test_tuning_goes_on_from_the_own_adapter_of_the_last_round(fakes: Any) -> None:
+    config = fakes.config("personalization.epochs=1", "personalization.start=own", BETAS)
+    site = fakes.site("a", [8, 9, 13], config, validation=tuple(fakes.site("v", [6, 6], config).training.values()))
+    reply, state = handle(task(fakes, -1, 0.0), site, fakes.line())
+    _, state = handle(task(fakes, 0, 9.0, train=False), state, fakes.line())  # not drawn: it has none of this round
+    assert [(memory.round, memory.arrays) for memory in state.memory] == [(-1, reply.adapter)]
+    model = Valley(fakes)
+    _, after = handle(task(fakes, 20, 2.0), state, model)
+    assert model.starts == [place(reply.adapter)] != [2.0]
+    assert place(after.adapter) == 6.0, "between the aggregated adapter and the tuned one"
+
+
+def test_who_has_never_trained_tunes_the_aggregated_adapter(fakes: Any) -> None:
+    assert tuned(fakes, [6, 6], "personalization.start=own")[2].starts == [2.0]
 
 
 def test_any_tuned_method_can_be_interpolated(fakes: Any) -> None:

@@ -212,6 +212,11 @@ def test_runs_that_differ_in_their_tuning_share_their_rounds(
     said.clear()
     compare.run(more, said.append)
     assert f"the rounds are those of {runs['fedmide']}" in said
+    # but one whose sites must have kept their own adapters has rounds of its own
+    values["variants"]["own"] = {"personalization": {"start": "own"}}
+    said.clear()
+    compare.run(compare.planned(values, [*names, "own"], [0], tmp_path / "shared", validation_only=True), said.append)
+    assert not any("the rounds are those of" in each for each in said)
 
 
 def test_test_records_change_no_choice(

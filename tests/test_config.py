@@ -210,6 +210,7 @@ RANGES: dict[str, tuple[list[Any], list[Any]]] = {
     "enrollment.threshold": ([0.95], [0.0, -1.0, NAN, INF]),
     "enrollment.timing": (["same_round", "next_round"], ["later"]),
     "personalization.epochs": ([0, 1], [-1]),
+    "personalization.start": (["aggregated", "own"], ["fresh"]),
     "personalization.records": (["all", "personal-first", "personal", "shared"], ["none"]),
     "generation.max_new_tokens": ([0, 80], [-1]),
     "generation.batch_size": ([1], [0]),

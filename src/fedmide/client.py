@@ -184,7 +184,8 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     examples = [state.training[record] for record in records]
     kept, adapter, validated = 0, start, ZERO
     num_tokens = num_steps = 0
-    for number, epoch in enumerate(model.train(start, examples, plan), 1):
+    begun = state.memory[-1].arrays if state.config.personalization.start == "own" and state.memory else start
+    for number, epoch in enumerate(model.train(begun, examples, plan), 1):
         nll = total(model.nll(epoch.adapter, state.validation, state.config.training.positions))
         better = not state.validation or (math.isfinite(nll.mean) and (kept == 0 or nll.mean < validated.mean))
         if better and is_finite(epoch.adapter):
@@ -281,8 +282,8 @@ def _settings(task: ClientTask, config: Config, num_folds: int) -> TrainingConfi
 
 
 def _kept(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[Memory, ...]:
-    """What stays on the site: its own adapter, where it is to be left out of the aggregated one that comes next."""
-    if trained is None or not state.config.scoring.without_own:
+    """What stays on the site: its own adapter, where that is needed once more."""
+    if trained is None or not state.config.keeps_own:
         return state.memory
     return (*state.memory[-1:], Memory(task.round, trained.adapter))
 

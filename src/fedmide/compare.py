@@ -216,8 +216,9 @@ def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, 
 
 
 def _before_tuning(config: Config) -> str:
-    """What a run's rounds follow from: the configuration without how it tunes afterwards."""
-    return fingerprint(config.model_copy(update={"personalization": PersonalizationConfig()}))
+    """What a run's rounds follow from: the configuration without how it tunes afterwards, but for what it tunes."""
+    kept = PersonalizationConfig(start=config.personalization.start)
+    return fingerprint(config.model_copy(update={"personalization": kept}))
 
 
 def _title(attempt: Attempt) -> str:

@@ -66,6 +66,9 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 """FedMIDE's knobs that a preset sets otherwise than the published method has them; docs/results.md says how the
 recommended ones were chosen."""
 
+_PLAIN_TUNING = {"start": "aggregated", "records": "all"}
+"""How any other method tunes, where it does."""
+
 METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
     {
         "fedprox": ("fedprox",),
@@ -87,8 +90,8 @@ class Config(Section):
 
     method: str = "fedmide"
     """The federated algorithm: one that `fedmide methods` lists, or own:NAME, which your program registers. `warmup`,
-    `enrollment` and `personalization.records` are fedmide's alone: with any other method there is no warm-up and every
-    training record trains."""
+    `enrollment`, `personalization.start` and `.records` are fedmide's alone: with any other method there is no warm-up
+    and every training record trains."""
     preset: PresetName = "original"
     """What fedmide's knobs are where nothing else is said: "original", the published method's, or "recommended": scores
     on the response, no restart after the warm-up, weights that fall softly with the score instead of a split, tuning
@@ -180,7 +183,7 @@ class Config(Section):
         """Another method has no warm-up, and tunes on all records where it tunes at all."""
         if not isinstance(values, dict) or values.get("method", "fedmide") == "fedmide":
             return values
-        changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": {"records": "all"}}
+        changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": _PLAIN_TUNING}
         given = {name: values.get(name, {}) for name in changes}
         return {**values, **{name: {**each, **changes[name]} for name, each in given.items() if isinstance(each, dict)}}
 
@@ -223,6 +226,12 @@ class Config(Section):
         if kind != "ratio" and enrollment.rule == "otsu-log":
             raise ValueError("rule 'otsu-log' needs scoring.kind = 'ratio': a gap has no logarithm")
         return enrollment
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether a site of FedMIDE's keeps its own adapter from round to round."""
+        wanted = self.scoring.without_own or self.personalization.start == "own"
+        return wanted and self.method == "fedmide"
 
     @field_validator("lora")
     @classmethod

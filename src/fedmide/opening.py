@@ -58,7 +58,7 @@ def start(
     reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
     inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers else 0
+    num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers or config.keeps_own else 0
     begin = server.begin("", inputs.clients, inputs.fresh_adapter(), config)
     check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
     with locked(path):
@@ -130,7 +130,7 @@ def _check_ledgers(run: Run) -> None:
             problems.append(f"{run.folder.site(name)}: the ledger is not the one that its last round left")
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
-    if run.config.scoring.without_own:
+    if run.config.keeps_own:
         _check_memories(run, last, state.round)
 
 

@@ -31,6 +31,7 @@ EVERY_OPTION = (
     "scoring.without_own=true",
     "enrollment.rule=natural",
     "enrollment.softness=0.1",
+    "personalization.start=own",
     "personalization.personal_weight=2.0",
     "personalization.interpolation=[0.0, 0.5, 1.0]",
 )
@@ -57,7 +58,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     assert lasting(stopped) == lasting(tmp_path / "run")
 
 
-@pytest.mark.parametrize("how", ["method=local", "scoring.without_own=true"])
+@pytest.mark.parametrize("how", ["method=local", "scoring.without_own=true", "personalization.start=own"])
 def test_a_lost_memory_is_never_taken_for_none(how: str, small_input: Any, tmp_path: Path) -> None:
     config = load(small_input.config, [how, *QUICK])
     with opening.start(config, tmp_path / "run") as run:
