@@ -508,7 +508,7 @@ def test_the_original_preset_is_the_published_method_and_the_default() -> None:
 
 @pytest.mark.parametrize("example", ["compare.toml", "compare-medical.toml"])
 def test_the_recommended_preset_is_the_variant_that_was_measured(example: str) -> None:
-    assert read_toml(EXAMPLES / example)[VARIANTS]["personal-first"] == PRESETS["recommended"]
+    assert read_toml(EXAMPLES / example)[VARIANTS]["personal-first-own"] == PRESETS["recommended"]
 
 
 def test_the_recommended_preset_leaves_what_the_user_says() -> None:

@@ -59,7 +59,11 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
             "warmup": {"reset": False},
             "scoring": {"positions": "response"},
             "enrollment": {"rule": "natural", "softness": 0.5},
-            "personalization": {"records": "personal-first", "interpolation": [0.0, 0.25, 0.5, 0.75, 1.0]},
+            "personalization": {
+                "start": "own",
+                "records": "personal-first",
+                "interpolation": [0.0, 0.25, 0.5, 0.75, 1.0],
+            },
         },
     }
 )
@@ -95,7 +99,7 @@ class Config(Section):
     preset: PresetName = "original"
     """What fedmide's knobs are where nothing else is said: "original", the published method's, or "recommended": scores
     on the response, no restart after the warm-up, weights that fall softly with the score instead of a split, tuning
-    on personal records first, and a beta for each client by its validation records."""
+    of the site's own last adapter, on personal records first, and a beta for each client by its validation records."""
     seed: Count = 0
     """Every random draw follows from it."""
     data: DataConfig = DataConfig()
