@@ -299,6 +299,21 @@ def test_tuning_goes_on_from_the_own_adapter_of_the_last_round(fakes: Any) -> No
     assert place(after.adapter) == 6.0, "between the aggregated adapter and the tuned one"
 
 
+class RunsOff(Valley):
+    """A training that ends in no numbers."""
+
+    def train(self, adapter: Adapter, examples: Sequence[Any], plan: TrainingPlan) -> Iterator[Epoch]:
+        yield Epoch(self.fakes.adapter(math.nan), Nll(1.0, 1), 1)
+
+
+def test_an_own_adapter_that_has_run_off_is_not_kept(fakes: Any) -> None:
+    config = fakes.config("personalization.start=own", "enrollment.rule=natural")
+    _, state = handle(task(fakes, -1, 0.0), fakes.site("a", [8, 9, 13], config), fakes.line())
+    reply, state = handle(task(fakes, 0, 9.0), state, RunsOff(fakes))
+    assert math.isnan(place(reply.adapter))
+    assert [memory.round for memory in state.memory] == [-1]
+
+
 def test_who_has_never_trained_tunes_the_aggregated_adapter(fakes: Any) -> None:
     assert tuned(fakes, [6, 6], "personalization.start=own")[2].starts == [2.0]
 

@@ -519,6 +519,14 @@ def test_the_recommended_preset_leaves_what_the_user_says() -> None:
     assert other.personalization.interpolation == [1.0], "fedmide's alone"
 
 
+def test_a_site_keeps_its_own_adapter_where_it_is_needed_and_fedmides_sites_alone() -> None:
+    assert not parse({}).keeps_own
+    assert parse({"preset": "recommended"}).keeps_own
+    assert parse({"scoring": {"without_own": True}}).keeps_own
+    other = parse({"method": "fedavg-ft", "personalization": {"start": "own"}, "scoring": {"without_own": True}})
+    assert (other.personalization.start, other.keeps_own) == ("aggregated", False)
+
+
 def test_a_preset_says_what_the_user_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tables = {"warmup": {"folds": 2, "reset": False}, "scoring": {"kind": "relative-gap"}}
     monkeypatch.setattr("fedmide.config.PRESETS", {"original": tables})

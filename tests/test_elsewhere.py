@@ -33,8 +33,12 @@ class Sites:
             yield Answered(node, self.bend(node, self.sites[node].answer(frame)))
 
 
+OWN = ("personalization.start=own",)
+"""Sites keep the adapters that they sent, and tune them."""
+
+
 @pytest.fixture
-def elsewhere(small_input: Any, tmp_path: Path) -> Sites:
+def elsewhere(request: pytest.FixtureRequest, small_input: Any, tmp_path: Path) -> Sites:
     found = {}
     for node, name in enumerate("ab", 1):
         folder = tmp_path / f"site-{name}"
@@ -42,7 +46,9 @@ def elsewhere(small_input: Any, tmp_path: Path) -> Sites:
         own = folder / "data" / name
         own.parent.mkdir()
         (small_input.data / name).rename(own)
-        values = apply_overrides(read_toml(small_input.config), [f"data.path={own.parent}"])
+        values = apply_overrides(
+            read_toml(small_input.config), [f"data.path={own.parent}", *getattr(request, "param", ())]
+        )
         (folder / "site.toml").write_text(to_toml(parse(values)))
         found[node] = SiteFolder.read(folder).site(lambda message: None)
     return Sites(found)
@@ -54,10 +60,11 @@ def run_over(opened: opening.Run, sites: Sites) -> None:
     stages.personalize(run)
 
 
+@pytest.mark.parametrize(("elsewhere", "overrides"), [((), ()), (OWN, OWN)], indirect=["elsewhere"])
 def test_sites_with_paths_of_their_own_end_with_the_bytes_of_one_process(
-    elsewhere: Sites, small_input: Any, tmp_path: Path
+    elsewhere: Sites, overrides: tuple[str, ...], small_input: Any, tmp_path: Path
 ) -> None:
-    config = load(small_input.config)  # the server's: its records are gone, they lie at the sites
+    config = load(small_input.config, overrides)  # the server's: its records are gone, they lie at the sites
     with opening.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
         run_over(opened, elsewhere)
         federation = opened.federation
@@ -71,7 +78,9 @@ def test_sites_with_paths_of_their_own_end_with_the_bytes_of_one_process(
     for name in "ab":
         kept = tmp_path / f"site-{name}" / "runs" / federation / "clients" / name
         expected = tmp_path / "one" / "clients" / name
-        for file in ("ledger.jsonl", adapter):
+        memories = [path.relative_to(expected) for path in expected.glob("memory/*")]
+        assert len(memories) == (2 if overrides else 0)
+        for file in ("ledger.jsonl", adapter, *memories):
             assert (kept / file).read_bytes() == (expected / file).read_bytes()
         here = [path.name for path in (tmp_path / "run" / "clients" / name).iterdir()]
         assert here == ["personalization.json"], "nothing else of a site is at the server"
@@ -117,3 +126,23 @@ def test_a_site_that_lost_its_ledger_is_refused(elsewhere: Sites, small_input: A
     ):
         stages.personalize(remote(opened, lambda: elsewhere))
     assert any("site b is refused: its ledger is not the one that its last round left" in line for line in told)
+
+
+@pytest.mark.parametrize("elsewhere", [OWN], indirect=True)
+def test_a_site_that_lost_its_own_adapter_does_not_tune_the_mean_instead(
+    elsewhere: Sites, small_input: Any, tmp_path: Path
+) -> None:
+    config = load(small_input.config, [*OWN, "replies.quorum=0.5", "replies.deadline_seconds=1"])
+    with opening.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
+        stages.train(remote(opened, lambda: elsewhere))
+        last = tmp_path / "site-b" / "runs" / opened.federation / "clients" / "b" / "memory" / "001.safetensors"
+    kept = last.read_bytes()
+    last.unlink()
+    with (
+        pytest.raises(RunFolderError, match=r"client b is not personalised: its ledger can't be used"),
+        opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened,
+    ):
+        stages.personalize(remote(opened, lambda: elsewhere))
+    last.write_bytes(kept)
+    with opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened:
+        stages.personalize(remote(opened, lambda: elsewhere))

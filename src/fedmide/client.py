@@ -156,12 +156,12 @@ def _visit(task: ClientTask, state: ClientState) -> Visit:
 
 
 def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
-    """Stage 2: tune the aggregated adapter on the client's own records; keep the epoch that validates best.
+    """Stage 2: tune the aggregated adapter, or the site's own last one, on its own records; keep the best epoch.
 
-    Without validation records the last epoch is kept; without records or epochs, or where a tuning ran off to values
-    that are not finite, the aggregated adapter itself (epoch 0). The personalised adapter stays in the state; the
-    reply holds sums only. Where a method has another model than the aggregated one for its clients, that one is tuned,
-    or is the personalised one as it is.
+    The best is the one that validates best. Without validation records the last epoch is kept; without records or
+    epochs, or where a tuning ran off to values that are not finite, the aggregated adapter itself (epoch 0). The
+    personalised adapter stays in the state; the reply holds sums only. Where a method has another model than the
+    aggregated one for its clients, that one is tuned, or is the personalised one as it is.
     """
     method, visit = methods.of(state.config), _visit(task, state)
     start = method.own(visit, model)
@@ -282,8 +282,8 @@ def _settings(task: ClientTask, config: Config, num_folds: int) -> TrainingConfi
 
 
 def _kept(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[Memory, ...]:
-    """What stays on the site: its own adapter, where that is needed once more."""
-    if trained is None or not state.config.keeps_own:
+    """What stays on the site: its own adapter, where that is needed once more and has not run off."""
+    if trained is None or not state.config.keeps_own or not is_finite(trained.adapter):
         return state.memory
     return (*state.memory[-1:], Memory(task.round, trained.adapter))
 

@@ -6,7 +6,8 @@
 All runs have the same records, whatever their seed, and the same budget of local steps (`entrants`). Where several
 learning rates are given, each entrant's is chosen on the first seed by the response NLL of the validation records, mean
 over clients; test records of the others are never measured. A run that is whole is not done again, one that was stopped
-goes on. The base model is loaded once, and runs that differ in nothing but their tuning share their rounds.
+goes on. The base model is loaded once, and runs that differ in nothing but their tuning share their rounds,
+unless they tune other adapters (`personalization.start`).
 
 Where only validation records are looked at, the folder gets `validation.json` and `validation.md` instead: settings are
 chosen by these, and the same runs' test records may be measured later.

@@ -4,12 +4,11 @@ All input is read and checked before anything is written, and again whenever a r
 """
 
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from fedmide import adapters, methods, server
 from fedmide.atomic import check_room
@@ -118,10 +117,9 @@ def record_ids(run: Run, name: str) -> list[RecordId]:
 def _check_ledgers(run: Run) -> None:
     """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
     state = run.folder.last_round(begin(run))
-    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
     if run.config.method != "fedmide":
         if methods.of(run.config).remembers:
-            _check_memories(run, last, state.round)
+            _check_memories(run, state.round)
         return
     problems = []
     for name, told in set_sizes(run).items():
@@ -131,17 +129,18 @@ def _check_ledgers(run: Run) -> None:
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
     if run.config.keeps_own:
-        _check_memories(run, last, state.round)
+        _check_memories(run, state.round)
 
 
-def _check_memories(run: Run, last: Mapping[str, Mapping[str, Any]], next_round: int) -> None:
-    """The same for what a method keeps on the sites: it must be of the last round that each trained in."""
-    trained = {name: event["round"] for name, event in last.items() if "steps" in event["metrics"]}
+def _check_memories(run: Run, next_round: int) -> None:
+    """The same for what a method keeps on the sites: of the last round that counted for each, or of a later one."""
+    events = [event for event in run.folder.events() if event["stage"] != "personalize"]
+    trained = {event["client"]: event["round"] for event in events if "steps" in event["metrics"]}
     kept = {name: run.folder.read_memory(name, next_round)[-1:] for name in trained}
     problems = [
         f"{run.folder.site(name)}: the memory of round {number} is missing"
         for name, number in trained.items()
-        if [memory.round for memory in kept[name]] != [number]
+        if not any(memory.round >= number for memory in kept[name])
     ]
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")

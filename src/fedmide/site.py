@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmide import __version__
+from fedmide.adapters import is_finite
 from fedmide.atomic import write_file
 from fedmide.client import ClientState, handle
 from fedmide.config import agreed
@@ -122,6 +123,7 @@ class Site:
         if self._last_round(folder, earlier[_DIGEST_BYTES:]) > task.round:
             self.tell(f"round {task.round}: a later one was done already")
             return self._trouble("round")
+        self._check_memory(folder, earlier[_DIGEST_BYTES:], task.round)
         state = client_state(folder, self.inputs, self.name, task.federation, task.round)
         reply, after = handle(task, state, self.inputs.resident)
         answer = encode_reply(reply)
@@ -129,6 +131,18 @@ class Site:
         write_file(kept, digest + answer)
         self.tell(f"round {task.round}: done")
         return answer
+
+    def _check_memory(self, folder: RunFolder, kept: bytes, next_round: int) -> None:
+        """Refuses to go on without the own adapter that the last answer brought, where that is needed once more."""
+        if not kept or not self.inputs.resident.config.keeps_own:
+            return
+        reply = decode_reply(kept)
+        if reply.adapter is None or reply.round >= next_round or not is_finite(reply.adapter):
+            return
+        if all(memory.round != reply.round for memory in folder.read_memory(self.name, next_round)):
+            raise RunFolderError(
+                f"{folder.site(self.name)}: the memory of round {reply.round} is missing", "Bring the file back"
+            )
 
     def _last_round(self, folder: RunFolder, kept: bytes) -> int:
         """The latest round that this site has worked on, by its kept answer and by its ledger."""

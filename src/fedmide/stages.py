@@ -69,7 +69,7 @@ def train(run: Run, progress: Progress = silent) -> None:
 
 
 def personalize(run: Run, progress: Progress = silent) -> None:
-    """Stage 2: each client tunes the aggregated adapter on its own records. Leaves `clients/ID/adapter/`."""
+    """Stage 2: each client tunes the aggregated adapter or its own last one. Leaves `clients/ID/adapter/`."""
     state = _trained(run)
     plan = server.plan(state, run.config)
     tasks = [task for task in plan if not run.folder.is_personalized(task.client)]

@@ -70,6 +70,17 @@ def test_a_lost_memory_is_never_taken_for_none(how: str, small_input: Any, tmp_p
         opening.resume(tmp_path / "run").__enter__()
 
 
+def test_nor_is_that_of_a_site_that_has_only_scored_since(small_input: Any, tmp_path: Path) -> None:
+    few = ["personalization.start=own", "federation.participation=0.5", "federation.rounds=1"]
+    with opening.start(load(small_input.config, [*few, *QUICK]), tmp_path / "run") as run:
+        stages.train(run)
+        (scored,) = {event["client"] for event in run.folder.events() if "steps" not in event["metrics"]}
+    (kept,) = (tmp_path / "run/clients" / scored / "memory").iterdir()
+    kept.unlink()
+    with pytest.raises(RunFolderError, match=f"clients/{scored}: the memory of round -1 is missing"):
+        opening.resume(tmp_path / "run").__enter__()
+
+
 def test_training_in_one_place_is_on_everyones_records(small_input: Any, tmp_path: Path) -> None:
     config = load(small_input.config, ["method=central", *QUICK])
     assert METHODS["central"].in_one_place

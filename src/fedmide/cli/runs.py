@@ -81,7 +81,7 @@ def train(
 
 @app.command(epilog="Example: fedmide personalize runs/tiny")
 def personalize(path: RunFolderPath, as_json: AsJson = False) -> None:
-    """Tune the aggregated adapter on each client's own records."""
+    """Tune the aggregated adapter, or each client's own last one, on its own records."""
     _work(_earlier(path), ["personalize"], as_json)
 
 

@@ -3,7 +3,7 @@
 site.toml      the federation's configuration, with the place of this site's records
 site.json      the site's name and where the server is
 keys/          node key (0600), superexec secret (0600), the server's CA certificate
-runs/ID/       a run folder per federation: ledger, personalised adapter; it never leaves
+runs/ID/       a run folder per federation: ledger, own and personalised adapters; it never leaves
 logs/          what its processes say; it never leaves either
 """
 
