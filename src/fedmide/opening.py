@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from fedmide import adapters, methods, server
 from fedmide.atomic import check_room
@@ -58,8 +59,8 @@ def start(
     inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
     num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers or config.keeps_own else 0
-    begin = server.begin("", inputs.clients, inputs.fresh_adapter(), config)
-    check_room(path, num_adapters * len(adapters.encode(begin.adapter)))
+    common = server.begin("", inputs.clients, inputs.fresh_adapter(), config).adapter
+    check_room(path, num_adapters * len(adapters.encode(common)))
     with locked(path):
         tell(f"the run is in {path}")
         federation = f"{inputs.federation}-{secrets.token_hex(4)}" if elsewhere else inputs.federation
@@ -99,7 +100,7 @@ def resume(
 
 def set_sizes(run: Run) -> dict[str, tuple[int, int]]:
     """How many shared and personal records each site told of in the last round, where its reply in that counted."""
-    last = {event["client"]: event for event in run.folder.events() if event["stage"] != "personalize"}
+    last = {event["client"]: event for event in _round_events(run)}
     told = {name: event["metrics"] for name, event in last.items() if "shared" in event["metrics"]}
     return {name: (int(each["shared"]["sum"]), int(each["personal"]["sum"])) for name, each in told.items()}
 
@@ -134,8 +135,7 @@ def _check_ledgers(run: Run) -> None:
 
 def _check_memories(run: Run, next_round: int) -> None:
     """The same for what a method keeps on the sites: of the last round that counted for each, or of a later one."""
-    events = [event for event in run.folder.events() if event["stage"] != "personalize"]
-    trained = {event["client"]: event["round"] for event in events if "steps" in event["metrics"]}
+    trained = {event["client"]: event["round"] for event in _round_events(run) if "steps" in event["metrics"]}
     kept = {name: run.folder.read_memory(name, next_round)[-1:] for name in trained}
     problems = [
         f"{run.folder.site(name)}: the memory of round {number} is missing"
@@ -144,3 +144,8 @@ def _check_memories(run: Run, next_round: int) -> None:
     ]
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+
+
+def _round_events(run: Run) -> list[dict[str, Any]]:
+    """What is told of clients and rounds, without the tuning after them."""
+    return [event for event in run.folder.events() if event["stage"] != "personalize"]
