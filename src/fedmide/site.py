@@ -22,6 +22,7 @@ from fedmide.inputs import Inputs, Tell
 from fedmide.journal import RunFolder
 from fedmide.ledger import before, standing
 from fedmide.messages import (
+    ClientReply,
     ClientTask,
     Facts,
     Hello,
@@ -120,11 +121,12 @@ class Site:
         if earlier[:_DIGEST_BYTES] == digest:
             self.tell(f"round {task.round}: answered before")
             return earlier[_DIGEST_BYTES:]
-        if self._last_round(folder, earlier[_DIGEST_BYTES:]) > task.round:
+        last = decode_reply(earlier[_DIGEST_BYTES:]) if earlier else None
+        if self._last_round(folder, last) > task.round:
             self.tell(f"round {task.round}: a later one was done already")
             return self._trouble("round")
-        self._check_memory(folder, earlier[_DIGEST_BYTES:], task.round)
         state = client_state(folder, self.inputs, self.name, task.federation, task.round)
+        _check_memory(folder, state, last, task.round)
         reply, after = handle(task, state, self.inputs.resident)
         answer = encode_reply(reply)
         keep(folder, self.inputs, after)
@@ -132,22 +134,20 @@ class Site:
         self.tell(f"round {task.round}: done")
         return answer
 
-    def _check_memory(self, folder: RunFolder, kept: bytes, next_round: int) -> None:
-        """Refuses to go on without the own adapter that the last answer brought, where that is needed once more."""
-        if not kept or not self.inputs.resident.config.keeps_own:
-            return
-        reply = decode_reply(kept)
-        if reply.adapter is None or reply.round >= next_round or not is_finite(reply.adapter):
-            return
-        if all(memory.round != reply.round for memory in folder.read_memory(self.name, next_round)):
-            raise RunFolderError(
-                f"{folder.site(self.name)}: the memory of round {reply.round} is missing", "Bring the file back"
-            )
-
-    def _last_round(self, folder: RunFolder, kept: bytes) -> int:
+    def _last_round(self, folder: RunFolder, last: ClientReply | None) -> int:
         """The latest round that this site has worked on, by its kept answer and by its ledger."""
         rounds = [entry.round for entry in folder.read_ledger(self.name)]
-        return max([*rounds, *([decode_reply(kept).round] if kept else [])], default=-(2**31))
+        return max([*rounds, *([] if last is None else [last.round])], default=-(2**31))
+
+
+def _check_memory(folder: RunFolder, state: ClientState, last: ClientReply | None, next_round: int) -> None:
+    """Refuses to go on without the own adapter that the last answer brought, where that is needed once more."""
+    if last is None or last.adapter is None or last.round >= next_round or not state.config.keeps_own:
+        return
+    if is_finite(last.adapter) and all(memory.round != last.round for memory in state.memory):
+        raise RunFolderError(
+            f"{folder.site(state.name)}: the memory of round {last.round} is missing", "Bring the file back"
+        )
 
 
 def _code(error: Exception) -> TroubleCode:
