@@ -519,12 +519,15 @@ def test_the_recommended_preset_leaves_what_the_user_says() -> None:
     assert other.personalization.interpolation == [1.0], "fedmide's alone"
 
 
-def test_a_site_keeps_its_own_adapter_where_it_is_needed_and_fedmides_sites_alone() -> None:
+def test_a_site_keeps_its_own_adapter_where_it_is_needed_and_no_other() -> None:
     assert not parse({}).keeps_own
     assert parse({"preset": "recommended"}).keeps_own
     assert parse({"scoring": {"without_own": True}}).keeps_own
-    other = parse({"method": "fedavg-ft", "personalization": {"start": "own"}, "scoring": {"without_own": True}})
-    assert (other.personalization.start, other.keeps_own) == ("aggregated", False)
+    needless = {"personalization": {"start": "own", "records": "personal-first"}, "scoring": {"without_own": True}}
+    assert parse({"method": "fedavg-ft", **needless}).personalization.records == "all"
+    assert [parse({"method": name, **needless}).keeps_own for name in ("fedmide", "fedavg-ft")] == [True, True]
+    assert [parse({"method": name, **needless}).keeps_own for name in ("fedavg", "ditto", "local")] == [False] * 3
+    assert not parse({"method": "fedavg-ft", "scoring": {"without_own": True}}).keeps_own
 
 
 def test_a_preset_says_what_the_user_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from fedmide import adapters, atomic, journal, opening, progress, stages
 from fedmide.config import Config, load
 from fedmide.errors import RunFolderError, UserError
+from fedmide.inputs import changed
 from fedmide.resident import Resident
 
 STAGES = (stages.train, stages.personalize, stages.generate, stages.evaluate)
@@ -293,6 +294,16 @@ def test_a_changed_model_prompt_or_configuration_is_refused(
         "the prompt's template is not what the run began with",
     ]
     assert found[2].startswith("the model's fingerprint was ") and len(found) == 3
+
+
+def test_a_configuration_that_another_fedmide_read_otherwise_is_told_so(small_input: Any, tmp_path: Path) -> None:
+    with opening.start(load(small_input.config), tmp_path / "run") as run:
+        present = run.inputs.manifest
+    earlier = {**present, "config": "0" * 16, "fedmide": "0.0.1", "commit": "abc"}
+    (problem,) = changed(earlier, present)
+    told = "config.toml is not what the run began with, or fedmide 0.0.1, commit abc, which began it, had other knobs"
+    assert problem.startswith(f"{told} than {present['fedmide']}, ")
+    assert not list(changed({**earlier, "config": present["config"]}, present))
 
 
 # --- all problems at once, nothing written

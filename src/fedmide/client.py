@@ -141,7 +141,9 @@ def _plain_round(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     if not state.training or not task.train:
         return _reply(task, None, 0, {}), state
     trained = methods.of(state.config).local(_visit(task, state), model)
-    kept = (*state.memory[-1:], Memory(task.round, trained.memory)) if trained.memory else state.memory
+    kept = _kept(task, state, trained.work)
+    if trained.memory:
+        kept = (*state.memory[-1:], Memory(task.round, trained.memory))
     num_records = _num_seen(state, dict.fromkeys(state.training, 1.0), trained.work)
     metrics = _training_metrics(trained.work, num_records, trained.beside)
     reply = ClientReply(task.federation, task.client, task.round, None, 0, metrics)

@@ -70,8 +70,8 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
 """FedMIDE's knobs that a preset sets otherwise than the published method has them; docs/results.md says how the
 recommended ones were chosen."""
 
-_PLAIN_TUNING = {"start": "aggregated", "records": "all"}
-"""How any other method tunes, where it does."""
+OWN_START = ("fedmide", "fedavg-ft")
+"""The methods whose sites may tune their own adapter of the last round instead of the aggregated one."""
 
 METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
     {
@@ -94,8 +94,8 @@ class Config(Section):
 
     method: str = "fedmide"
     """The federated algorithm: one that `fedmide methods` lists, or own:NAME, which your program registers. `warmup`,
-    `enrollment`, `personalization.start` and `.records` are fedmide's alone: with any other method there is no warm-up
-    and every training record trains."""
+    `enrollment` and `personalization.records` are fedmide's alone: with any other method there is no warm-up and every
+    training record trains. `personalization.start` is fedmide's and fedavg-ft's."""
     preset: PresetName = "original"
     """What fedmide's knobs are where nothing else is said: "original", the published method's, or "recommended": scores
     on the response, no restart after the warm-up, weights that fall softly with the score instead of a split, tuning
@@ -185,9 +185,10 @@ class Config(Section):
     @classmethod
     def _leave_out_fedmide(cls, values: object) -> object:
         """Another method has no warm-up, and tunes on all records where it tunes at all."""
-        if not isinstance(values, dict) or values.get("method", "fedmide") == "fedmide":
+        if not isinstance(values, dict) or (method := values.get("method", "fedmide")) == "fedmide":
             return values
-        changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": _PLAIN_TUNING}
+        tuning = {"records": "all"} if method in OWN_START else {"records": "all", "start": "aggregated"}
+        changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": tuning}
         given = {name: values.get(name, {}) for name in changes}
         return {**values, **{name: {**each, **changes[name]} for name, each in given.items() if isinstance(each, dict)}}
 
@@ -233,9 +234,8 @@ class Config(Section):
 
     @property
     def keeps_own(self) -> bool:
-        """Whether a site of FedMIDE's keeps its own adapter from round to round."""
-        wanted = self.scoring.without_own or self.personalization.start == "own"
-        return wanted and self.method == "fedmide"
+        """Whether a site keeps the adapter that it sent from round to round, because it is needed once more."""
+        return self.personalization.start == "own" or (self.scoring.without_own and self.method == "fedmide")
 
     @field_validator("lora")
     @classmethod

@@ -131,7 +131,7 @@ def read(
 def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
     """How what a run would go on with differs from what it began with, by their manifests; a problem each."""
     if earlier.get("config") != present["config"]:
-        yield "config.toml is not what the run began with"
+        yield f"config.toml is not what the run began with{_unless(earlier, present)}"
     if earlier["device"] != present["device"]:
         yield f"the device was {earlier['device']} when the run began and is {present['device']} now"
     if earlier.get("prompt") != present["prompt"]:
@@ -143,6 +143,12 @@ def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[
         records = [each["data"].get(client, {}).get("fingerprint") for each in (earlier, present)]
         if records[0] != records[1]:
             yield f"the records of client {client!r} are not those that the run began with"
+
+
+def _unless(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Another fedmide may read other knobs out of the same file."""
+    first, second = (f"{each['fedmide']}, commit {each['commit'] or 'unknown'}" for each in (earlier, present))
+    return "" if first == second else f", or fedmide {first}, which began it, had other knobs than {second}"
 
 
 def now() -> str:

@@ -58,7 +58,7 @@ def start(
     reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
     inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    num_adapters += 2 * len(inputs.clients) if methods.of(config).remembers or config.keeps_own else 0
+    num_adapters += 2 * len(inputs.clients) if _remembers(config) else 0
     common = server.begin("", inputs.clients, inputs.fresh_adapter(), config).adapter
     check_room(path, num_adapters * len(adapters.encode(common)))
     with locked(path):
@@ -95,6 +95,7 @@ def resume(
         run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
         if not elsewhere:  # sites that are elsewhere are asked by who reaches them
             _check_ledgers(run)
+            _check_memories(run)
         yield run
 
 
@@ -117,24 +118,23 @@ def record_ids(run: Run, name: str) -> list[RecordId]:
 
 def _check_ledgers(run: Run) -> None:
     """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
-    state = run.folder.last_round(begin(run))
     if run.config.method != "fedmide":
-        if methods.of(run.config).remembers:
-            _check_memories(run, state.round)
         return
+    next_round = run.folder.last_round(begin(run)).round
     problems = []
     for name, told in set_sizes(run).items():
-        now = standing(before(run.folder.read_ledger(name), state.round), record_ids(run, name))
+        now = standing(before(run.folder.read_ledger(name), next_round), record_ids(run, name))
         if told != (len(now.shared), len(now.personal)):
             problems.append(f"{run.folder.site(name)}: the ledger is not the one that its last round left")
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
-    if run.config.keeps_own:
-        _check_memories(run, state.round)
 
 
-def _check_memories(run: Run, next_round: int) -> None:
+def _check_memories(run: Run) -> None:
     """The same for what a method keeps on the sites: of the last round that counted for each, or of a later one."""
+    if not _remembers(run.config):
+        return
+    next_round = run.folder.last_round(begin(run)).round
     trained = {event["client"]: event["round"] for event in _round_events(run) if "steps" in event["metrics"]}
     kept = {name: run.folder.read_memory(name, next_round)[-1:] for name in trained}
     problems = [
@@ -144,6 +144,11 @@ def _check_memories(run: Run, next_round: int) -> None:
     ]
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+
+
+def _remembers(config: Config) -> bool:
+    """Whether sites keep anything but their ledgers from round to round."""
+    return methods.of(config).remembers or config.keeps_own
 
 
 def _round_events(run: Run) -> list[dict[str, Any]]:

@@ -39,6 +39,17 @@ def test_fedavg_ft_tunes_the_common_adapter(run_federation: Any, distance: Dista
     assert [each["steps"] for each in last] == [Metric(4), Metric(2), Metric(4)]
 
 
+def test_fedavg_ft_may_tune_the_adapter_that_each_site_sent_last(run_federation: Any, distance: Distance) -> None:
+    tuned = run_federation("fedavg-ft", "personalization.start=own")
+    sent = tuned.replies(1)
+    assert all(distance(tuned.sites[name].memory[-1].arrays, sent[name]) == 0 for name in "abc")
+    untouched = run_federation("fedavg-ft", "personalization.start=own", "personalization.interpolation=[0.0]")
+    assert distance(untouched.own("b"), tuned.adapter) == 0, "a beta is between the mean and what was tuned"
+    fedmide = run_federation("fedmide", "warmup.rounds=0", "personalization.start=own")
+    assert distance(tuned.own("b"), fedmide.own("b")) == 0
+    assert distance(tuned.own("b"), run_federation("fedavg-ft").own("b")) > 1e-4
+
+
 # --- alone
 
 

@@ -38,7 +38,12 @@ EVERY_OPTION = (
 
 
 @pytest.mark.parametrize(
-    ("name", "options"), [*((name, ()) for name in get_args(MethodName)), ("fedmide", EVERY_OPTION)]
+    ("name", "options"),
+    [
+        *((name, ()) for name in get_args(MethodName)),
+        ("fedavg-ft", ("personalization.start=own",)),
+        ("fedmide", EVERY_OPTION),
+    ],
 )
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     name: str, options: tuple[str, ...], small_input: Any, tmp_path: Path, lasting: Callable[[Path], dict[str, Any]]
@@ -58,9 +63,17 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     assert lasting(stopped) == lasting(tmp_path / "run")
 
 
-@pytest.mark.parametrize("how", ["method=local", "scoring.without_own=true", "personalization.start=own"])
-def test_a_lost_memory_is_never_taken_for_none(how: str, small_input: Any, tmp_path: Path) -> None:
-    config = load(small_input.config, [how, *QUICK])
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["method=local"],
+        ["scoring.without_own=true"],
+        ["personalization.start=own"],
+        ["method=fedavg-ft", "personalization.start=own"],
+    ],
+)
+def test_a_lost_memory_is_never_taken_for_none(how: list[str], small_input: Any, tmp_path: Path) -> None:
+    config = load(small_input.config, [*how, *QUICK])
     with opening.start(config, tmp_path / "run") as run:
         stages.train(run)
     kept = sorted(path.name for path in (tmp_path / "run/clients/b/memory").iterdir())
