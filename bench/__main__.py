@@ -85,7 +85,7 @@ def peak() -> Figures:
     In float32, and in the type that the model has here where that is another.
     """
     work = workload("model.dtype=float32")
-    config = work.inputs.resident.model.network.get_base_model().config
+    config = _network_config(work)
     hidden, inner, keys = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     shapes = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
     found: Figures = {}
@@ -293,13 +293,18 @@ def _examples(work: Workload) -> list[Example]:
 
 def _operations(work: Workload, examples: list[Example]) -> float:
     """Multiplications of one product of each weight and token, attention over what is before included."""
-    config = work.inputs.resident.model.network.get_base_model().config
+    config = _network_config(work)
     decoder = work.inputs.resident.model.prefixes.decoder  # type: ignore[union-attr]
     block = sum(layer.weight.shape[0] * layer.num_in for layer in _layers(decoder))
     lengths = np.array([len(example.ids) for example in examples])
     labels = sum(example.num_predicted("response") for example in examples)
     attention = config.num_hidden_layers * config.hidden_size * float((lengths**2).sum())
     return float(lengths.sum() * block + labels * decoder.head.numel() + attention)
+
+
+def _network_config(work: Workload) -> Any:
+    """What transformers says of the base model's sizes."""
+    return work.inputs.resident.model.network.get_base_model().config
 
 
 def _layers(decoder: Any) -> list[Any]:

@@ -49,7 +49,7 @@ class Stock:
                 )
                 self.base = network.unload()
             states = [load_file(Path(folder) / f"{name}.safetensors") for name in clients]
-        return {key: sum(state[key] for state in states) / len(states) for key in states[0]}
+        return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
 
     def nlls(self, network: Any, records: Sequence[Record]) -> list[float]:
         """Mean NLL of each record's response, one at a time."""
@@ -85,7 +85,7 @@ class Stock:
             trainer = transformers.Trainer(
                 model=network,
                 args=arguments,
-                train_dataset=[self.tokenized(record) for record in records],  # type: ignore[arg-type]
+                train_dataset=[self.tokenized(record) for record in records],
                 data_collator=collate,
             )
             trainer.remove_callback(transformers.PrinterCallback)

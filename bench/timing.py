@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 
 def seconds(work: Callable[[], object], repeats: int, warm: int = 1) -> list[float]:
@@ -12,7 +12,7 @@ def seconds(work: Callable[[], object], repeats: int, warm: int = 1) -> list[flo
     return [once(work) for _ in range(repeats)]
 
 
-def alternating(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def alternating(works: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
     """How long each took, A, B, A, B, ..., so that a machine's drift meets all alike."""
     found: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):

@@ -23,11 +23,12 @@ trained = results.metrics["method"]["trained_parameters"]
 print(f"{trained} values trained over weights in {results.manifest['model']['dtype']}")
 
 # %% What comes out are PEFT folders, which load over the same model without this package.
-from peft import PeftModel  # noqa: E402
+from peft import LoraConfig, PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 client = results.clients()[0]["client"]
 base = AutoModelForCausalLM.from_pretrained(model)
 tuned = PeftModel.from_pretrained(base, results.path / "clients" / client / "adapter")
 settings = tuned.peft_config["default"]
-print(f"{client}'s adapter: rank {settings.r}, on {', '.join(sorted(settings.target_modules))}")
+assert isinstance(settings, LoraConfig)
+print(f"{client}'s adapter: rank {settings.r}, on {', '.join(sorted(settings.target_modules or ()))}")
