@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from fedmide import adapters, chat, cli, generation, model, showing
+from fedmide import adapters, chat, cli, generation, model, pretrained, showing
 from fedmide.errors import DataError, ModelError, RunFolderError, UsageError
 from fedmide.journal import RunFolder, reopen
 from fedmide.records import Record, RecordId
@@ -63,7 +63,7 @@ class Scripted:
     ],
 )
 def test_half_a_character_is_not_told(tiny_folder: Path, text: str, lost: tuple[int, ...], pieces: list[str]) -> None:
-    tokenizer = model.load_tokenizer(tiny_folder)
+    tokenizer = pretrained.load_tokenizer(tiny_folder)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) == len(text.encode())  # a token is a byte
     scripted: Any = Scripted(tokenizer, [each for place, each in enumerate(ids) if place not in lost])
@@ -99,9 +99,9 @@ def test_each_voice_is_its_own_adapters(folder: RunFolder, tiny_folder: Path) ->
     loaded = model.load(tiny_folder, ModelConfig(dtype="float32", device="cpu"), LoraConfig(r=2))
     example = begun.encode.encode(Record("Name liver", ""))
     expected = {
-        "personalised": model.read_peft(folder.personal_adapter("b"), loaded.shapes),
+        "personalised": pretrained.read_peft(folder.personal_adapter("b"), loaded.shapes),
         "base": adapters.fresh(loaded.shapes, folder.config.seed),
-        "aggregated": model.read_peft(folder.adapter, loaded.shapes),
+        "aggregated": pretrained.read_peft(folder.adapter, loaded.shapes),
     }
     for voice, adapter in expected.items():
         loaded.put(adapter)

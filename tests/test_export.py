@@ -14,7 +14,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from fedmide import export as exports
-from fedmide import model
+from fedmide import pretrained
 from fedmide.config import parse
 from fedmide.errors import ModelError, RunFolderError, UsageError
 from fedmide.export import compare, export, serving
@@ -109,14 +109,14 @@ def test_a_wrong_merge_is_refused_and_leaves_nothing(
 def test_a_quantised_base_is_refused(
     folder: RunFolder, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    load_base = model._load_base
+    load_base = pretrained.load_base
 
     def quantised(*given: Any) -> Any:
         base, tokenizer = load_base(*given)
         base.config.quantization_config = {"quant_method": "bitsandbytes"}
         return base, tokenizer
 
-    monkeypatch.setattr(model, "_load_base", quantised)
+    monkeypatch.setattr(pretrained, "load_base", quantised)
     with pytest.raises(ModelError, match="nothing can be merged into a quantised model"):
         export(folder, tmp_path / "out", merge=True)
     in_four_bits = replace(folder, config=parse({"model": {"quantization": "nf4"}}))

@@ -19,7 +19,8 @@ from fedmide import adapters, model, scoring
 from fedmide.checkpoints import locate
 from fedmide.errors import ModelError
 from fedmide.localmodel import Adapter
-from fedmide.model import LoraModel, peft_files
+from fedmide.model import LoraModel
+from fedmide.pretrained import peft_files
 from fedmide.sections import LoraConfig, ModelConfig
 from fedmide.tokens import Example
 

@@ -15,7 +15,8 @@ from fedmide import adapters, model, quantization, scoring, training
 from fedmide.checkpoints import locate
 from fedmide.errors import ModelError
 from fedmide.localmodel import TrainingPlan, total
-from fedmide.model import LoraModel, peft_files
+from fedmide.model import LoraModel
+from fedmide.pretrained import peft_files
 from fedmide.records import Record
 from fedmide.sections import LoraConfig, ModelConfig, PromptConfig, TrainingConfig
 from fedmide.tokens import Example, encode_all, encoder, pad

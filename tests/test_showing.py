@@ -7,7 +7,7 @@ import pytest
 from rich.console import Console
 
 from fedmide.config import Config, apply_overrides, parse
-from fedmide.model import load_tokenizer
+from fedmide.pretrained import load_tokenizer
 from fedmide.records import Record
 from fedmide.showing import Seen, harmless, render, see
 from fedmide.tokens import encoder

@@ -14,7 +14,7 @@ from fedmide.generation import MAX_NEW_TOKENS
 from fedmide.inputs import Tell
 from fedmide.journal import RunFolder
 from fedmide.localmodel import Adapter
-from fedmide.model import read_peft
+from fedmide.pretrained import read_peft
 from fedmide.prompts import prompt_hash
 from fedmide.records import Record
 from fedmide.resident import Resident, open_model

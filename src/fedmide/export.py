@@ -21,7 +21,7 @@ from fedmide.checkpoints import locate
 from fedmide.errors import ModelError, RunFolderError, UsageError
 from fedmide.gguf_export import write_gguf
 from fedmide.journal import RunFolder
-from fedmide.model import adapted, load_merged, load_tokenizer, logits, save_merged
+from fedmide.pretrained import adapted, load_merged, load_tokenizer, logits, save_merged
 from fedmide.report.facts import RunFacts, read
 from fedmide.report.figure import number, ranged
 from fedmide.seeds import stream

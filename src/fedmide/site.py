@@ -34,7 +34,7 @@ from fedmide.messages import (
     encode_reply,
     encode_trouble,
 )
-from fedmide.model import peft_files
+from fedmide.pretrained import peft_files
 from fedmide.records import RecordId
 
 EVERYONE = "(all clients)"

@@ -22,8 +22,8 @@ from fedmide.evaluation.questions import Scored, score_questions, set_figures
 from fedmide.generation import default_max_new_tokens
 from fedmide.localmodel import Adapter, Nll, total
 from fedmide.messages import Metric
-from fedmide.model import peft_files, read_peft
 from fedmide.opening import Run, begin, record_ids
+from fedmide.pretrained import peft_files, read_peft
 from fedmide.progress import Advance, Progress, listening, noted, silent, timed
 from fedmide.rounds import Runtime
 from fedmide.rounds import run as run_rounds

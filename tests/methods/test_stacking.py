@@ -242,7 +242,7 @@ def test_a_change_is_what_peft_makes_of_it_as_factors(
     from transformers import AutoModelForCausalLM
 
     from fedmide.atomic import write_folder
-    from fedmide.model import OURS, peft_files
+    from fedmide.pretrained import OURS, peft_files
 
     done, adapter = changed
     write_folder(tmp_path / "adapter", peft_files(adapter, done.resident.model.lora))

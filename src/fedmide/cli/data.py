@@ -81,7 +81,7 @@ def show(
         raise UsageError(f"no {part} records", "Give another --part")
     from fedmide.checkpoints import locate
     from fedmide.console import tell
-    from fedmide.model import load_tokenizer
+    from fedmide.pretrained import load_tokenizer
     from fedmide.showing import render, see
 
     seen = list(see(load_tokenizer(locate(config.model.name, progress=tell)), config, chosen))
