@@ -86,7 +86,9 @@ def test_with_two_folds_a_record_is_measured_by_the_adapter_that_did_not_see_it(
 def test_the_folds_have_streams_of_their_own_and_share_the_steps(fakes: Any) -> None:
     _, _, model = folded(fakes, "training.max_steps=5", "seed=3")
     plans = [plan for _, _, plan in model.trained]
-    assert [plan.settings.max_steps for plan in plans] == [3, 3]
+    assert [plan.settings.max_steps for plan in plans] == [2, 3], "that of more records has more"
+    _, _, model = folded(fakes, "training.max_steps=1")
+    assert [plan.settings.max_steps for _, _, plan in model.trained] == [1, 1], "none goes without"
     assert len({plan.stream_seed for plan in plans}) == 2
 
 

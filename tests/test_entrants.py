@@ -24,7 +24,8 @@ def steps(config: Config) -> int:
     method = methods.of(config)
     rounds = config.warmup.rounds + config.federation.rounds
     tuning = 0 if method.tuning is None else config.personalization.max_steps
-    return rounds * method.trainings * config.training.max_steps + tuning
+    second = config.ditto.max_steps if method.name == "ditto" else config.feddpa.max_steps
+    return rounds * (config.training.max_steps + (second if method.trainings == 2 else 0)) + tuning
 
 
 def test_a_warm_up_and_a_tuning_are_paid_with_rounds() -> None:
@@ -41,24 +42,25 @@ def test_a_warm_up_and_a_tuning_are_paid_with_rounds() -> None:
         "long": (3, 5),
     }
     assert {name: steps(each) for name, each in configs.items()} == dict.fromkeys(names, 54)
-    assert configs["ditto"].training.max_steps == 3
+    assert (configs["ditto"].training.max_steps, configs["ditto"].ditto.max_steps) == (3, 3)
     assert configs["ditto"].ditto.epochs >= 3
 
 
 @given(
     st.integers(1, 9), st.integers(1, 9), st.integers(0, 3), st.integers(0, 4), st.sampled_from(list(methods.METHODS))
 )
-def test_no_method_gets_more_steps_than_the_budget(k: int, t: int, w: int, e: int, method: str) -> None:
+def test_every_method_gets_the_steps_of_the_budget(k: int, t: int, w: int, e: int, method: str) -> None:
     values = {"training": {"max_steps": k}, "federation": {"rounds": t}, "warmup": {"rounds": w}}
     values["personalization"] = {"epochs": e}
     budget = budget_of(values)
     assert budget == Budget(w + t + e, k)
     if methods.METHODS[parse({"method": method}).method].in_one_place:
         return  # counts all clients' steps in one place, which needs records
-    config = within(budget, {**values, "method": method}, method)
-    per_training = methods.of(config).trainings
-    assert steps(config) <= max(budget.rounds * k, budget.rounds * per_training)
-    assert steps(config) == budget.rounds * k or k % per_training
+    if k < methods.METHODS[method].trainings:
+        with pytest.raises(ConfigError, match="trains 2 adapters in a round, which can't share 1 step"):
+            within(budget, {**values, "method": method}, method)
+        return
+    assert steps(within(budget, {**values, "method": method}, method)) == budget.rounds * k
 
 
 def test_steps_do_not_hang_on_the_number_of_records() -> None:

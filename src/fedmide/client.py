@@ -257,9 +257,7 @@ def _train_and_measure(
         trained = _train(task, state, model, everything)
         return trained, {} if trained is None else _nll(trained.adapter, everything, state, model)
     halves = _halves(tuple(everything), state)
-    works = [
-        _train(task, state, model, dict.fromkeys(half, 1.0), f"fold {number}") for number, half in enumerate(halves)
-    ]
+    works = [_train(task, state, model, dict.fromkeys(half, 1.0), fold) for fold, half in enumerate(halves)]
     fitted = [work for work in works if work is not None]  # both: no half is empty
     measured: dict[RecordId, Nll] = {}
     for work, unseen in zip(fitted, reversed(halves), strict=True):
@@ -277,10 +275,12 @@ def _halves(records: Sequence[RecordId], state: ClientState) -> tuple[Sequence[R
     return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
 
 
-def _settings(task: ClientTask, config: Config, num_folds: int) -> TrainingConfig:
-    """How a round trains: a warm-up round may be shorter, and folds share its steps."""
+def _settings(task: ClientTask, config: Config, fold: int | None) -> TrainingConfig:
+    """How a round trains: a warm-up round may be shorter, and its two folds share its steps, at least one each."""
     longest = (task.round < 0 and config.warmup.max_steps) or config.training.max_steps
-    return config.training.model_copy(update={"max_steps": -(-longest // num_folds)})
+    if longest and fold is not None:
+        longest = max(1, (longest + fold) // 2)
+    return config.training.model_copy(update={"max_steps": longest})
 
 
 def _kept(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[Memory, ...]:
@@ -291,17 +291,16 @@ def _kept(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[
 
 
 def _train(
-    task: ClientTask, state: ClientState, model: LocalModel, records: Mapping[RecordId, float], fold: str = ""
+    task: ClientTask, state: ClientState, model: LocalModel, records: Mapping[RecordId, float], fold: int | None = None
 ) -> Epoch | None:
     """The own adapter after training on the weighted records, its loss over all passes; None where there are none."""
     if not records:
         return None
     start = model.fresh(state.config.seed) if task.restart else adapter_alone(task.adapter)
-    settings = _settings(task, state.config, 2 if fold else 1)
+    settings = _settings(task, state.config, fold)
+    purpose = "training" if fold is None else f"fold {fold}"
     weights = _unless_equal(tuple(records.values()))
-    plan = TrainingPlan(
-        settings, state.config.seed, task.round, state.name, purpose=fold or "training", weights=weights
-    )
+    plan = TrainingPlan(settings, state.config.seed, task.round, state.name, purpose=purpose, weights=weights)
     loss = ZERO
     for last in model.train(start, [state.training[record] for record in records], plan):
         loss += last.loss

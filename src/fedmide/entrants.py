@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 from fedmide import methods
-from fedmide.config import VARIANTS, Config, for_method, parse, without_variants
+from fedmide.config import METHOD_TABLES, VARIANTS, Config, for_method, parse, without_variants
 from fedmide.errors import ConfigError, UsageError
 from fedmide.sections import MethodName
 from fedmide.sources import load
@@ -108,13 +108,25 @@ def within(budget: Budget, values: Mapping[str, Any], name: str) -> Config:
         "federation": {"rounds": rounds},
         "personalization": {"epochs": tuning * budget.steps, "max_steps": tuning * budget.steps},
     }
-    if method.trainings > 1:  # those of one round share its steps
-        steps = max(1, steps // method.trainings)
-        if hasattr(getattr(config, config.method, None), "epochs"):
-            changes[config.method] = {"epochs": steps}
+    parts = config.warmup.folds if config.warmup.rounds else method.trainings
+    if budget.steps < parts:
+        raise ConfigError(
+            f"{name}: trains {parts} adapters in a round, which can't share {budget.steps} step",
+            "Set a larger training.max_steps",
+        )
     # A pass has one step or more, so as many passes as steps are enough, whatever the number of records.
     changes["training"] = {"max_steps": steps, "epochs": steps}
+    if method.trainings == 2:
+        changes["training"]["max_steps"] = steps - steps // 2
+        changes |= _second_training(config, steps // 2)
     return parse(merged(for_method(config.model_dump(), config.method), changes), name)
+
+
+def _second_training(config: Config, steps: int) -> dict[str, Any]:
+    """So many steps for what a method trains beside the common adapter, in the method's own table."""
+    (table,) = (table for table, users in METHOD_TABLES.items() if config.method in users)
+    limits = {"epochs": steps, "max_steps": steps}
+    return {table: {knob: value for knob, value in limits.items() if hasattr(getattr(config, table), knob)}}
 
 
 def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

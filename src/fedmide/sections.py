@@ -320,6 +320,8 @@ class DittoConfig(Section):
     """Lambda: weight of the pull of the personal adapter to the received one."""
     epochs: Positive = 1
     """Passes of the personal training in each round, beside `training.epochs` of the common one."""
+    max_steps: Count = 0
+    """At most so many optimiser steps of it in a round; 0: as `training.max_steps` says."""
 
 
 class FlexLoraConfig(Section):
@@ -339,6 +341,9 @@ class FedDpaConfig(Section):
     """Highest weight of the local adapter at inference; a record's own is so much times its likeness."""
     references: Positive = 5
     """Training records that a record is compared with."""
+    max_steps: Count = 0
+    """At most so many optimiser steps of feddpa-t's local adapter in a round; a client's first round, which trains none
+    yet, gives them to the common one. 0: as `training.max_steps` says, and none in the first."""
 
 
 class GenerationConfig(Section):

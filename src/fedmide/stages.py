@@ -296,7 +296,8 @@ def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter)
 
 def _method_figures(run: Run) -> dict[str, Any]:
     method = methods.of(run.config)
-    return {"name": method.name, "source": method.source, **asdict(method.sizes(run.inputs.fresh_adapter()))}
+    sizes = method.sizes(run.inputs.fresh_adapter(), tuple(run.inputs.clients), run.config)
+    return {"name": method.name, "source": method.source, **asdict(sizes)}
 
 
 def _set_figures(run: Run, name: str) -> dict[str, Any]:

@@ -1,6 +1,9 @@
 """What every method has to survive: one client, sampled participation, a client that fails, a round handled again."""
 
+import json
 import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -10,12 +13,15 @@ import pytest
 
 from fedmide import adapters, methods, server
 from fedmide.client import handle
-from fedmide.config import METHOD_TABLES, Config, for_method, parse
+from fedmide.config import METHOD_TABLES, Config, apply_overrides, flat, for_method, parse
+from fedmide.entrants import budget_of, within
 from fedmide.errors import ConfigError
 from fedmide.messages import ClientReply
+from fedmide.methods.method import Answer
 from fedmide.sections import MethodName
 from fedmide.server import Delivery
 
+BUDGETED = ("training.", "federation.", "warmup.", "personalization.", "ditto.", "feddpa.")
 ALL = [name for name in get_args(MethodName) if name != "central"]
 
 
@@ -69,6 +75,91 @@ def test_it_survives_a_client_that_fails_and_sampled_participation(run_federatio
             np.isfinite(nll.sum) for nll in done.resident.nll(done.own(client), done.sites[client].validation, "all")
         )
     assert not any(row.refused for summary in done.summaries for row in summary.clients if "reached" not in row.refused)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_it_survives_being_alone(run_federation: Any, name: str) -> None:
+    done = run_federation(name, sizes=(7,))
+    assert adapters.is_finite(done.adapter) and adapters.is_finite(done.own("a"))
+    held_out = done.sites["a"].validation
+    assert all(np.isfinite(nll.sum) for nll in done.resident.nll(done.own("a"), held_out, "all"))
+    assert not any(row.refused for summary in done.summaries for row in summary.clients)
+
+
+MEAN_STEP = ("beta1=0", "tau=1e4")
+"""What makes a step of the server's optimiser one to the mean: a divisor that hangs on tau alone, as large as eta."""
+
+
+@pytest.mark.parametrize(
+    ("name", "knobs"),
+    [
+        ("fedavg", ()),
+        ("fedprox", ("fedprox.mu=0",)),
+        ("fedavgm", ("fedavgm.beta=0",)),
+        *(
+            (name, tuple(f"{name}.{each}" for each in (*MEAN_STEP, f"eta={eta}", *decay)))
+            for name, eta, decay in (
+                ("fedadagrad", 2e4, ()),
+                ("fedadam", 1e4, ("beta2=0",)),
+                ("fedyogi", 2e4, ()),
+            )
+        ),
+        ("ditto", ()),
+        ("feddpa-t", ()),
+        ("feddpa-f", ()),
+    ],
+    ids=str,
+)
+def test_the_common_model_of_one_client_is_training_alone(
+    run_federation: Any, product: Callable[..., Any], name: str, knobs: tuple[str, ...]
+) -> None:
+    """Where a method ends with something else, an adapter beside the common one, its own module tests what."""
+    alone = product(run_federation("local", "personalization.epochs=0", sizes=(7,)).own("a"))
+    for layer, change in product(run_federation(name, *knobs, sizes=(7,)).adapter).items():
+        assert np.allclose(change, alone[layer], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [name for name in ALL if methods.METHODS[name].travels])
+def test_equal_adapters_are_a_fixed_point(product: Callable[..., Any], name: str) -> None:
+    """Where every client sends back what the common model is, that stays; on layers that are not square."""
+    config = parse({"method": name, "lora": {"r": 2, "alpha": 4.0}})
+    draw = np.random.default_rng(0)
+    sizes = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (6, 2), "v.lora_A.weight": (2, 5), "v.lora_B.weight": (3, 2)}
+    same = {key: draw.normal(size=size).astype(np.float32) for key, size in sizes.items()}
+    method = methods.of(config)
+    merges = name == "flora"  # every round begins with an adapter that changes nothing
+    begun = {key: array * np.float32(not merges or ".lora_A." in key) for key, array in same.items()}
+    common = method.begin(begun, ("a", "b"), config)
+    arrays = {
+        key: same.get(key.removeprefix("adapter."), np.zeros(size, np.float32))
+        for key, size in method.up(common, "a", config).items()
+    }
+    answers = [Answer("a", arrays, 3), Answer("b", arrays, 5)]
+    after = method.combine(common, answers, config)
+    assert after is not None
+    if name == "fedsa-lora":  # the server has no B, so no product
+        assert all(np.allclose(after.adapter[key], same[key]) for key in answers[0].arrays)
+        return
+    changes = product(adapters.without_deltas(after.adapter))
+    for key, delta in adapters.deltas(after.adapter).items():
+        changes[key.removesuffix(adapters.DELTA)] += delta / 2  # alpha / r
+    for layer, change in product(same).items():
+        assert np.allclose(changes[layer], change, atol=1e-5)
+
+
+@pytest.mark.parametrize("options", [(name, ()) for name in ALL] + [("fedmide", ("warmup.folds=2",))], ids=str)
+def test_a_comparison_gives_each_client_the_same_steps(run_federation: Any, options: tuple[str, Sequence[str]]) -> None:
+    """Counted where they are taken; an odd number, since some methods train twice in a round."""
+    name, overrides = options
+    values = {"training": {"max_steps": 3}, "federation": {"rounds": 2}, "personalization": {"epochs": 1}}
+    given = for_method(apply_overrides(values, overrides), name)
+    config = within(budget_of(values), given, name)
+    knobs = [f"{knob}={json.dumps(value)}" for knob, value in flat(config).items() if knob.startswith(BUDGETED)]
+    done = run_federation(name, *knobs, "lora.r=2")
+    steps = Counter(dict.fromkeys("abc", 0))
+    for delivery in done.deliveries:
+        steps[delivery.client] += int(delivery.reply.metrics["steps"].sum) if "steps" in delivery.reply.metrics else 0
+    assert steps == dict.fromkeys("abc", 4 * 3)
 
 
 @pytest.mark.parametrize("name", ALL)

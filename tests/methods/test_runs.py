@@ -113,13 +113,16 @@ def test_training_in_one_place_is_on_everyones_records(small_input: Any, tmp_pat
         ("feddpa-t", 896, 896),
         ("fedalt", 448 + 256, 896 + 256),
         ("flora", 448, 0),
+        ("flexlora", 448, 0),
+        ("flexlora flexlora.ranks=[1,4]", 224 * 5 // 2, 0),
     ],
 )
 def test_the_figures_say_what_a_method_trains_and_needs(
     method: str, trained: int, extra: int, small_input: Any, tmp_path: Path
 ) -> None:
     """Rank 2 in one block: q 64 in and out, v 64 in and 32 out: A 2 * 128, B 2 * 96; two routers of 2 * 64."""
-    config = load(small_input.config, [f"method={method}", *QUICK, "federation.rounds=1"])
+    method, *knobs = method.split()
+    config = load(small_input.config, [f"method={method}", *knobs, *QUICK, "federation.rounds=1"])
     figures = go(opening.start(config, tmp_path / "run"))["method"]
     assert (figures["name"], figures["trained_parameters"], figures["extra_parameters"]) == (method, trained, extra)
     assert figures["source"] == METHODS[method].source  # type: ignore[index]

@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from fedmide import adapters
 from fedmide.adapters import encode, named, under
 from fedmide.config import Config, parse
-from fedmide.localmodel import Adapter
+from fedmide.localmodel import Adapter, TrainingPlan
 from fedmide.methods.flexlora import cut, decomposed
 from fedmide.methods.method import Answer
 from fedmide.methods.stacking import stacked
+from fedmide.seeds import entropy
 
 Distance = Callable[[Adapter, Adapter], float]
 Product = Callable[[Adapter], dict[str, Any]]
@@ -156,11 +157,15 @@ def test_with_one_client_fedex_is_training_alone(run_federation: Any, distance: 
     assert distance(adapters.without_deltas(done.own("a")), alone.own("a")) < 1e-5
 
 
-def test_with_one_client_one_round_of_flora_is_training_alone(run_federation: Any, product: Product) -> None:
-    done = run_federation("flora", "federation.rounds=1", sizes=(7,))
-    reply = done.replies(0)["a"]
+@pytest.mark.parametrize("method", ["flora", "flexlora"])
+def test_with_one_client_one_round_is_training_alone(run_federation: Any, product: Product, method: str) -> None:
+    """Later rounds train other factors of the same model, and so other ways. FLoRA draws a fresh adapter each round."""
+    done = run_federation(method, "federation.rounds=1", sizes=(7,))
+    begin = done.resident.fresh(entropy(3, "fresh", 0) if method == "flora" else 3)
+    plan = TrainingPlan(done.config.training, 3, 0, "a")
+    alone = list(done.resident.train(begin, list(done.sites["a"].training.values()), plan))[-1].adapter
     for layer, change in model_of(done.own("a"), product).items():
-        assert np.allclose(change, 2 * product(reply)[layer], atol=1e-7)
+        assert np.allclose(change, 2 * product(alone)[layer], atol=1e-6)
 
 
 # --- different ranks
@@ -171,12 +176,22 @@ RANKS = "flexlora.ranks=[4, 1, 2]"
 def test_each_client_trains_and_sends_its_own_rank(run_federation: Any, product: Product) -> None:
     done = run_federation("flexlora", RANKS)
     for name, rank in zip("abc", (4, 1, 2), strict=True):
-        assert {len(array) for array in named(done.replies(1)[name], ".lora_A.").values()} == {rank}
+        for replies in (done.replies(0), done.replies(1)):
+            assert {len(array) for array in named(replies[name], ".lora_A.").values()} == {rank}
         assert {array.shape[1] for array in named(done.own(name), ".lora_B.").values()} == {rank}
     expected = weighted(done.replies(1), product)
     for layer, change in product(done.adapter).items():
         values = np.linalg.svd(expected[layer], compute_uv=False)
         assert np.linalg.norm(change - expected[layer]) == pytest.approx(np.linalg.norm(values[4:]), abs=1e-5)
+
+
+def test_ranks_that_no_product_has_train_from_the_next_round_on(run_federation: Any, product: Product) -> None:
+    """Where the one client of rank 4 is missing, the mean of products has 3 ranks; the fourth must not be all zeros."""
+    done = run_federation("flexlora", RANKS, failing=[(0, "a")])
+    for layer, change in product(done.replies(1)["a"]).items():
+        assert np.linalg.svd(change, compute_uv=False)[3] > 1e-4, layer
+    values = product(done.states[1].adapter)
+    assert all(np.linalg.svd(value, compute_uv=False)[3] < 1e-7 for value in values.values())
 
 
 def test_at_full_rank_flexlora_is_exact(run_federation: Any, product: Product) -> None:
@@ -193,8 +208,6 @@ def test_a_lower_rank_in_the_same_layers_trains_as_alone(run_federation: Any, di
     assert distance(wide.replies(0)["b"], wide.replies(0)["b"]) == 0
     begin = cut(wide.states[0].adapter, 2)
     examples = list(wide.sites["b"].training.values())
-    from fedmide.localmodel import TrainingPlan
-
     plan = TrainingPlan(wide.config.training, 0, 0, "b")
     found = [list(done.resident.train(begin, examples, plan))[-1].adapter for done in (wide, narrow)]
     assert distance(*found) < 1e-5

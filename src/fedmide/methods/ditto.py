@@ -14,7 +14,8 @@ def _local(visit: Visit, model: LocalModel) -> Trained:
     common = learn(visit, model, visit.received)
     own = visit.config.ditto
     terms = Terms(own.lam, visit.received)
-    personal = learn(visit, model, _own(visit, model), terms, "personal training", epochs=own.epochs)
+    limits = {"epochs": own.epochs, "max_steps": own.max_steps or visit.config.training.max_steps}
+    personal = learn(visit, model, _own(visit, model), terms, "personal training", **limits)
     return Trained(common.adapter, common, personal.adapter, personal)
 
 

@@ -68,7 +68,7 @@ def _name(client: str) -> str:
     return f"client {client}"
 
 
-def _routed_sizes(adapter: Adapter) -> Sizes:
+def _routed_sizes(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
     """The own adapter and the routers train; a weight for each token can't be merged."""
     size, routers = num_values(adapter), sum(2 * adapter[layer + A].shape[1] for layer in layers(adapter))
     return Sizes(size + routers, 2 * size + routers)

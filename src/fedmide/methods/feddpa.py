@@ -11,9 +11,12 @@ as in the authors' code; in F at the last common G. w is cut to 0 .. most. Two m
 the same passes serve; dropout then draws one mask for both, where separate ones draw two.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fedmide.adapters import COMMON, MOST, OWN, REFERENCES, B, prefixed, rank_axis, stacked, unstacked
+from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel, Terms
 from fedmide.methods.method import Method, Sizes, Trained, Visit, learn, num_values, twice_the_rank
 from fedmide.seeds import stream
@@ -29,10 +32,12 @@ def own_share(like: Adapter, weight: float) -> Adapter:
 
 
 def _local_then_common(visit: Visit, model: LocalModel) -> Trained:
-    common = learn(visit, model, visit.received)
+    most, own = visit.config.training.max_steps, visit.config.feddpa.max_steps
     if not visit.memory:
+        common = learn(visit, model, visit.received, max_steps=most and most + own)
         return Trained(common.adapter, common, common.adapter)
-    local = learn(visit, model, _mixed(visit, model), _tuning(visit), "local adapter")
+    common = learn(visit, model, visit.received)
+    local = learn(visit, model, _mixed(visit, model), _tuning(visit), "local adapter", max_steps=own or most)
     return Trained(common.adapter, common, _own_of(local.adapter, visit), local)
 
 
@@ -67,7 +72,7 @@ def _for_records(visit: Visit, model: LocalModel, stack: Adapter) -> Adapter:
     }
 
 
-def _both_kept(adapter: Adapter) -> Sizes:
+def _both_kept(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
     """A weight for each record can't be merged."""
     return Sizes(2 * num_values(adapter), 2 * num_values(adapter))
 

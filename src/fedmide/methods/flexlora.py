@@ -7,16 +7,17 @@ values of M are those of the small R_B R_A^T (as HLoRA does). The scale alpha / 
 rank, so that an adapter means the same after it has been cut.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fedmide import adapters
 from fedmide.adapters import A, B, Shapes, factors, layers, shapes
 from fedmide.config import Config
 from fedmide.localmodel import Adapter
-from fedmide.methods.method import Answer, Common, Method
+from fedmide.methods.method import Answer, Common, Method, Sizes, num_values
 from fedmide.methods.stacking import stacked
 
 
@@ -37,7 +38,7 @@ def cut(adapter: Adapter, rank: int) -> Adapter:
 
 
 def decomposed(stack: Adapter, rank: int) -> Adapter:
-    """The nearest adapter of this rank to a stack: B = U S, A = V^T; zeros where the product has fewer ranks."""
+    """The nearest adapter of this rank to a stack: B = U S, A = V^T; zeros where the stack has fewer ranks."""
     result: dict[str, NDArray[np.float32]] = {}
     for layer in layers(stack):
         a, b = (each.astype(np.float64) for each in factors(stack, layer))
@@ -60,18 +61,35 @@ def _up(common: Common, client: str, config: Config) -> Shapes:
     return shapes(_down(common, client, config))
 
 
+def _begin(fresh: Adapter, clients: Sequence[str], config: Config) -> Common:
+    """The fresh adapter, of the highest rank."""
+    rank = highest_rank(config)
+    whole = {name: (rank, size[1]) if name.endswith(A) else (size[0], rank) for name, size in shapes(fresh).items()}
+    return Common(tuple(clients), 0, adapters.fresh(whole, config.seed))
+
+
 def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+    """The mean of the products. Ranks that none of them has get rows of the common A, and B = 0: so they can train."""
     given = list(answers)
     if not given:
         return None
-    return replace(common, adapter=decomposed(stacked(given), highest_rank(config)))
+    weightless = Answer("", common.adapter, 0)
+    return replace(common, adapter=decomposed(stacked([*given, weightless]), highest_rank(config)))
+
+
+def _sizes(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
+    """The mean over clients."""
+    ranks = [rank_of(client, tuple(clients), config) for client in clients]
+    return Sizes(round(num_values(adapter) * sum(ranks) / (len(ranks) * config.lora.r)))
 
 
 FLEXLORA = Method(
     "flexlora",
     "each client has its own rank; the mean of the products is cut to it by singular values",
     "Bai et al. 2024, arXiv:2402.11505",
+    begin=_begin,
     rank=highest_rank,
+    sizes=_sizes,
     down=_down,
     up=_up,
     combine=_combine,

@@ -75,7 +75,7 @@ FFA_LORA = Method(
     "A is frozen, B is trained and averaged: the mean is exact, half of the traffic",
     "Sun et al. 2024, arXiv:2403.12313",
     local=_train_b,
-    sizes=lambda adapter: Sizes(num_values(named(adapter, B))),
+    sizes=lambda adapter, clients, config: Sizes(num_values(named(adapter, B))),
     own=_with_received,
     down=_b_down,
     up=_b_up,

@@ -78,12 +78,12 @@ def num_values(adapter: Adapter) -> int:
     return sum(array.size for array in adapter.values())
 
 
-def one_adapter(adapter: Adapter) -> Sizes:
+def one_adapter(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
     """One adapter is trained; at inference it can be merged."""
     return Sizes(num_values(adapter))
 
 
-def two_adapters(adapter: Adapter) -> Sizes:
+def two_adapters(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
     """Two are trained, one is used."""
     return Sizes(2 * num_values(adapter))
 
@@ -192,8 +192,8 @@ class Method:
     """How many local trainings a client does in a round, of one adapter each."""
     travels: bool = True
     """Whether anything does."""
-    sizes: Callable[[Adapter], Sizes] = one_adapter
-    """How many values it works with, out of an adapter of the configured rank."""
+    sizes: Callable[[Adapter, Sequence[str], Config], Sizes] = one_adapter
+    """How many values a client works with, out of an adapter of rank `lora.r`."""
     rank: Callable[[Config], int] = rank_of_lora
     """The rank that the network's layers need to have."""
     in_one_place: bool = False
