@@ -272,6 +272,7 @@ def test_as_much_of_the_tuning_is_kept_as_validates_best(
     found, metrics, _ = tuned(fakes, validation, BETAS)
     assert (found, metrics["beta"]) == (at, Metric(beta))
     assert metrics["validation_loss"] == Metric(sum(abs(at - value) for value in validation), 2)
+    assert metrics["scored_tokens"] == Metric(3 * 2), "of the tuned adapter, and of two betas beside 1"
 
 
 def test_of_equal_betas_the_smaller_is_kept_and_without_validation_the_largest(fakes: Any) -> None:
@@ -287,6 +288,7 @@ def test_a_tuning_can_be_overshot(fakes: Any) -> None:
 def test_without_a_choice_nothing_is_told_or_scored_for_it(fakes: Any) -> None:
     found, metrics, model = tuned(fakes, [6, 6])
     assert (found, "beta" in metrics, model.scored) == (10.0, False, 1)
+    assert metrics["scored_tokens"] == Metric(2)
 
 
 def test_tuning_goes_on_from_the_own_adapter_of_the_last_round(fakes: Any) -> None:

@@ -1,12 +1,15 @@
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 
 from fedmide import sweep
 from fedmide.config import read_toml
+from fedmide.console import sweep_table
 from fedmide.errors import ConfigError, UsageError
 
 
@@ -39,6 +42,31 @@ def test_a_sweep_tells_of_each_value_and_draws_it(small_input: Any, tmp_path: Pa
     said.clear()
     assert sweep.run(plan, said.append) == figures
     assert said == []
+
+
+def test_a_run_that_ran_off_is_told_of_and_leaves_a_gap(small_input: Any, tmp_path: Path) -> None:
+    plan = sweep.planned(values_of(small_input.config), "warmup.rounds=1,2", ["fedmide"], [0], tmp_path)
+    sweep.run(plan)
+    path = tmp_path / "warmup.rounds/runs/fedmide/2-seed-0/metrics.json"
+    metrics = json.loads(path.read_text())
+    changes = {"response_nll": None, "num_records": 0, "num_not_finite": 3}
+    metrics["clients"]["a"]["stages"]["personalized"] |= changes
+    path.write_text(json.dumps(metrics))
+    rows = sweep.run(plan)["methods"]["fedmide"]
+    assert rows["1"]["response_nll"]["mean"] > 0
+    assert rows["2"]["response_nll"] == {**dict.fromkeys(("mean", "deviation", "low", "high")), "seeds": 1}
+    assert (tmp_path / "warmup.rounds/sweep.svg").read_text().count("<circle") == 2
+    console = Console(width=100, record=True, file=io.StringIO())
+    console.print(sweep_table(sweep.run(plan)))
+    assert console.export_text().count("no number") == 2
+
+
+def test_clients_in_pieces_are_swept_too(small_input: Any, tmp_path: Path) -> None:
+    plan = sweep.planned(values_of(small_input.config), "data.pieces=1,2", ["fedavg-ft"], [0], tmp_path)
+    rows = sweep.run(plan)["methods"]["fedavg-ft"]
+    runs = [tmp_path / f"data.pieces/runs/fedavg-ft/{value}-seed-0/metrics.json" for value in (1, 2)]
+    assert [len(json.loads(each.read_text())["clients"]) for each in runs] == [2, 4]
+    assert {row["steps_per_client"]["mean"] for row in rows.values()} == {12}
 
 
 @pytest.mark.parametrize(

@@ -185,10 +185,11 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     plan = replace(plan, weights=_unless_equal(tuple(weights)), num_first=num_first)
     examples = [state.training[record] for record in records]
     kept, adapter, validated = 0, start, ZERO
-    num_tokens = num_steps = 0
+    num_tokens = num_scored = num_steps = 0
     begun = state.memory[-1].arrays if state.config.personalization.start == "own" and state.memory else start
     for number, epoch in enumerate(model.train(begun, examples, plan), 1):
         nll = total(model.nll(epoch.adapter, state.validation, state.config.training.positions))
+        num_scored += nll.num_tokens
         better = not state.validation or (math.isfinite(nll.mean) and (kept == 0 or nll.mean < validated.mean))
         if better and is_finite(epoch.adapter):
             kept, adapter, validated = number, epoch.adapter, nll
@@ -198,10 +199,12 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
         "epoch": Metric(kept),
         "steps": Metric(num_steps),
         "trained_tokens": Metric(num_tokens),
+        "scored_tokens": Metric(num_scored),
     }
     if kept and state.config.personalization.interpolation != [1.0]:
+        others = set(state.config.personalization.interpolation) - {1.0}
         beta, adapter, validated = _interpolated(start, adapter, validated, state, model)
-        metrics["beta"] = Metric(beta)
+        metrics |= {"beta": Metric(beta), "scored_tokens": Metric(num_scored + len(others) * validated.num_tokens)}
     if len(state.validation) > 1 and kept:
         metrics["validation_loss"] = Metric(validated.sum, validated.num_tokens)
     return _reply(task, None, 0, metrics), replace(state, adapter=method.finish(visit, model, adapter))

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmide import __version__, opening, stages
+from fedmide import __version__, methods, opening, stages
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config, fingerprint
 from fedmide.entrants import Budget, Entrant, entrants
@@ -320,14 +320,18 @@ def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
     manifest = folder.read_manifest()
     metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
     federation = metrics["federation"]
+    counted = ["trained_tokens", "scored_tokens"]
+    if not methods.of(folder.config).in_one_place:  # what would have to travel are the records
+        counted += ["bytes_down", "bytes_up"]
     costs = {
-        **{name: float(federation[name]) for name in ("bytes_down", "bytes_up", "trained_tokens", "scored_tokens")},
+        **{name: float(federation[name]) for name in counted},
         "steps": float(federation["steps"]),
         "steps_per_client": federation["steps"] / len(clients),
         "seconds": sum(manifest["seconds"].get(stage, 0.0) for stage in ("trained", "personalized")),
         **{name: float(metrics["method"][name]) for name in ("trained_parameters", "extra_parameters")},
-        **{name: float(each["mean"]) for name, each in metrics["over_clients"].get("generation", {}).items() if each},
     }
+    for name, each in metrics["over_clients"].get("generation", {}).items():
+        costs |= {name: float(each["mean"]), f"{name}_worst": float(each["worst"])}
     return Outcome(clients, costs)
 
 

@@ -236,6 +236,8 @@ def sweep_table(figures: Mapping[str, Any]) -> Table:
 
 
 def _deviating(row: Mapping[str, Any]) -> str:
+    if row["mean"] is None:
+        return "no number"
     return f"{row['mean']:.4f}" + ("" if row["deviation"] is None else f" ± {row['deviation']:.4f}")
 
 

@@ -126,7 +126,7 @@ def picture(figures: Mapping[str, Any]) -> str:
 
 
 def _rows(sweep: Sweep, method: str) -> dict[str, dict[str, Any]]:
-    """By value: each metric's mean over seeds, sample deviation, least and greatest."""
+    """By value: each metric's mean over seeds, sample deviation, least and greatest; None where a run ran off."""
     rows: dict[str, dict[str, Any]] = {}
     for place, value in enumerate(sweep.values):
         by_seed = [_figures(sweep.attempt(method, place, seed)) for seed in sweep.seeds]
@@ -134,19 +134,26 @@ def _rows(sweep: Sweep, method: str) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _figures(attempt: Attempt) -> dict[str, float]:
+def _figures(attempt: Attempt) -> dict[str, float | None]:
+    """A run's figures; its likelihoods are None where a client has none that is a number."""
     folder = reopen(attempt.path, attempt.config)
     metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
-    nll = metrics["over_clients"]["personalized"]["response_nll"]
+    measured = [client["stages"]["personalized"] for client in metrics["clients"].values()]
+    has_run_off = any(each["num_not_finite"] and not each["num_records"] for each in measured)
+    nll = {} if has_run_off else metrics["over_clients"]["personalized"]["response_nll"]
     shared = [client["sets"]["shared"] for client in metrics["clients"].values()]
     return {
-        **{name: float(nll[key]) for name, key in METRICS.items()},
+        **{name: nll.get(key) for name, key in METRICS.items()},
         "steps_per_client": metrics["federation"]["steps"] / len(metrics["clients"]),
         "shared_at_the_end": float(np.mean(shared)),
     }
 
 
-def _over_seeds(values: Sequence[float]) -> dict[str, Any]:
-    deviation = float(np.std(values, ddof=1)) if len(values) > 1 else None
-    ends = {"low": min(values), "high": max(values), "seeds": len(values)}
-    return {"mean": float(np.mean(values)), "deviation": deviation, **ends}
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    """None where one of them is none."""
+    given = [each for each in values if each is not None]
+    if len(given) < len(values):
+        return {**dict.fromkeys(("mean", "deviation", "low", "high")), "seeds": len(values)}
+    deviation = float(np.std(given, ddof=1)) if len(given) > 1 else None
+    ends = {"low": min(given), "high": max(given), "seeds": len(given)}
+    return {"mean": float(np.mean(given)), "deviation": deviation, **ends}

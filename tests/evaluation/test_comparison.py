@@ -10,6 +10,10 @@ from fedmide.evaluation.measure import Measured
 from fedmide.evaluation.tables import sheets, to_html, to_markdown
 
 RESAMPLES = 500
+PROTOCOL = {
+    "learning_rates": {"mine": {"rate": 0.1}},
+    "protocol": {"seeds": [0, 1], "budget": {"rounds": 2, "steps_per_round": 3, "steps_per_client": 6}},
+}
 
 
 def measured(sums: Sequence[float], tokens: Sequence[int], choices: Sequence[Sequence[float]] = ()) -> Measured:
@@ -123,6 +127,25 @@ def test_a_record_that_is_no_number_anywhere_is_left_out_everywhere() -> None:
     assert figures["clients"]["fedavg-ft"]["response_nll"] == pytest.approx({"a": 2.0, "b": 4.0})
 
 
+def test_a_method_that_ran_off_takes_no_record_from_the_others() -> None:
+    runs = two_methods()
+    runs["wild"] = {
+        0: outcome({"steps": 6.0}, a=measured([math.nan, math.inf], [1, 3]), b=measured([7.0], [2])),
+        1: runs["mine"][1],
+    }
+    figures = compare(runs, ["wild", "fedavg-ft"], RESAMPLES, 0)
+    assert figures["run_off"] == ["wild"]
+    assert figures["num_left_out"]["response_nll"] == 0
+    without = compare(two_methods(), ["fedavg-ft"], RESAMPLES, 0)
+    assert figures["differences"] == without["differences"]
+    assert figures["methods"] == {**without["methods"], "wild": {"steps": without["methods"]["mine"]["steps"]}}
+    tables = sheets({**figures, **PROTOCOL})
+    assert all(len(row) == len(each.header) for each in tables for row in each.rows)
+    assert "| wild |  | no number |" in to_markdown(tables) and "try a lower rate" in to_markdown(tables)
+    alone = compare({"wild": runs["wild"]}, [], RESAMPLES, 0)
+    assert alone["methods"].keys() == {"wild"} and sheets({**alone, **PROTOCOL})
+
+
 def test_who_is_worse_off_than_alone() -> None:
     runs = two_methods()
     runs["local"] = runs.pop("fedavg-ft")
@@ -154,9 +177,7 @@ def test_other_records_are_refused() -> None:
 
 def test_tables_show_every_method_and_escape_what_they_show() -> None:
     figures = compare(two_methods(), ["fedavg-ft"], RESAMPLES, 0)
-    budget = {"rounds": 2, "steps_per_round": 3, "steps_per_client": 6}
-    more = {"learning_rates": {"mine": {"rate": 0.1}}, "protocol": {"seeds": [0, 1], "budget": budget}}
-    tables = sheets({**figures, **more})
+    tables = sheets({**figures, **PROTOCOL})
     assert [each.title for each in tables] == ["Response NLL", "Difference to fedavg-ft", "Cost"]
     assert all(len(row) == len(each.header) for each in tables for row in each.rows)
     text = to_markdown(tables)

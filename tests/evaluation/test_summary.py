@@ -10,6 +10,7 @@ from fedmide.config import Config, parse
 from fedmide.enrollment import Reason, SetName
 from fedmide.evaluation.measure import Measured
 from fedmide.evaluation.summary import (
+    TEXT_METRICS,
     StageName,
     federation_figures,
     set_figures,
@@ -230,7 +231,9 @@ def test_generated_responses_have_figures_over_clients() -> None:
     assert set(found["over_clients"]) == {"generation"}
     exact = found["over_clients"]["generation"]["exact_match"]
     assert (exact["mean"], exact["weighted_mean"], exact["worst_client"], exact["num_clients"]) == (0.5, 0.25, "b", 2)
-    assert set(found["over_clients"]["generation"]) == {"rouge1", "rouge2", "rouge_l", "exact_match", "token_f1"}
+    assert set(found["over_clients"]["generation"]) == set(TEXT_METRICS)
+    given = [found["clients"][name]["generation"]["bleu"] for name in "ab"]
+    assert found["over_clients"]["generation"]["bleu"]["mean"] == pytest.approx(sum(given) / 2)
 
 
 def test_the_protocol_says_how_figures_were_made() -> None:

@@ -2,8 +2,9 @@
 
 A record's NLL is averaged over seeds first. Records are then resampled within each client, the same ones for all
 methods, so that two of them are compared record by record; the clients stand as they are. Where clients are resampled
-too, it is said so: that asks what another such federation would show. A record whose likelihood is no number under any
-method or seed is left out for all of them, and counted.
+too, it is said so: that asks what another such federation would show. A method that has run off, so that a client of a
+run has no likelihood at all that is a number, is named and has its cost alone. A record whose likelihood is no number
+under any other method or seed is left out for all of them, and counted.
 """
 
 import math
@@ -52,9 +53,12 @@ def compare(outcomes: Outcomes, against: Sequence[str], resamples: int, seed: in
 
     ValueError where two runs do not measure the same records.
     """
-    metrics = {"response_nll": _likelihoods(outcomes), "choice_accuracy": _choices(outcomes)}
-    figures: Figures = {name: {} for name in ("methods", "by_seed", "clients", "differences")}
-    figures["num_left_out"] = {}
+    _check_same_records(outcomes)
+    figures: Figures = {name: {} for name in ("methods", "by_seed", "clients", "differences", "num_left_out")}
+    figures["methods"] = {name: {} for name in outcomes}
+    figures["run_off"] = [name for name, runs in outcomes.items() if any(map(_has_run_off, runs.values()))]
+    finite = {name: runs for name, runs in outcomes.items() if name not in figures["run_off"]}
+    metrics = {"response_nll": _likelihoods(finite), "choice_accuracy": _choices(finite)} if finite else {}
     for metric, values in metrics.items():
         if values.counts:
             figures["num_left_out"][metric] = values.num_left_out
@@ -149,9 +153,12 @@ def _add_worse_than_local(figures: Figures, outcomes: Outcomes) -> None:
         figures["methods"][method]["clients_worse_than_local"] = row
 
 
+def _has_run_off(run: Outcome) -> bool:
+    return any(each.nll_sums and not np.isfinite(each.nll_sums).any() for each in run.clients.values())
+
+
 def _likelihoods(outcomes: Outcomes) -> Values:
     """The records' NLL sums over their response tokens."""
-    _check_same_records(outcomes)
     sums = {
         method: {
             name: np.array([run.clients[name].nll_sums for run in runs.values()], np.float64) for name in _names(runs)

@@ -13,15 +13,17 @@ NUM_TICKS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """A value of the knob, the figure there, and its deviation where there is one."""
+    """A value of the knob, the figure there if any, and its deviation where there is one."""
 
     label: str
-    mean: float
+    mean: float | None
     deviation: float | None = None
 
     @property
-    def ends(self) -> tuple[float, float]:
+    def ends(self) -> tuple[float, ...]:
         """The figure less and plus its deviation."""
+        if self.mean is None:
+            return ()
         return self.mean - (self.deviation or 0.0), self.mean + (self.deviation or 0.0)
 
 
@@ -74,7 +76,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 def _panel(title: str, lines: Mapping[str, Sequence[Point]], knob: str, left: float) -> str:
     ends = [end for points in lines.values() for point in points for end in point.ends]
-    marks = ticks(min(ends), max(ends))
+    marks = ticks(min(ends, default=0.0), max(ends, default=1.0))
     labels = [point.label for point in next(iter(lines.values()))]
     spacing = WIDTH / len(labels)
 
@@ -92,8 +94,9 @@ def _panel(title: str, lines: Mapping[str, Sequence[Point]], knob: str, left: fl
     for colour, points in zip(COLOURS * len(lines), lines.values(), strict=False):
         marked: list[Marked] = []
         for number, point in enumerate(points):
-            low, high = (place(number, end)[1] for end in point.ends)
-            marked.append((place(number, point.mean), low, high))
+            if point.mean is not None:
+                low, high = (place(number, end)[1] for end in point.ends)
+                marked.append((place(number, point.mean), low, high))
         pieces += _line(marked, colour)
     return "\n".join(pieces)
 

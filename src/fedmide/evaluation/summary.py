@@ -21,7 +21,8 @@ from fedmide.records import RecordId
 
 StageName = Literal["base", "aggregated", "personalized"]
 STAGES: tuple[StageName, ...] = ("base", "aggregated", "personalized")
-TEXT_METRICS = ("rouge1", "rouge2", "rouge_l", "exact_match", "token_f1")
+TEXT_METRICS = ("rouge1", "rouge2", "rouge_l", "exact_match", "token_f1", "bleu", "chrf")
+"""Of a client's generated responses: means over records; the last two belong to all of its records together."""
 
 Figures = dict[str, Any]
 
@@ -189,7 +190,8 @@ def _figures_over(
 
 
 def _text_over(texts: Mapping[str, Figures], metric: str) -> Figures | None:
-    values = {name: each[metric] for name, each in texts.items()}
+    means = {name: each[metric] for name, each in texts.items()}
+    values = {name: each if isinstance(each, dict) else {"value": each} for name, each in means.items()}
     return _figures_over(values, "value", texts, lower_is_better=False)
 
 

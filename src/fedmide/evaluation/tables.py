@@ -85,22 +85,27 @@ def _likelihoods(figures: Figures) -> Sheet:
     rows = []
     for name, each in figures["methods"].items():
         rate = figures["learning_rates"].get(name)
+        begin = (name, f"{rate['rate']:g}" if rate else "")
+        if "response_nll" not in each:
+            rows.append((*begin, "no number", *[""] * (len(header) - 3 + has_choice)))
+            continue
         row = [
-            name,
-            f"{rate['rate']:g}" if rate else "",
+            *begin,
             _interval(each["response_nll"]),
             _interval(each["response_nll_worst"]),
             f"{each['response_nll_deviation_over_clients']['mean']:.3f}",
             _over_seeds(figures["by_seed"][name]["response_nll"]),
             ", ".join(figures["worse_than_local"][name]) or "none" if "worse_than_local" in figures else "",
         ]
-        rows.append((*row, _interval(each["choice_accuracy"])) if has_choice else tuple(row))
+        rows.append((*row, *([_interval(each["choice_accuracy"])] if has_choice else [])))
     seeds = ", ".join(map(str, figures["protocol"]["seeds"]))
     note = (
         "Nats per response token of the clients' test records, lower is better; in brackets 95 % intervals over "
         f"records. Seeds {seeds}; the records are the same for all. Worse than local: the clients that training alone "
         "serves better."
     )
+    if figures["run_off"]:
+        note += " No number: a client of a run had no likelihood that was one; try a lower rate."
     return Sheet("Response NLL", (*header, "choice accuracy")[: len(header) + has_choice], tuple(rows), note)
 
 
@@ -130,7 +135,7 @@ def _differences(figures: Figures, reference: str) -> Sheet:
 def _texts(figures: Figures) -> Sheet:
     methods = {name: each for name, each in figures["methods"].items() if "rouge_l" in each}
     rows = tuple((name, *(f"{each[key]['mean']:.3f}" for key in TEXT_METRICS)) for name, each in methods.items())
-    note = "Of the generated responses, mean over clients and seeds; higher is better."
+    note = "Of the generated responses, mean over clients and seeds; higher is better. BLEU and chrF are of 100."
     return Sheet("Generated responses", ("method", *TEXT_METRICS), rows, note)
 
 
@@ -149,13 +154,18 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 def _costs(figures: Figures) -> Sheet:
     methods = {name: each for name, each in figures["methods"].items() if "steps" in each}
-    shown = [cost for cost in COSTS if all(cost[0] in each for each in methods.values())]
-    rows = tuple((name, *(as_text(each[key]["mean"]) for key, _, as_text in shown)) for name, each in methods.items())
+    shown = [cost for cost in COSTS if any(cost[0] in each for each in methods.values())]
+    rows = tuple(
+        (name, *(as_text(each[key]["mean"]) if key in each else "" for key, _, as_text in shown))
+        for name, each in methods.items()
+    )
     budget = figures["protocol"]["budget"]
     note = (
         f"Means over seeds. Every method's budget is {budget['rounds']} rounds of {budget['steps_per_round']} steps of "
         f"the optimiser, {budget['steps_per_client']} a client, fewer for one without a shared record. "
-        "Seconds of training and scoring, evaluation left out."
+        "Tokens trained are those whose loss counted, tokens scored those whose likelihood was computed, by records' "
+        "scores or to choose on validation; the rest of their texts went through the model too. "
+        "Seconds of training and scoring, evaluation left out. Where no adapter would travel but records, no bytes."
     )
     return Sheet("Cost", ("method", *(title for _, title, _ in shown)), rows, note)
 
