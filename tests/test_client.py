@@ -508,3 +508,18 @@ def test_a_random_split_is_the_sites_own_and_stays_when_handled_again(fakes: Any
     again = handle(task(fakes, 0, 3.0), once, fakes.line())[1]
     assert once.ledger == again.ledger
     assert 0 < len(standing(once.ledger, once.training).personal) < 30
+
+
+def test_as_many_are_enrolled_by_lot_as_by_their_scores(fakes: Any) -> None:
+    moved: dict[str, set[RecordId]] = {}
+    for choice in ("score", "random"):
+        config = fakes.config("enrollment.rule=median", f"enrollment.choice={choice}")
+        _, state = handle(task(fakes, -1, 0.0), fakes.site("a", list(range(30)), config), fakes.line())
+        _, state = handle(task(fakes, 0, 3.0), state, fakes.line())
+        before = standing(state.ledger, state.training).personal
+        _, after = handle(task(fakes, 1, 22.0), state, fakes.line())
+        assert handle(task(fakes, 1, 22.0), after, fakes.line())[1].ledger == after.ledger
+        moved[choice] = set(before) - set(standing(after.ledger, after.training).personal)
+        assert len(before) > 17, "so that a lot can differ"
+    assert 0 < len(moved["score"]) == len(moved["random"]) <= 17
+    assert moved["score"] != moved["random"]

@@ -234,17 +234,26 @@ def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standin
     kind, kept = state.config.scoring.kind, {memory.round: memory.arrays for memory in state.memory}
     aggregated = _nll(without_own(task.adapter, kept), candidates, state, model)
     values = scores(aggregated, now.own, kind)
-    judged = enroll(values, enrollment.threshold) if now.is_split else _split(values, state)
+    judged = _enrolled(values, state, task.round) if now.is_split else _split(values, state)
     return verdicts(task.round, aggregated, now.own, values, judged)
+
+
+def _enrolled(values: Mapping[RecordId, float], state: ClientState, round_number: int) -> dict[RecordId, Verdict]:
+    """Who is enrolled by the scores, or otherwise where that is to be compared with."""
+    by_score = enroll(values, state.config.enrollment.threshold)
+    draw = stream(state.config.seed, "enrollment", round_number, state.name)
+    return rearranged(by_score, values, _lengths(values, state), state.config.enrollment.choice, draw)
 
 
 def _split(values: Mapping[RecordId, float], state: ClientState) -> dict[RecordId, Verdict]:
     """The split by the scores, or otherwise where that is to be compared with."""
-    enrollment = state.config.enrollment
-    by_score = split(values, enrollment.rule, state.config.scoring.kind)
-    lengths = {record: len(state.training[record].ids) for record in values}
+    by_score = split(values, state.config.enrollment.rule, state.config.scoring.kind)
     draw = stream(state.config.seed, "split", 0, state.name)
-    return rearranged(by_score, values, lengths, enrollment.split, draw)
+    return rearranged(by_score, values, _lengths(values, state), state.config.enrollment.split, draw)
+
+
+def _lengths(records: Iterable[RecordId], state: ClientState) -> dict[RecordId, int]:
+    return {record: len(state.training[record].ids) for record in records}
 
 
 def _train_and_measure(

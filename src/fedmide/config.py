@@ -223,8 +223,9 @@ class Config(Section):
     @classmethod
     def _fit_for_the_score(cls, enrollment: EnrollmentConfig, info: ValidationInfo) -> EnrollmentConfig:
         scoring = info.data.get("scoring")
-        if enrollment.softness and enrollment.split != "score":
-            raise ValueError(f"softness weighs records by their scores, which split {enrollment.split!r} sets aside")
+        for name, value in (("split", enrollment.split), ("choice", enrollment.choice)):
+            if enrollment.softness and value != "score":
+                raise ValueError(f"softness weighs records by their scores, which {name} {value!r} sets aside")
         kind = "ratio" if scoring is None else scoring.kind
         if kind == "ratio" and enrollment.threshold <= 0:
             raise ValueError(f"threshold {enrollment.threshold} is not positive, as every ratio is")

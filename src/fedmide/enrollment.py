@@ -22,7 +22,7 @@ Reason = Literal[
     "below-threshold",  # its score is below the threshold: shared, or enrolled
     "at-or-above-threshold",  # its score is not: personal
     "no-threshold",  # a warning: the rule could part nothing, everything is shared
-    "ablation",  # the split was made otherwise than by the scores, as `enrollment.split` says
+    "ablation",  # it was not the score that decided, but `enrollment.split` or `enrollment.choice`
     "not-finite",  # its score is no number: personal, and counted
     "own-nll",  # no verdict: what the site's own model made of the record after training
 ]
@@ -98,7 +98,7 @@ def rearranged(
     how: SplitRule,
     draw: np.random.Generator,
 ) -> dict[RecordId, Verdict]:
-    """The verdicts of a split with as many shared records, but others: an ablation.
+    """The verdicts of a split, or of a round's enrollment, with as many shared records, but others: an ablation.
 
     A record without a threshold or with a score that is not finite keeps its verdict. The order of the records does
     not show.

@@ -241,6 +241,9 @@ class EnrollmentConfig(Section):
     """false: the split after the warm-up stands."""
     threshold: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
     """A personal record with a lower score is enrolled; where it isn't given, the score's natural threshold."""
+    choice: Literal["score", "random"] = "score"
+    """Which personal records a round enrolls, as many as score below the threshold: "score", those; "random", drawn, to
+    show what the score is good for."""
     timing: Literal["same_round", "next_round"] = "same_round"
     """When enrolled records begin to train: at once, or in the next round as the original's do."""
     softness: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
