@@ -334,7 +334,7 @@ def read_lasting(folder: Path) -> dict[str, Any]:
     return {name: None if path.is_dir() else without_times(path) for name, path in paths.items()}
 
 
-TIMES = ("seconds", "started", "updated", "peak_memory_mb", "prefix_cache_mb")
+TIMES = ("seconds", "model_seconds", "started", "updated", "peak_memory_mb", "prefix_cache_mb")
 
 
 def without_times(path: Path) -> Any:

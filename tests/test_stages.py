@@ -118,6 +118,10 @@ def test_the_manifest_tells_of_versions_inputs_and_times(reference: tuple[Any, P
     manifest = journal.reopen(reference[1]).read_manifest()
     assert manifest["status"] == "evaluated"
     assert list(manifest["seconds"]) == ["trained", "personalized", "generated", "evaluated"]
+    for stage, kinds in manifest["model_seconds"].items():
+        assert 0 < sum(kinds.values()) < manifest["seconds"][stage]
+    assert {kind for kind, each in manifest["model_seconds"]["trained"].items() if each} == {"scoring", "training"}
+    assert "generation" in manifest["model_seconds"]["generated"]
     assert manifest["started"] <= manifest["updated"]
     assert manifest["seed"] == 3 and manifest["threads"] == 1 and manifest["device"] == "cpu"
     assert manifest["model"]["name"] == "tiny-random" and manifest["model"]["dtype"] == "float32"

@@ -139,7 +139,9 @@ class Work:
         if all(ours[what] == theirs[what] for what in (*SAME_INPUTS, "threads", "commit")):
             self.tell(f"the rounds are those of {path}")
             run.folder.take_rounds(other, list(run.inputs.clients))
-            run.folder.update_manifest(seconds={"trained": theirs["seconds"]["trained"]})
+            run.folder.update_manifest(
+                **{what: {"trained": theirs[what]["trained"]} for what in ("seconds", "model_seconds")}
+            )
 
     def _left(self) -> str:
         if not self.worked:
@@ -328,11 +330,21 @@ def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
         "steps": float(federation["steps"]),
         "steps_per_client": federation["steps"] / len(clients),
         "seconds": sum(manifest["seconds"].get(stage, 0.0) for stage in ("trained", "personalized")),
+        **_model_seconds(manifest),
         **{name: float(metrics["method"][name]) for name in ("trained_parameters", "extra_parameters")},
     }
     for name, each in metrics["over_clients"].get("generation", {}).items():
         costs |= {name: float(each["mean"]), f"{name}_worst": float(each["worst"])}
     return Outcome(clients, costs)
+
+
+def _model_seconds(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """How long the model trained and scored in rounds and tuning; of a run that has noted it."""
+    stages = [manifest.get("model_seconds", {}).get(stage) for stage in ("trained", "personalized")]
+    noted = [each for each in stages if each is not None]
+    if len(noted) < len(stages):
+        return {}
+    return {f"seconds_{kind}": sum(each.get(kind, 0.0) for each in noted) for kind in ("training", "scoring")}
 
 
 def _records(folder: RunFolder, stage: StageName) -> dict[str, Measured]:

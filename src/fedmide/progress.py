@@ -3,6 +3,7 @@
 import resource
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from pathlib import Path
@@ -65,11 +66,12 @@ def _note(run: Run, round_number: int, delivery: Delivery) -> str:
 
 @contextmanager
 def timed(run: Run, status: str, work: int) -> Iterator[None]:
-    """Notes in the manifest that a stage ended, and how long it has worked, restarts included.
+    """Notes in the manifest that a stage ended, and how long it has worked, restarts included: in all, and this
+    process's model by kind of work.
 
     A stage that had no work left does not set the status back to its own.
     """
-    begun = time.perf_counter()
+    begun, by_kind = time.perf_counter(), Counter(run.inputs.resident.seconds)
     ended = {}
     try:
         yield
@@ -77,11 +79,17 @@ def timed(run: Run, status: str, work: int) -> Iterator[None]:
         if work or STATUSES.index(status) > STATUSES.index(earlier):
             ended = {"status": status, "updated": now()}
     finally:
-        seconds = run.folder.read_manifest()["seconds"]
+        manifest = run.folder.read_manifest()
+        seconds, worked = manifest["seconds"], manifest.get("model_seconds", {})
         spent = seconds.get(status, 0.0) + time.perf_counter() - begun
-        peak = max(run.folder.read_manifest()["peak_memory_mb"], _peak_memory_mb())
+        now_worked = Counter(run.inputs.resident.seconds)
+        now_worked.subtract(by_kind)
+        now_worked.update(worked.get(status, {}))
+        kinds = {kind: round(value, 3) for kind, value in sorted(now_worked.items())}
+        peak = max(manifest["peak_memory_mb"], _peak_memory_mb())
         held = {"peak_memory_mb": peak, "prefix_cache_mb": run.inputs.resident.model.prefix_bytes // 10**6}
-        run.folder.update_manifest(seconds={**seconds, status: round(spent, 3)}, **held, **ended)
+        times = {"seconds": {**seconds, status: round(spent, 3)}, "model_seconds": {**worked, status: kinds}}
+        run.folder.update_manifest(**times, **held, **ended)
 
 
 def _peak_memory_mb() -> int:

@@ -3,8 +3,10 @@
 This is the `LocalModel` that clients train with, and what evaluation and generation use.
 """
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -24,12 +26,14 @@ from fedmide.tokens import Example
 
 @dataclass
 class Resident:
-    """A loaded model. `work` counts what went through it by kind, padding left out; `heard` is told."""
+    """A loaded model. `work` counts what went through it by kind, padding left out; `heard` is told. `seconds`: how
+    long it has trained, scored and generated."""
 
     model: LoraModel
     config: Config
     work: Counter[str] = field(default_factory=Counter)
     heard: Callable[[str, int], None] = lambda kind, total: None
+    seconds: Counter[str] = field(default_factory=Counter)
 
     def fresh(self, seed: int) -> Adapter:
         """An adapter that changes nothing yet, of the configured rank."""
@@ -43,18 +47,22 @@ class Resident:
         """NLL of each example under the adapter."""
         budget, count = self.config.scoring.tokens_per_batch, self._count("tokens scored")
         found: list[Nll] = [ZERO] * len(examples)
-        for rows, each in self._by_record(adapter, examples):
-            model = self._holding(each)
-            for row, value in zip(
-                rows, scoring.nll(model, [examples[row] for row in rows], positions, budget, count), strict=True
-            ):
-                found[row] = value
+        with self._timed("scoring"):
+            for rows, each in self._by_record(adapter, examples):
+                values = scoring.nll(self._holding(each), [examples[row] for row in rows], positions, budget, count)
+                for row, value in zip(rows, values, strict=True):
+                    found[row] = value
         return tuple(found)
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
         """The states after each pass of a training that starts from the adapter."""
         model = self._holding(adapter)  # only when the first state is asked for: until then another may be put in
-        for epoch in training.train(model, examples, plan, self._count("tokens trained")):
+        epochs = training.train(model, examples, plan, self._count("tokens trained"))
+        while True:
+            with self._timed("training"):
+                epoch = next(epochs, None)
+            if epoch is None:
+                return
             yield replace(epoch, adapter=adapters.cut_like(epoch.adapter, adapter))
 
     def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
@@ -67,11 +75,12 @@ class Resident:
         """The responses to the examples' prompts under the adapter."""
         batch_size, count = self.config.generation.batch_size, self._count("responses generated")
         found = [""] * len(examples)
-        for rows, each in self._by_record(adapter, examples):
-            model = self._holding(each)
-            texts = generation.generate(model, [examples[row] for row in rows], max_new_tokens, batch_size, count)
-            for row, text in zip(rows, texts, strict=True):
-                found[row] = text
+        with self._timed("generation"):
+            for rows, each in self._by_record(adapter, examples):
+                given = [examples[row] for row in rows]
+                texts = generation.generate(self._holding(each), given, max_new_tokens, batch_size, count)
+                for row, text in zip(rows, texts, strict=True):
+                    found[row] = text
         return tuple(found)
 
     def stream(self, adapter: Adapter, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
@@ -101,6 +110,14 @@ class Resident:
         for rows, state in zip(prompts.values(), states, strict=True):
             weight = float(adapter[adapters.MOST][0]) * likeness(state, adapter[adapters.REFERENCES])
             yield rows, adapters.stacked(own, common, weight, 1 - weight)
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - begun  # type: ignore[assignment]  # a Counter takes any number
 
     def _count(self, kind: str) -> Callable[[int], None]:
         def count(number: int) -> None:

@@ -66,7 +66,8 @@ def compare(outcomes: Outcomes, against: Sequence[str], resamples: int, seed: in
     _add_worse_than_local(figures, outcomes)
     for method, runs in outcomes.items():
         for cost in next(iter(runs.values())).costs:
-            _add_by_seed(figures, method, cost, {seed: run.costs[cost] for seed, run in runs.items()})
+            if all(cost in run.costs for run in runs.values()):
+                _add_by_seed(figures, method, cost, {seed: run.costs[cost] for seed, run in runs.items()})
     return figures
 
 

@@ -147,6 +147,8 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bytes_up", "MB up", lambda value: f"{value / 1e6:,.1f}"),
     ("bytes_down", "MB down", lambda value: f"{value / 1e6:,.1f}"),
     ("seconds", "seconds", lambda value: f"{value:,.0f}"),
+    ("seconds_training", "training", lambda value: f"{value:,.0f}"),
+    ("seconds_scoring", "scoring", lambda value: f"{value:,.0f}"),
     ("trained_parameters", "parameters trained", lambda value: f"{value:,.0f}"),
     ("extra_parameters", "extra at inference", lambda value: f"{value:,.0f}"),
 )
@@ -165,7 +167,8 @@ def _costs(figures: Figures) -> Sheet:
         f"the optimiser, {budget['steps_per_client']} a client, fewer for one without a shared record. "
         "Tokens trained are those whose loss counted, tokens scored those whose likelihood was computed, by records' "
         "scores or to choose on validation; the rest of their texts went through the model too. "
-        "Seconds of training and scoring, evaluation left out. Where no adapter would travel but records, no bytes."
+        "Seconds of rounds and tuning, and what of them was training and scoring; evaluation left out. Where no "
+        "adapter would travel but records, no bytes."
     )
     return Sheet("Cost", ("method", *(title for _, title, _ in shown)), rows, note)
 
