@@ -34,6 +34,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
     ),
     "numpy": lambda: np._core._exceptions._ArrayMemoryError((10**9,), np.dtype("float64")),  # type: ignore[attr-defined]
     "blas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    "driver": lambda: RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
     "onednn": lambda: RuntimeError("could not create a primitive"),
     "apple": lambda: RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
 }

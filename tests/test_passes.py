@@ -133,7 +133,7 @@ def test_workers_side_by_side_change_no_bit(tiny_folder: Path, random_examples: 
     place = LoraConfig(dropout=dropout, targets="all-linear", blocks="top:2")
     lora = ready(tiny_folder, place, prefix_bytes=2000)
     lora.prepare(training=True)
-    parts = list(batches(random_examples(40), "response", 60, None))
+    parts = list(batches(random_examples(40), "response", 60, unpadded=60))
     with alone_or_together(3) as (alone, together):
         for one, two in zip(alone.each(lora.nll, parts), together.each(lora.nll, parts), strict=True):
             assert torch.equal(one, two)
@@ -143,11 +143,29 @@ def test_workers_side_by_side_change_no_bit(tiny_folder: Path, random_examples: 
     assert lora.prefixes is not None and 0 < lora.prefixes.num_bytes <= 2000
 
 
+def test_a_worker_shares_no_work_of_its_own() -> None:
+    """Whatever the number of threads is elsewhere; asked after products that others would share."""
+    earlier = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with alone_or_together(2) as (_, together):
+            product = torch.ones(256, 256)
+
+            def work(_: int) -> int:
+                (product @ product).exp().sum()
+                return torch.get_num_threads()
+
+            assert list(together.each(work, range(4))) == [1] * 4
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(earlier)
+
+
 @contextmanager
 def alone_or_together(number: int) -> Iterator[tuple[Workers, Workers]]:
     together = Workers(number)
     try:
-        yield Workers(1), together
+        yield Workers(0), together
     finally:
         together.close()
 

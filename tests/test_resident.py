@@ -12,7 +12,7 @@ from fedmide import resident as resident_module
 from fedmide.config import Config
 from fedmide.errors import ModelError
 from fedmide.localmodel import Adapter, LocalModel, TrainingPlan
-from fedmide.resident import Resident, open_model
+from fedmide.resident import Kept, Resident, open_model
 from fedmide.sections import GenerationConfig, LoraConfig, ModelConfig, RuntimeConfig, ScoringConfig, TrainingConfig
 from fedmide.tokens import Example
 
@@ -135,3 +135,22 @@ def test_threads_left_open_are_measured_where_a_model_is_opened(
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(threads)
+
+
+def test_a_model_that_is_kept_begins_every_run_alike(tiny_folder: Path) -> None:
+    """Where memory ended in one run, the next is given as much as it asks for again, and hears of it itself."""
+    config, said = Config(runtime=RuntimeConfig(threads=1)), {"first": list[str](), "second": list[str]()}
+    kept, taken = Kept(), list[int]()
+
+    def passes(most: int) -> None:
+        taken.append(most)
+        if most > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for number, (name, heard) in enumerate(said.items()):
+        resident = kept(config, tiny_folder, tell=heard.append)
+        resident.model.scoring_room.within(128, 10, passes)
+        resident.model.scoring_room.within(128, 10, passes)
+        assert [each.split(":")[0] for each in heard] == ["memory has no room for scoring.tokens_per_batch = 128"], name
+        assert taken == [128, 64, 64] * (number + 1)
+    assert resident.model is kept.model

@@ -18,7 +18,7 @@ from fedmide.errors import DataError, ModelError
 from fedmide.prompts import ALPACA, Template, render
 from fedmide.records import Record, RecordId
 from fedmide.sections import ModelConfig, PromptConfig
-from fedmide.tokens import ROOM, WORTH_PARTING, Encoder, Example, batches, encode_all, encoder, pad
+from fedmide.tokens import MAX_SPREAD, ROOM, WORTH_PARTING, Encoder, Example, batches, encode_all, encoder, pad
 
 EOS, USER, ASSISTANT = 257, 258, 259
 CONTROL = ("<|pad|>", "<|eos|>", "<|user|>", "<|assistant|>")
@@ -270,26 +270,30 @@ def test_predicted_positions_by_hand() -> None:
 @given(
     st.lists(st.integers(2, 60), max_size=40),
     st.integers(1, 200),
-    st.sampled_from([0, 10, 10**6, None]),
+    st.sampled_from([0, 10, 10**6]),
+    st.sampled_from([0, 30, 60]),
     st.sampled_from(["all", "response"]),
 )
 def test_batches_hold_every_example_once_within_the_budget(
-    lengths: list[int], budget: int, max_padding: int | None, positions: Any
+    lengths: list[int], budget: int, max_padding: int, unpadded: int, positions: Any
 ) -> None:
     examples = [
         Example(RecordId(str(number)), np.full(length, number), prompt_length=length // 2)
         for number, length in enumerate(lengths)
     ]
-    made = list(batches(examples, positions, budget, max_padding))
+    made = list(batches(examples, positions, budget, max_padding, unpadded))
     assert sorted(row for batch in made for row in batch.rows) == list(range(len(examples)))
     widths = [batch.ids.shape[1] for batch in made]
     assert widths == sorted(widths, reverse=True)  # longest first
     for batch in made:
-        size = sum(batch.lengths) if max_padding is None else batch.ids.size
+        is_padded = batch.ids.shape[1] > unpadded
+        size = batch.ids.size if is_padded else sum(batch.lengths)
         assert size <= budget or len(batch.rows) == 1
+        assert batch.ids.size <= MAX_SPREAD * budget or len(batch.rows) == 1
+        assert is_padded is (min(batch.lengths) > unpadded), "none stands beside the other kind"
         assert batch.ids.shape == batch.predicts.shape
         assert batch.lengths == tuple(lengths[row] for row in batch.rows)
-        assert max_padding is None or batch.ids.size - sum(batch.lengths) <= max_padding
+        assert not is_padded or batch.ids.size - sum(batch.lengths) <= max_padding
         assert batch.ids.shape[1] == max(len(examples[row].ids) for row in batch.rows)
         for number, row in enumerate(batch.rows):
             assert batch.ids[number, : lengths[row]].tolist() == examples[row].ids.tolist()
@@ -299,11 +303,12 @@ def test_batches_hold_every_example_once_within_the_budget(
 @given(st.lists(st.integers(2, 60), min_size=20, max_size=60), st.integers(150, 4000))
 def test_batches_without_padding_are_nearly_even(lengths: list[int], budget: int) -> None:
     examples = [Example(RecordId(str(number)), np.zeros(length), 1) for number, length in enumerate(lengths)]
-    sizes = [sum(batch.lengths) for batch in batches(examples, "all", budget, None)]
+    sizes = [sum(batch.lengths) for batch in batches(examples, "all", budget, unpadded=60)]
     number = -(-sum(lengths) // budget)
     number += number % 2 if sum(lengths) >= WORTH_PARTING else 0
     assert max(sizes) <= sum(lengths) / number + max(lengths)
-    if budget > sum(lengths) / number + max(lengths):  # else records may not add up to the budget
+    is_narrow = len(lengths) * max(lengths) <= MAX_SPREAD * budget
+    if is_narrow and budget > sum(lengths) / number + max(lengths):  # else records may not add up to the budget
         assert len(sizes) == number
 
 

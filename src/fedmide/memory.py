@@ -16,6 +16,7 @@ SAYS = (
     "DefaultCPUAllocator: can't allocate memory",
     "DefaultCPUAllocator: not enough memory",
     "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDA error: out of memory",
     "MPS backend out of memory",
     "could not create a primitive",  # oneDNN, where its code or scratch found no room
     "could not create a memory object",
@@ -30,14 +31,18 @@ REMEDY = (
 class Room:
     """How many padded tokens one kind of work may take at a time: as many as wanted, until memory has no room for them.
 
-    It never grows again, so that a run does not stumble over and over. `knob` is where the wish stands; `tell` hears
-    of every smaller number.
+    Within a run it never grows again, so that it does not stumble over and over. `knob` is where the wish stands;
+    `tell` hears of every smaller number.
     """
 
     def __init__(self, knob: str) -> None:
         self.knob = knob
         self.tell: Callable[[str], None] = lambda message: None
         self._most: int | None = None
+
+    def begin(self, tell: Callable[[str], None]) -> None:
+        """Another run, which is to be as if it were the first: as many as wanted, until memory ends again."""
+        self.tell, self._most = tell, None
 
     def within(self, wanted: int, longest: int, act: Callable[[int], T]) -> T:
         """What `act` gives for a number of tokens; done again from its start with half of them where memory ends.

@@ -41,7 +41,6 @@ from fedmide.tokens import Batch
 from fedmide.workers import Workers
 
 TORCH_SEED_BITS = 63
-MODULES_MAX_PADDING = 64
 
 Hear = Callable[[int], None]
 """Is told a token's id."""
@@ -156,9 +155,9 @@ class LoraModel:
         return 0 if self.prefixes is None else self.prefixes.num_bytes
 
     @property
-    def max_padding(self) -> int | None:
-        """Padding tokens in one batch from which on two passes cost less than one; None where none passes."""
-        return MODULES_MAX_PADDING if self.prefixes is None else None
+    def unpadded(self) -> int:
+        """Texts of at most so many tokens stand in a pass without padding."""
+        return 0 if self.prefixes is None else attention.MAX_LENGTH
 
     def prepare(self, training: bool) -> None:
         """Makes the written-out passes ready for `nll` or `backpropagate` with the adapter as it is now."""
@@ -310,7 +309,7 @@ def load(
     fused = fusion.fused(network, flat)
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
-    workers = Workers(1 if prefixes is None or device.type != "cpu" else num_workers or torch.get_num_threads())
+    workers = Workers(0 if prefixes is None or device.type != "cpu" else num_workers or torch.get_num_threads())
     held = flat, workers, BaseWeights(network), prefixes, chosen
     facts = device, num_positions, model.quantization, checkpointing
     return LoraModel(network, tokenizer, config, shapes, *held, *facts)

@@ -139,8 +139,13 @@ def open_model(
     num_workers = config.runtime.threads or available_cores()
     held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing, num_workers
     model = load(folder, config.model, _lora(config), *held)
+    return _begun(model, config, tell)
+
+
+def _begun(model: LoraModel, config: Config, tell: Callable[[str], None]) -> Resident:
+    """The model for a run of its own."""
     for room in (model.training_room, model.scoring_room):
-        room.tell = tell
+        room.begin(tell)
     return Resident(model, config)
 
 
@@ -169,7 +174,7 @@ class Kept:
             self.model = None  # let go before another is loaded
             self.key, self.model = key, open_model(config, folder, wanted, tell).model
             self.threads = torch.get_num_threads()
-        return Resident(self.model, config)
+        return _begun(self.model, config, tell)
 
 
 def _lora(config: Config) -> LoraConfig:

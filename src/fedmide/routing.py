@@ -101,5 +101,5 @@ def routed(model: LoraModel, names: Sequence[str]) -> RoutedModel:
     inner = {name: model.shapes[name.removesuffix(ROUTER) + A][1] for name in names}
     routers = {name: nn.Parameter(torch.zeros(2, size, device=model.device)) for name, size in inner.items()}
     parts = {each.name: getattr(model, each.name) for each in fields(LoraModel)}
-    changes = {"prefixes": None, "workers": Workers(1)}  # what a hook sees is one batch at a time
+    changes = {"prefixes": None, "workers": Workers(0)}  # what a hook sees is one batch at a time
     return RoutedModel(**{**parts, **changes}, routers=routers, flat_routers=Flat(list(routers.values())))

@@ -29,7 +29,7 @@ def nll(
     def score(most: int) -> None:
         """Scores what has no result yet, with so many tokens at a time."""
         left = [row for row in range(len(examples)) if row not in results]
-        parts = tuple(batches([examples[row] for row in left], positions, most, model.max_padding))
+        parts = tuple(batches([examples[row] for row in left], positions, most, unpadded=model.unpadded))
         for batch, losses in zip(parts, model.workers.each(model.nll, parts), strict=True):
             rows = [left[row] for row in batch.rows]
             results.update(zip(rows, _row_sums(losses.cpu().double().numpy(), batch.predicts), strict=True))

@@ -27,6 +27,12 @@ from fedmide.sections import ModelConfig, Positions, PromptConfig
 ROOM = 4
 """A prompt is cut so that the response gets its length or this part of the cutoff, whichever is less: 1 / ROOM."""
 
+MAX_PADDING = 64
+"""Padding tokens in one batch from which on two passes cost less than one."""
+
+MAX_SPREAD = 4
+"""How many times the budget texts without padding may have, each counted as if it were the longest: attention does."""
+
 WORTH_PARTING = 256
 """Tokens of which two halves, each on a core of its own, take less time than all of them on one."""
 
@@ -225,21 +231,24 @@ class Batch:
 
 
 def batches(
-    examples: Sequence[Example], positions: Positions, tokens_per_batch: int, max_padding: int | None
+    examples: Sequence[Example],
+    positions: Positions,
+    tokens_per_batch: int,
+    max_padding: int = MAX_PADDING,
+    unpadded: int = 0,
 ) -> Iterator[Batch]:
     """Batches of at most so many tokens (or a single example), longest first, every example in exactly one.
 
     Longest first, so that a batch too large for the memory fails at once. Padding counts, and a batch ends early where
-    it would hold more than `max_padding` tokens of it. With None padding costs nothing: batches are of nearly one size
-    and, but for few tokens, even in number, so that two processor cores have work and are done at the same time.
+    it would hold more than `max_padding` tokens of it. Examples of at most `unpadded` tokens stand without padding, in
+    batches of their own: these are of nearly one size and, but for few tokens, even in number, so that two processor
+    cores have work and are done at the same time.
     """
     lengths = [len(example.ids) for example in examples]
     order = sorted(range(len(examples)), key=lambda row: -lengths[row])
-    if max_padding is None:
-        groups = _even_groups(order, lengths, tokens_per_batch)
-    else:
-        groups = _groups(order, lengths, tokens_per_batch, max_padding)
-    for rows in groups:
+    padded, others = ([row for row in order if (lengths[row] > unpadded) is is_long] for is_long in (True, False))
+    groups = _groups(padded, lengths, tokens_per_batch, max_padding)
+    for rows in (*groups, *_even_groups(others, lengths, tokens_per_batch)):
         yield pad([examples[row] for row in rows], positions, tuple(rows))
 
 
@@ -286,7 +295,8 @@ def _even_groups(order: Sequence[int], lengths: Sequence[int], budget: int) -> I
     size = before = num_groups = 0
     for row in order:
         is_next = (before + lengths[row] / 2) * number > total * (num_groups + 1)
-        if group and (is_next or size + lengths[row] > budget):
+        is_wide = group and (len(group) + 1) * lengths[group[0]] > MAX_SPREAD * budget
+        if group and (is_next or is_wide or size + lengths[row] > budget):
             yield group
             group, size, num_groups = [], 0, num_groups + 1
         group.append(row)

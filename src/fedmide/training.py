@@ -149,7 +149,7 @@ def _gradient(
 
     def losses(most: int) -> float:
         """The sum of the losses, in passes of so many tokens; leaves the gradient of their mean."""
-        parts = tuple(batches(examples, settings.positions, most, model.max_padding))
+        parts = tuple(batches(examples, settings.positions, most, unpadded=model.unpadded))
         for scale in LOSS_SCALES if model.dtype == torch.float16 else (1.0,):
             loss_sum = _pass(model, parts, scale / num_tokens, seed, weights)
             if scale == 1.0 or _unscale(model, scale):

@@ -16,15 +16,21 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
+def _stay_alone() -> None:
+    """Keeps this thread's work on it alone."""
+    torch.get_num_threads()  # a thread takes over the number of all others when it first asks, and must not later
+    torch.set_num_threads(1)
+
+
 class Workers:
-    """So many threads of one core each; with one there is none but the caller's."""
+    """So many threads of one core each; with 0 the caller works itself, on as many as it has."""
 
     def __init__(self, number: int) -> None:
         self.number = number
         self._pool: ThreadPoolExecutor | None = None
-        if number > 1:
+        if number > 1 or (number == 1 and torch.get_num_threads() > 1):
             shared = torch.get_num_threads()
-            self._pool = ThreadPoolExecutor(number, "fedmide", torch.set_num_threads, (1,))
+            self._pool = ThreadPoolExecutor(number, "fedmide", _stay_alone)
             meeting = Barrier(number)
             wait([self._pool.submit(meeting.wait) for _ in range(number)])  # until all of them have started
             torch.set_num_threads(shared)  # each took 1 for the default of every thread to come
