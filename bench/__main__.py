@@ -8,8 +8,9 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +25,24 @@ from bench.ours import Federation, timed_work
 from bench.stock import Stock
 from bench.timing import alternating, figure, once, ratios, seconds
 from bench.workload import Workload, workload
-from fedmide import adapters, devices, generation, scoring, training
+from fedmide import adapters, devices, generation, opening, scoring, stages, training
 from fedmide.checkpoints import locate
 from fedmide.client import handle
 from fedmide.evaluation.measure import measure
 from fedmide.localmodel import TrainingPlan
 from fedmide.messages import ClientTask
 from fedmide.model import load
+from fedmide.resident import Kept
 from fedmide.tokens import Example
 
 ROUNDS = 3
 """How often a whole round is repeated; the stock one takes most of the time."""
+
+TURNS = 3
+"""How often scoring, training and the peak have their turn, after a first one that does not count."""
+
+AGREEMENT = 1e-3
+"""Nats a token by which the results of the two may differ."""
 
 Figures = dict[str, Any]
 TARGETS = {
@@ -58,6 +66,8 @@ def main() -> None:
     console, wanted = Console(stderr=True), sys.argv[1:]
     path = Path(__file__).parent / "latest.json"
     found: Figures = json.loads(path.read_text()) if wanted and path.exists() else {}
+    if any(found.get(name) != value for name, value in _facts().items() if name != "date"):
+        found = {}  # figures of another commit or machine do not stand beside these
     for name, part in MEASURES.items():
         if wanted and not any(word in name for word in wanted):
             continue
@@ -65,7 +75,7 @@ def main() -> None:
         for figures in part():
             found |= _facts() | figures
             path.write_text(json.dumps(found, indent=2) + "\n")
-    Console().print(_table(found))
+    Console(width=110).print(_table(found))
 
 
 def _facts() -> Figures:
@@ -79,39 +89,46 @@ def _facts() -> Figures:
     }
 
 
-def peak() -> Figures:
-    """Products at the model's shapes, layer after layer as in a pass, so that no weight is still in the cache.
+@dataclass(frozen=True)
+class Products:
+    """Products at the model's shapes, layer after layer as in a pass, so that no weight is still in the cache."""
 
-    In float32, and in the type that the model has here where that is another.
-    """
-    work = workload("model.dtype=float32")
+    given: list[torch.Tensor]
+    weights: list[list[torch.Tensor]]
+
+    def __call__(self) -> None:
+        """All of them, once."""
+        for layer in self.weights:
+            for one, weight in zip(self.given, layer, strict=True):
+                torch.nn.functional.linear(one, weight)
+
+    @property
+    def operations(self) -> float:
+        """Billions of multiplications and additions."""
+        return 2 * len(self.given[0]) * sum(weight.numel() for layer in self.weights for weight in layer) / 1e9
+
+
+def fastest_products(work: Workload, dtype: torch.dtype) -> Products:
+    """Those of as many rows as are done fastest."""
     config = _network_config(work)
     hidden, inner, keys = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     shapes = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
-    found: Figures = {}
-    for dtype in sorted({torch.float32, _own_type()}, key=str):
-        weights = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(config.num_hidden_layers)]
-        best: list[float] = []
-        for rows in (512, 1024, 2048):
-            given = [torch.randn(rows, shape[1]).to(dtype) for shape in shapes]
-
-            def products(given: list[torch.Tensor] = given, weights: Any = weights) -> None:
-                for layer in weights:
-                    for one, weight in zip(given, layer, strict=True):
-                        torch.nn.functional.linear(one, weight)
-
-            work_done = 2 * rows * sum(weight.numel() for layer in weights for weight in layer) / 1e9
-            runs = [work_done / each for each in seconds(products, 5)]
-            best = max(best, runs, key=statistics.median) if best else runs
-        found[_peak_name(dtype)] = figure(best, 0)
-    return found
+    weights = [[torch.randn(shape).to(dtype) for shape in shapes] for _ in range(config.num_hidden_layers)]
+    tried = [
+        Products([torch.randn(rows, shape[1]).to(dtype) for shape in shapes], weights) for rows in (512, 1024, 2048)
+    ]
+    return max(tried, key=lambda each: each.operations / statistics.median(seconds(each, 3)))
 
 
 def shares() -> Iterator[Figures]:
-    """Scoring and training as a share of the peak in the model's type: operations that must be done over time."""
-    work, found = workload(), peak()
-    top = found[_peak_name(_own_type())]["value"]
+    """Scoring and training as a share of the peak in the model's type: operations that must be done over time.
+
+    The peak is measured in turn with both, and each share is of the peak of its turn.
+    """
+    work = workload()
     examples = _examples(work)
+    types = sorted({torch.float32, _own_type()}, key=str)
+    products = {_peak_name(dtype): fastest_products(work, dtype) for dtype in types}
     model, config = work.inputs.resident.model, work.config
     model.put(work.inputs.fresh_adapter())
     plan = TrainingPlan(config.training, 0, 0, "bench")
@@ -121,10 +138,14 @@ def shares() -> Iterator[Figures]:
         "training_share_of_peak": lambda: list(training.train(model, examples, plan)),
     }
     tokens = sum(len(example.ids) for example in examples)
-    for name, runs in alternating(works, 4).items():
+    runs = {name: each[1:] for name, each in alternating({**products, **works}, TURNS + 1).items()}
+    peaks = {name: [each.operations / run for run in runs[name]] for name, each in products.items()}
+    found = {name: figure(each, 0) for name, each in peaks.items()}
+    for name in works:
         operations = needed[name] * _operations(work, examples) / 1e9
-        found[name] = figure([operations / each / top for each in runs[1:]])
-        found[name.replace("share_of_peak", "tokens_per_second")] = figure([tokens / each for each in runs[1:]], 0)
+        top = peaks[_peak_name(_own_type())]
+        found[name] = figure([operations / run / best for run, best in zip(runs[name], top, strict=True)])
+        found[name.replace("share_of_peak", "tokens_per_second")] = figure([tokens / run for run in runs[name]], 0)
     yield found
 
 
@@ -159,6 +180,7 @@ def rounds() -> Iterator[Figures]:
             records = {client: each.training for client, each in work.inputs.clients.items()}
             federation = Federation(work)
             federation.round()  # what is computed once is computed
+            stock.round({client: each[:4] for client, each in records.items()})
             contest = {"stock": lambda: stock.round(records), "ours": federation.round}  # noqa: B023
             known[kind] = alternating(contest, ROUNDS)
         runs = known[kind]
@@ -166,28 +188,62 @@ def rounds() -> Iterator[Figures]:
             name: figure(ratios(runs["stock"], runs["ours"]), 2),
             f"{name}_seconds": {key: figure(value, 2) for key, value in runs.items()},
         }
-        if "model.dtype=float32" in overrides:
-            yield {"nll_difference": _nll_difference(work, stock)}
+
+
+def agreement() -> Iterator[Figures]:
+    """Whether both do the same: one local training of the same adapter, and what comes of it; both in float32.
+
+    All records are one step of the optimiser, so that their order does not count. Ends the bench where they don't.
+    """
+    work = workload("model.dtype=float32", "lora.dropout=0")
+    name, client = next(iter(work.inputs.clients.items()))
+    records, examples = client.training, work.inputs.examples[name].training
+    resident, fresh = work.inputs.resident, work.inputs.fresh_adapter()
+    draw = np.random.default_rng(0)
+    start = {key: array + draw.normal(0, 0.01, array.shape).astype(np.float32) for key, array in fresh.items()}
+    plan = TrainingPlan(work.config.training, 0, 0, "bench")
+    stock = Stock(locate("smollm2-135m"), work.config, torch.float32)
+    network = stock.network({key: torch.from_numpy(array) for key, array in start.items()})
+    before = resident.nll(start, examples, "response"), stock.nlls(network, records)
+    ours = list(resident.train(start, examples, plan))[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = stock.train(network, records, Path(folder))
+    after = resident.nll(ours.adapter, examples, "response"), stock.nlls(network, records)
+    found = {
+        "nll_difference": max(abs(one.mean - two) for one, two in zip(*before, strict=True)),
+        "training_loss_difference": abs(ours.loss.mean - theirs),
+        "trained_nll_difference": max(abs(one.mean - two) for one, two in zip(*after, strict=True)),
+    }
+    yield found
+    if max(found.values()) > AGREEMENT:
+        sys.exit(f"bench: ours and stock do not agree: {found}")
 
 
 def overhead() -> Iterator[Figures]:
-    """What of a round is not forward, backward or optimiser."""
-    federation = Federation(workload())
-    federation.round()
+    """What of a run's warm-up and one round is not forward, backward or optimiser, writing included."""
+    work = workload("federation.rounds=1", "warmup.rounds=1", "model.dtype=auto")
+    opened = Kept()
     shares_of: list[float] = []
-    for _ in range(3):
-        with timed_work(federation.work.inputs.resident.model) as busy:
-            whole = once(federation.round)
+    for _ in range(4):
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            opening.start(work.config, Path(folder) / "run", opener=opened) as run,
+            timed_work(run.inputs.resident.model) as busy,
+        ):
+            whole = once(partial(stages.train, run))
         shares_of.append(1 - busy.seconds / whole)
-    yield {"overhead_share": figure(shares_of, 4)}
+    yield {"overhead_share": figure(shares_of[1:], 4)}
 
 
 def generated() -> Iterator[Figures]:
-    """Tokens a second: batched against transformers' greedy `generate`, one prompt at a time."""
+    """Tokens a second: batched against transformers' greedy `generate` under PEFT, every fourth prompt alone."""
     work = workload()
     model, longest = work.inputs.resident.model, 32
     model.put(work.inputs.fresh_adapter())
     examples = [example for site in work.inputs.examples.values() for example in site.test][:32]
+    records = [record for site in work.inputs.clients.values() for record in site.test][:32:4]
+    stock = Stock(locate("smollm2-135m"), work.config, model.dtype)
+    network = stock.network({})
     counts: dict[str, int] = {}
 
     def together() -> None:
@@ -195,8 +251,7 @@ def generated() -> Iterator[Figures]:
         counts["together"] = sum(len(model.tokenizer(text)["input_ids"]) for text in texts)
 
     def alone() -> None:
-        texts = [generation.generate(model, [example], longest, 1)[0] for example in examples[:8]]
-        counts["alone"] = sum(len(model.tokenizer(text)["input_ids"]) for text in texts)
+        counts["alone"] = sum(stock.generate(network, record, longest) for record in records)
 
     runs = alternating({"together": together, "alone": alone}, 3)
     speeds = {name: [counts[name] / each for each in runs[name]] for name in runs}
@@ -256,12 +311,14 @@ def growth() -> Iterator[Figures]:
 
 def many() -> Iterator[Figures]:
     """Peak memory with 64 clients against 8, and a client's round beside its model's work with 1,000 clients."""
-    peaks = {count: _tiny_run(count, 1)["peak_memory_mb"] for count in (8, 64)}
-    thousand = _tiny_run(1000, 1)
+    runs = [{count: _tiny_run(count, 1) for count in (8, 64, 1000)} for _ in range(3)]
+    peaks = {count: [run[count]["peak_memory_mb"] for run in runs] for count in (8, 64, 1000)}
     yield {
-        "memory_ratio_64_to_8_clients": {"value": round(peaks[64] / peaks[8], 3), "runs": [peaks[8], peaks[64]]},
-        "memory_1000_clients_mb": thousand["peak_memory_mb"],
-        "client_round_overhead_ms": {"value": thousand["overhead_ms"], "runs": [thousand["overhead_ms"]]},
+        "memory_ratio_64_to_8_clients": figure(ratios(peaks[64], peaks[8])),
+        "memory_ratio_1000_to_8_clients": figure(ratios(peaks[1000], peaks[8])),
+        "memory_mb_by_clients": {str(count): figure(each, 0) for count, each in peaks.items()},
+        "client_round_overhead_ms": figure([run[1000]["overhead_ms"] for run in runs]),
+        "client_round_overhead_ms_of_64": figure([run[64]["overhead_ms"] for run in runs]),
     }
 
 
@@ -274,6 +331,7 @@ MEASURES = {
     "personalisation and evaluation": stages_alone,
     "many records": growth,
     "many clients": many,
+    "agreement": agreement,
     "whole rounds": rounds,
 }
 
@@ -312,16 +370,6 @@ def _layers(decoder: Any) -> list[Any]:
     return [getattr(block, name) for block in decoder.blocks for name in names]
 
 
-def _nll_difference(work: Workload, stock: Stock) -> float:
-    """The largest difference of a record's mean NLL between the two, both in float32, under the fresh adapter."""
-    records = next(iter(work.inputs.clients.values())).training
-    examples = next(iter(work.inputs.examples.values())).training
-    model = work.inputs.resident.model
-    model.put(work.inputs.fresh_adapter())
-    ours = [nll.mean for nll in scoring.nll(model, examples, "response", 2048)]
-    return max(abs(one - two) for one, two in zip(ours, stock.nlls(stock.base, records), strict=True))
-
-
 def _tiny_run(num_clients: int, num_rounds: int, num_records: int = 4) -> dict[str, float]:
     """A run of the tiny model in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
@@ -335,11 +383,13 @@ def _table(found: Figures) -> Table:
     table = Table(title="fedmide against what a user would otherwise run", box=box.SIMPLE_HEAD)
     for column in ("figure", "value", "aim", "runs"):
         table.add_column(column, justify="left" if column == "figure" else "right")
-    for name, aim in TARGETS.items():
-        if name not in found:
-            continue
-        runs = ", ".join(f"{each:g}" for each in found[name]["runs"][:5])
-        table.add_row(name, f"{found[name]['value']:g}", aim, runs)
+    for name in sorted(set(found) - set(_facts()), key=lambda name: ([*TARGETS, name].index(name), name)):
+        given = found[name]
+        if isinstance(given, dict) and "runs" in given:
+            runs = ", ".join(f"{each:g}" for each in given["runs"][:5])
+            table.add_row(name, f"{given['value']:g}", TARGETS.get(name, ""), runs)
+        elif isinstance(given, int | float):
+            table.add_row(name, f"{given:g}", "", "")
     return table
 
 

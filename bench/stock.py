@@ -33,13 +33,16 @@ class Stock:
         self.base = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
         self.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
         self.tokenizer.padding_side = "left"
+        self.aggregated: dict[str, torch.Tensor] = {}
 
     def round(self, clients: Mapping[str, Sequence[Record]]) -> dict[str, torch.Tensor]:
         """Scores the personal half, trains on the other, scores again; the mean of the clients' adapters."""
         with tempfile.TemporaryDirectory() as folder:
+            common = Path(folder) / "aggregated.safetensors"
+            save_file(self.aggregated, common)
             for name, records in clients.items():
                 half = len(records) // 2
-                network = self._peft()
+                network = self.network(load_file(common))
                 self.nlls(network, records[:half])
                 self.train(network, records[half:], Path(folder))
                 self.nlls(network, records[:half])
@@ -49,7 +52,8 @@ class Stock:
                 )
                 self.base = network.unload()
             states = [load_file(Path(folder) / f"{name}.safetensors") for name in clients]
-        return {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
+        self.aggregated = {key: torch.stack([state[key] for state in states]).mean(dim=0) for key in states[0]}
+        return self.aggregated
 
     def nlls(self, network: Any, records: Sequence[Record]) -> list[float]:
         """Mean NLL of each record's response, one at a time."""
@@ -72,6 +76,7 @@ class Stock:
             num_train_epochs=settings.epochs,
             learning_rate=settings.learning_rate,
             max_grad_norm=settings.max_grad_norm,
+            weight_decay=settings.weight_decay,
             use_cpu=True,
             save_strategy="no",
             report_to=[],
@@ -99,7 +104,8 @@ class Stock:
         labels = [-100] * min(len(prompt), len(ids)) + ids[len(prompt) :]
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
-    def _peft(self) -> Any:
+    def network(self, state: Mapping[str, torch.Tensor]) -> Any:
+        """The base under new LoRA layers that hold these arrays, by PEFT's names; without any, what PEFT draws."""
         lora, top = self.config.lora, self.config.lora.blocks.removeprefix("top:")
         blocks = self.base.config.num_hidden_layers
         config = peft.LoraConfig(
@@ -112,4 +118,21 @@ class Stock:
         )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return peft.get_peft_model(self.base, config)
+            network = peft.get_peft_model(self.base, config)
+        if state:
+            peft.set_peft_model_state_dict(network, dict(state))
+        return network
+
+    def generate(self, network: Any, record: Record, most: int) -> int:
+        """How many tokens `generate` continues a record's prompt by, greedily."""
+        network.eval()
+        ids = torch.tensor([self.tokenizer(render(ALPACA, record))["input_ids"]])
+        with torch.inference_mode():
+            output = network.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                do_sample=False,
+                max_new_tokens=most,
+                pad_token_id=self.tokenizer.eos_token_id,
+            )
+        return int(output.shape[1] - ids.shape[1])

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from fedmide.config import Config, apply_overrides, parse
 from fedmide.inputs import Inputs, read
+from fedmide.threads import available_cores
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "fedmide-data"
 SHORT = 24
@@ -20,10 +21,14 @@ class Workload:
 
 
 def workload(*overrides: str) -> Workload:
-    """Two clients on the published data where it lies beside the repository, else on the demo's sites."""
+    """Two clients on the published data where it lies beside the repository, else on the demo's sites.
+
+    On all cores, whatever else they do: what is compared with it has as many threads.
+    """
     source = ["data.source=published", f"data.path={PUBLISHED}"] if PUBLISHED.is_dir() else ["data.source=medical"]
     sizes = [f"data.max_records={SHORT}", "data.max_test_records=16", "data.clients=2", "data.validation_fraction=0"]
     common = ["model.cutoff=256", "prompt.overflow=cut", "lora.targets=all-linear", "training.positions=response"]
-    values = apply_overrides({}, [*source, *sizes, *common, "scoring.positions=response", *overrides])
+    threads = f"runtime.threads={available_cores()}"
+    values = apply_overrides({}, [*source, *sizes, *common, threads, "scoring.positions=response", *overrides])
     config = parse(values)
     return Workload(config, read(config))
