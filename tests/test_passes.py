@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from fedmide import attention, model, passes
 from fedmide.attention import Attended
+from fedmide.checkpoints import locate
 from fedmide.decoder import Dropout
 from fedmide.localmodel import Adapter
 from fedmide.model import LoraModel
@@ -95,6 +96,16 @@ def test_losses_and_gradients_are_those_of_the_modules(
         assert far(our_gradients, their_gradients) < ROUNDING
         lora.prepare(training=False)
         assert lora.nll(batch).numpy() == pytest.approx(theirs, rel=1e-5)
+
+
+@pytest.mark.model
+def test_so_are_those_of_the_real_model(random_examples: MakeExamples) -> None:
+    lora = ready(locate("smollm2-135m"), LoraConfig(dropout=0.0, targets="all-linear", blocks="top:3"))
+    batch = one_batch(random_examples(5, longest=50), "all")
+    theirs, their_gradients = by_modules(lora, batch, 0.1)
+    ours, our_gradients = written_out(lora, batch, 0.1)
+    assert ours == pytest.approx(theirs, rel=1e-5)
+    assert far(our_gradients, their_gradients) < ROUNDING
 
 
 @pytest.mark.parametrize(("heads", "pairs"), [(4, 4), (4, 1), (8, 2)])
