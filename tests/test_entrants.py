@@ -103,6 +103,7 @@ def test_rates_change_together() -> None:
         ({"../x": {}}, ["../x"], r"variants.../x: expected letters"),
         ({"x": {"method": "fedx"}}, ["x"], "variants.x: there is no method 'fedx'"),
         ({"x": {"federation": {"rounds": 2}}}, ["x"], "variants.x: federation.rounds is the same for all"),
+        ({"x": {"method": "ditto", "ditto": {"epochs": 2}}}, ["x"], "variants.x: ditto.epochs is the same for all"),
         ({"x": {"data": {"max_records": 2}}}, ["x"], "variants.x: data is the same for all"),
         ({"x": {"warmup": {"rounds": 9}}}, ["x"], "leave nothing of a budget of 9 rounds"),
         ({"x": {"warmup": {"round": 9}}}, ["x"], "x: unknown key 'warmup.round'"),

@@ -22,8 +22,11 @@ from fedmide.training import num_steps
 BUDGET = ("federation.rounds", "training.epochs", "training.max_steps", "personalization.max_steps")
 """What makes the budget, or follows from it."""
 
-DECIDED = (*BUDGET, "seed", "data", "model", "prompt", "evaluation")
-"""What a variant can't set: the budget's knobs, and what must be the same for records to be compared."""
+SECOND = ("ditto.epochs", "ditto.max_steps", "feddpa.max_steps")
+"""How much a method trains beside the common adapter."""
+
+DECIDED = (*BUDGET, *SECOND, "seed", "data", "model", "prompt", "evaluation")
+"""What a variant can't set: what the budget decides, and what must be the same for records to be compared."""
 
 RATES = ("training.learning_rate", "personalization.learning_rate", "scaffold.learning_rate")
 """The rates that go up and down together."""
