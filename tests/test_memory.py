@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from fedmide import model, opening, scoring, stages, training
+from fedmide import generation, model, opening, scoring, stages, training
 from fedmide.config import load
 from fedmide.errors import ModelError
 from fedmide.localmodel import Adapter, TrainingPlan
@@ -118,6 +118,29 @@ def test_scoring_goes_on_with_what_is_left(
     assert sum(progress) == sum(len(example.ids) for example in examples), "nothing is counted twice"
     scoring.nll(lora, examples, "all", 400)
     assert told == [TOLD.format("scoring.tokens_per_batch", 400, 50)]
+
+
+def test_generation_goes_on_with_fewer_prompts_at_a_time(
+    lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
+) -> None:
+    examples, told, tried = random_examples(12), list[str](), list[int]()
+    lora.generation_room.tell = told.append
+    wanted = generation.generate(lora, examples, 4, 3)
+    decode = LoraModel.continuations
+
+    def limited_to_four(self: LoraModel, ids: torch.Tensor, *given: Any) -> torch.Tensor:
+        tried.append(len(ids))
+        if len(tried) > 2 and len(ids) > 4:  # the first batches are small enough for what is free
+            raise error()
+        return decode(self, ids, *given)
+
+    monkeypatch.setattr(LoraModel, "continuations", limited_to_four)
+    progress: list[int] = []
+    assert generation.generate(lora, examples, 4, 5, progress.append) == wanted
+    assert tried == [5, 5, 2] and sum(progress) == 12
+    assert generation.generate(lora, examples, 4, 8) == wanted
+    assert tried[3:] == [8, 4, 4, 4]
+    assert told == [TOLD.format("generation.batch_size", 8, 4)]
 
 
 def test_one_record_that_has_no_room_alone_is_told_in_plain_words(

@@ -31,17 +31,22 @@ def generate(
 ) -> tuple[str, ...]:
     """The model's own response to each example's prompt, in the examples' order.
 
-    Prompts of like length are decoded together, so that little is padded.
+    Prompts of like length are decoded together, so that little is padded. Where memory has no room for so many, fewer.
     """
-    texts = [""] * len(examples)
+    texts: dict[int, str] = {}
     order = sorted(range(len(examples)), key=lambda row: -examples[row].prompt_length)
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        prompts = [examples[row].ids[: examples[row].prompt_length] for row in rows]
-        for row, text in zip(rows, _decode(model, prompts, max_new_tokens), strict=True):
-            texts[row] = text
-        progress(len(rows))
-    return tuple(texts)
+
+    def decode(most: int) -> None:
+        """Decodes what has no response yet, so many prompts at a time."""
+        left = [row for row in order if row not in texts]
+        for start in range(0, len(left), most):
+            rows = left[start : start + most]
+            prompts = [examples[row].ids[: examples[row].prompt_length] for row in rows]
+            texts.update(zip(rows, _decode(model, prompts, max_new_tokens), strict=True))
+            progress(len(rows))
+
+    model.generation_room.within(batch_size, 1, decode)
+    return tuple(texts[row] for row in range(len(examples)))
 
 
 def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:

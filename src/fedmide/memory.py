@@ -29,7 +29,7 @@ REMEDY = (
 
 
 class Room:
-    """How many padded tokens one kind of work may take at a time: as many as wanted, until memory has no room for them.
+    """How much of one kind of work is done at a time: as many tokens as wanted, until memory has no room for them.
 
     Within a run it never grows again, so that it does not stumble over and over. `knob` is where the wish stands;
     `tell` hears of every smaller number.

@@ -102,6 +102,8 @@ class LoraModel:
     """What memory has room for in training; it shrinks where memory ends."""
     scoring_room: Room = field(default_factory=lambda: Room("scoring.tokens_per_batch"))
     """The same in scoring."""
+    generation_room: Room = field(default_factory=lambda: Room("generation.batch_size"))
+    """The same in generation, in prompts."""
     modules: threading.Lock = field(default_factory=threading.Lock)
     """The network's own modules are used by one worker at a time."""
 

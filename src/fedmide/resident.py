@@ -144,7 +144,7 @@ def open_model(
 
 def _begun(model: LoraModel, config: Config, tell: Callable[[str], None]) -> Resident:
     """The model for a run of its own."""
-    for room in (model.training_room, model.scoring_room):
+    for room in (model.training_room, model.scoring_room, model.generation_room):
         room.begin(tell)
     return Resident(model, config)
 
