@@ -60,6 +60,13 @@ def test_numbers_are_the_runs(facts: RunFacts) -> None:
     assert shown["sent, both ways"] == f"{sum(t.bytes_up + t.bytes_down for t in facts.turns) / 1e6:,.1f} MB"
 
 
+def test_what_is_kept_of_records_is_shown_where_something_is(facts: RunFacts) -> None:
+    for kept, note in ((0, "900 MB of memory"), (65, "900 MB of memory, 65 MB of it kept prefixes")):
+        manifest = {**facts.manifest, "seconds": {"trained": 3.0}, "peak_memory_mb": 900, "prefix_cache_mb": kept}
+        (work,) = [each for each in numbers(replace(facts, manifest=manifest)) if each.label == "of work"]
+        assert work.note == f"at most {note}"
+
+
 def test_cautions_name_what_went_wrong(facts: RunFacts) -> None:
     turns = (replace(facts.turns[0], refused="it came too late", warnings=1), *facts.turns[1:])
     sets = {**facts.outcomes[0].sets, "not_finite": 2, "spearman_score_tokens": -0.75}

@@ -85,7 +85,10 @@ def _numbers(facts: RunFacts) -> Iterator[Number]:
         yield Number(megabytes(traffic), "sent, both ways", f"{len(facts.clients)} clients, {len(facts.titles)} rounds")
     if facts.manifest["seconds"]:
         spent = sum(facts.manifest["seconds"].values())
-        yield Number(seconds(spent), "of work", f"at most {facts.manifest['peak_memory_mb']:,} MB of memory")
+        kept = facts.manifest.get("prefix_cache_mb", 0)
+        memory = f"at most {facts.manifest['peak_memory_mb']:,} MB of memory"
+        memory += f", {kept:,} MB of it kept prefixes" if kept else ""
+        yield Number(seconds(spent), "of work", memory)
 
 
 def _answer(mean: Interval) -> str:
