@@ -15,6 +15,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -146,6 +147,7 @@ class DiceResident:
     config: Config
     model: Any
     heard: Any = None
+    seconds: Counter[str] = field(default_factory=Counter)
 
     def fresh(self, seed: int) -> Adapter:
         return self.dice.fresh(seed)  # type: ignore[no-any-return]
