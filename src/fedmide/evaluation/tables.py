@@ -1,6 +1,6 @@
 """A comparison as tables for people: Markdown, and a page of HTML that needs nothing else."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape
 from typing import Any
@@ -32,7 +32,7 @@ def sheets(figures: Figures) -> tuple[Sheet, ...]:
     """The tables of a comparison: likelihood, differences, other measures, cost."""
     tables = [_likelihoods(figures), *(_differences(figures, each) for each in figures["differences"])]
     texts = [_texts(figures)] if any("rouge_l" in each for each in figures["methods"].values()) else []
-    return (*tables, *texts, _costs(figures))
+    return (*tables, *texts, *_costs(figures))
 
 
 def validation_sheet(figures: Figures) -> Sheet:
@@ -147,30 +147,37 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("bytes_up", "MB up", lambda value: f"{value / 1e6:,.1f}"),
     ("bytes_down", "MB down", lambda value: f"{value / 1e6:,.1f}"),
     ("seconds", "seconds", lambda value: f"{value:,.0f}"),
-    ("seconds_training", "training", lambda value: f"{value:,.0f}"),
-    ("seconds_scoring", "scoring", lambda value: f"{value:,.0f}"),
+    ("seconds_training", "seconds of training", lambda value: f"{value:,.0f}"),
+    ("seconds_scoring", "of scoring", lambda value: f"{value:,.0f}"),
     ("trained_parameters", "parameters trained", lambda value: f"{value:,.0f}"),
     ("extra_parameters", "extra at inference", lambda value: f"{value:,.0f}"),
 )
 
+NUM_OF_RUN = 7
+"""So many of them are of a run, the others of the model."""
 
-def _costs(figures: Figures) -> Sheet:
+
+def _costs(figures: Figures) -> Iterator[Sheet]:
+    """What runs cost, and the model's part of it: two tables, each narrow enough for a terminal."""
     methods = {name: each for name, each in figures["methods"].items() if "steps" in each}
-    shown = [cost for cost in COSTS if any(cost[0] in each for each in methods.values())]
-    rows = tuple(
-        (name, *(as_text(each[key]["mean"]) if key in each else "" for key, _, as_text in shown))
-        for name, each in methods.items()
-    )
     budget = figures["protocol"]["budget"]
     note = (
         f"Means over seeds. Every method's budget is {budget['rounds']} rounds of {budget['steps_per_round']} steps of "
         f"the optimiser, {budget['steps_per_client']} a client, fewer for one without a shared record. "
         "Tokens trained are those whose loss counted, tokens scored those whose likelihood was computed, by records' "
         "scores or to choose on validation; the rest of their texts went through the model too. "
-        "Seconds of rounds and tuning, and what of them was training and scoring; evaluation left out. Where no "
+        "Seconds of rounds and tuning, evaluation left out. Where no "
         "adapter would travel but records, no bytes."
     )
-    return Sheet("Cost", ("method", *(title for _, title, _ in shown)), rows, note)
+    model_note = "Means over seeds. Extra at inference: values that can't be merged into the base weights."
+    for title, costs, about in (("Cost", COSTS[:NUM_OF_RUN], note), ("Model", COSTS[NUM_OF_RUN:], model_note)):
+        shown = [cost for cost in costs if any(cost[0] in each for each in methods.values())]
+        rows = tuple(
+            (name, *(as_text(each[key]["mean"]) if key in each else "" for key, _, as_text in shown))
+            for name, each in methods.items()
+        )
+        if shown:
+            yield Sheet(title, ("method", *(name for _, name, _ in shown)), rows, about)
 
 
 def _interval(row: Figures) -> str:
