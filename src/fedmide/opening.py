@@ -94,8 +94,9 @@ def resume(
         folder.rebuild_events(list(inputs.clients))
         run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
         if not elsewhere:  # sites that are elsewhere are asked by who reaches them
-            _check_ledgers(run)
-            _check_memories(run)
+            next_round = folder.last_round(begin(run)).round
+            _check_ledgers(run, next_round)
+            _check_memories(run, next_round)
         yield run
 
 
@@ -116,11 +117,10 @@ def record_ids(run: Run, name: str) -> list[RecordId]:
     return [example.id for example in run.inputs.examples[name].training]
 
 
-def _check_ledgers(run: Run) -> None:
+def _check_ledgers(run: Run, next_round: int) -> None:
     """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
     if run.config.method != "fedmide":
         return
-    next_round = run.folder.last_round(begin(run)).round
     problems = []
     for name, told in set_sizes(run).items():
         now = standing(before(run.folder.read_ledger(name), next_round), record_ids(run, name))
@@ -130,11 +130,10 @@ def _check_ledgers(run: Run) -> None:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
 
 
-def _check_memories(run: Run) -> None:
+def _check_memories(run: Run, next_round: int) -> None:
     """The same for what a method keeps on the sites: of the last round that counted for each, or of a later one."""
     if not _remembers(run.config):
         return
-    next_round = run.folder.last_round(begin(run)).round
     trained = {event["client"]: event["round"] for event in _round_events(run) if "steps" in event["metrics"]}
     kept = {name: run.folder.read_memory(name, next_round)[-1:] for name in trained}
     problems = [
