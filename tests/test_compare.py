@@ -272,3 +272,10 @@ def test_measured_records_stay_in_the_run_folders(compared: tuple[Path, dict[str
         text = (out / name).read_text()
         assert not any(each in text for each in measured.record_ids)
         assert not any(repr(each) in text for each in measured.nll_sums)
+
+
+def test_whom_to_hold_others_against_is_one_of_them(small_input: Any) -> None:
+    values, names = values_of(small_input.config), ["local", "fedmide"]
+    assert compare.planned(values, names, [0], Path("out")).against == ("fedmide",)
+    with pytest.raises(UsageError, match="--against: fedavgft is not compared"):
+        compare.planned(values, names, [0], Path("out"), against=["local", "fedavgft"])

@@ -41,6 +41,9 @@ from fedmide.sections import PersonalizationConfig
 BASE = "base"
 """The row of the model without an adapter."""
 
+AGAINST = ("fedavg-ft", "fedmide")
+"""Whom all others are held against if nobody says."""
+
 SAME_INPUTS = ("data", "model", "prompt")
 """What of the manifests must be the same for runs to be compared."""
 
@@ -156,15 +159,20 @@ def planned(
     seeds: Sequence[int],
     out: Path,
     rates: Sequence[float] = (),
-    against: Sequence[str] = ("fedavg-ft", "fedmide"),
+    against: Sequence[str] | None = None,
     validation_only: bool = False,
 ) -> Plan:
-    """What a configuration's values, method names, seeds and learning rates ask for; all refused before any run."""
+    """What a configuration's values, method names, seeds and learning rates ask for; all refused before any run.
+
+    `against` are the names that the others are held against; None: those of `AGAINST` that are compared.
+    """
     for what, given in (("seeds", seeds), ("learning-rates", rates)):
         if len(set(given)) < len(given) or (what == "seeds" and not given) or any(each < 0 for each in given):
             raise UsageError(f"--{what}: expected numbers, none below 0, each once", f"For example --{what} 0,1,2")
     found = entrants(values, names)
-    held = tuple(each for each in against if each in names)
+    held = tuple(each for each in AGAINST if each in names) if against is None else tuple(against)
+    if unknown := [each for each in held if each not in names]:
+        raise UsageError(f"--against: {', '.join(unknown)} is not compared", f"Name some of {', '.join(names)}")
     return Plan(out, found, tuple(seeds), tuple(rates), held, validation_only)
 
 
@@ -293,7 +301,7 @@ def _figures(
             "model": manifest["model"],
             "prompt": manifest["prompt"],
             "data": {
-                name: {part: each[part] for part in ("training", "validation", "test")}
+                name: {part: each[part] for part in ("training", "validation", "test", "truncated")}
                 for name, each in manifest["data"].items()
             },
             "data_seed": config.data_seed,
@@ -305,7 +313,7 @@ def _figures(
             },
             "cutoff": config.model.cutoff,
             "interval": f"95 %, {config.evaluation.bootstrap} resamples of the records of each client, the same for "
-            "all methods, after averaging a record over seeds; *_over_clients: of the clients too; of the other "
+            "all methods, after averaging a record over seeds; *_of_all: of clients and seeds too; of the other "
             "figures the least and the greatest over seeds",
         },
         "commits": sorted({str(each.read_manifest()["commit"]) for runs in folders.values() for each in runs.values()}),

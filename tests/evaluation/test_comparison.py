@@ -12,7 +12,12 @@ from fedmide.evaluation.tables import sheets, to_html, to_markdown
 RESAMPLES = 500
 PROTOCOL = {
     "learning_rates": {"mine": {"rate": 0.1}},
-    "protocol": {"seeds": [0, 1], "budget": {"rounds": 2, "steps_per_round": 3, "steps_per_client": 6}},
+    "protocol": {
+        "seeds": [0, 1],
+        "budget": {"rounds": 2, "steps_per_round": 3, "steps_per_client": 6},
+        "data": {"a": {"truncated": 1}, "b": {"truncated": 0}},
+        "cutoff": 64,
+    },
 }
 
 
@@ -89,7 +94,7 @@ def test_a_common_shift_of_all_records_has_no_width() -> None:
         "mine": {0: outcome(**{name: measured((each - 0.5).tolist(), [1] * 30) for name, each in sums.items()})},
     }
     row = compare(runs, ["fedavg-ft"], RESAMPLES, 0)["differences"]["fedavg-ft"]["mine"]["response_nll"]
-    assert [row[end] for end in ("difference", "low", "high", "low_over_clients", "high_over_clients")] == (
+    assert [row[end] for end in ("difference", "low", "high", "low_of_all", "high_of_all")] == (
         pytest.approx([-0.5] * 5)
     )
 
@@ -103,8 +108,36 @@ def test_resampled_clients_widen_the_interval_of_a_gain_that_one_client_has_alon
     runs = {"fedavg-ft": {0: theirs}, "mine": {0: mine}}
     row = compare(runs, ["fedavg-ft"], RESAMPLES, 0)["differences"]["fedavg-ft"]["mine"]["response_nll"]
     assert (row["low"], row["high"]) == (pytest.approx(-0.25), pytest.approx(-0.25))
-    assert row["high_over_clients"] == pytest.approx(0.0)
-    assert row["low_over_clients"] < -0.4
+    assert row["high_of_all"] == pytest.approx(0.0)
+    assert row["low_of_all"] < -0.4
+
+
+def test_a_gain_of_one_seed_alone_is_told_by_seed_and_widens_the_interval_of_all() -> None:
+    sums, tokens = [float(value) for value in np.random.default_rng(5).gamma(9.0, size=30)], [1] * 30
+    clients = "ab"
+    theirs = outcome(**{name: measured(sums, tokens) for name in clients})
+    gain = outcome(**{name: measured([each - 3.0 for each in sums], tokens) for name in clients})
+    loss = outcome(**{name: measured([each + 0.5 for each in sums], tokens) for name in clients})
+    runs = {"fedavg-ft": dict.fromkeys((7, 8, 9), theirs), "mine": {7: gain, 8: loss, 9: loss}}
+    row = compare(runs, ["fedavg-ft"], RESAMPLES, 0)["differences"]["fedavg-ft"]["mine"]["response_nll"]
+    assert row["by_seed"] == pytest.approx([-3.0, 0.5, 0.5])
+    assert [row[end] for end in ("difference", "low", "high")] == pytest.approx([-2 / 3] * 3)
+    # three seeds drawn out of these: all gain in 1 of 27 resamples, none in 8
+    assert (row["low_of_all"], row["high_of_all"]) == (pytest.approx(-3.0), pytest.approx(0.5))
+
+
+def test_the_seeds_of_a_difference_are_those_of_the_worst_client_on_average() -> None:
+    theirs = outcome(a=measured([4.0], [1]), b=measured([3.0], [1]))
+    runs = {
+        "fedavg-ft": dict.fromkeys((0, 1), theirs),
+        "mine": {
+            0: outcome(a=measured([5.0], [1]), b=measured([1.0], [1])),
+            1: outcome(a=measured([2.0], [1]), b=measured([2.5], [1])),
+        },
+    }
+    row = compare(runs, ["fedavg-ft"], RESAMPLES, 0)["differences"]["fedavg-ft"]["mine"]["response_nll_worst"]
+    assert row["difference"] == pytest.approx(-0.5)
+    assert row["by_seed"] == pytest.approx([1.0, -2.0])
 
 
 def test_clients_of_one_size_are_not_resampled_alike() -> None:
@@ -178,12 +211,18 @@ def test_other_records_are_refused() -> None:
 def test_tables_show_every_method_and_escape_what_they_show() -> None:
     figures = compare(two_methods(), ["fedavg-ft"], RESAMPLES, 0)
     tables = sheets({**figures, **PROTOCOL})
-    assert [each.title for each in tables] == ["Response NLL", "Difference to fedavg-ft", "Cost"]
+    assert [each.title for each in tables] == [
+        "Response NLL",
+        "Difference to fedavg-ft",
+        "Difference to fedavg-ft, by seed",
+        "Cost",
+    ]
     assert all(len(row) == len(each.header) for each in tables for row in each.rows)
     text = to_markdown(tables)
     assert "| mine | 0.1 | 3.1250 [" in text
     assert "-0.6250 [" in text
+    assert "of more than 64 tokens, and cut: 1." in text
     page = to_html(tables, "<svg></svg>")
-    assert page.count("<table>") == 3
+    assert page.count("<table>") == 4
     assert "<svg></svg>" in page
     assert "src=" not in page

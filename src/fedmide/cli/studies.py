@@ -56,11 +56,13 @@ def identify(
 
 @app.command(epilog="Example: fedmide compare examples/compare-medical.toml --methods fedmide,fedavg-ft --seeds 0,1")
 def compare(
-    config: Annotated[Path, typer.Argument(help="A configuration (TOML); it may have tables [variants.NAME].")],
+    config: Annotated[Path, typer.Argument(help="A configuration (TOML); its tables variants.NAME are variants.")],
     methods: Annotated[str, typer.Option(help="Methods and variants, with commas between.")],
     seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
     learning_rates: Annotated[str, typer.Option(help="Rates to choose from on validation; otherwise as set.")] = "",
-    against: Annotated[str, typer.Option(help="Whom all others are held against.")] = "fedavg-ft,fedmide",
+    against: Annotated[
+        str, typer.Option(help="Whom all others are held against; otherwise fedavg-ft and fedmide, where compared.")
+    ] = "",
     validation: Annotated[
         bool, typer.Option("--validation", help="Look at validation records only: to choose settings by.")
     ] = False,
@@ -86,7 +88,7 @@ def compare(
     from fedmide.evaluation.tables import sheets, validation_sheet
 
     folder = out or Path("comparisons") / config.stem
-    plan = comparing.planned(values, _names(methods), numbers, folder, rates, _names(against), validation)
+    plan = comparing.planned(values, _names(methods), numbers, folder, rates, _names(against) or None, validation)
     figures = comparing.run(plan, tell, bars)
     if as_json:
         print_json(figures)

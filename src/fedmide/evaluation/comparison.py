@@ -1,8 +1,9 @@
 """What several methods' runs over the same test records say of each other.
 
 A record's NLL is averaged over seeds first. Records are then resampled within each client, the same ones for all
-methods, so that two of them are compared record by record; the clients stand as they are. Where clients are resampled
-too, it is said so: that asks what another such federation would show. A method that has run off, so that a client of a
+methods, so that two of them are compared record by record; clients and seeds stand as they are. Where these are
+resampled too, it is said so: that asks what another such federation would show, trained anew. A difference is also told
+seed by seed: a few seeds are too few to be resampled well. A method that has run off, so that a client of a
 run has no likelihood at all that is a number, is named and has its cost alone. A record whose likelihood is no number
 under any other method or seed is left out for all of them, and counted.
 """
@@ -17,7 +18,7 @@ import numpy.typing as npt
 
 from fedmide.evaluation.choice import choice_accuracy
 from fedmide.evaluation.clients import worse_than_local
-from fedmide.evaluation.intervals import draws, ends, paired_bootstrap, resampled
+from fedmide.evaluation.intervals import Draws, draws, ends, paired_bootstrap, resampled
 from fedmide.evaluation.measure import Measured
 from fedmide.seeds import stream
 
@@ -79,17 +80,20 @@ def _add_metric(
     others = stream(seed, "bootstrap of clients").integers(len(drawn), size=(resamples, len(drawn)))
     sampled: dict[str, dict[str, FloatArray]] = {}
     points: dict[str, dict[str, float]] = {}
+    by_seed: dict[str, dict[str, FloatArray]] = {}
     for method, clients in values.values.items():
-        means = {name: each.mean(axis=0) for name, each in clients.items()}
-        point = {name: float(means[name].sum() / values.counts[name].sum()) for name in drawn}
-        ratios = np.stack([resampled(means[name], values.counts[name], drawn[name]) for name in drawn], axis=1)
+        ratios = np.stack([_resampled(clients[name], values.counts[name], drawn[name]) for name in drawn], axis=-1)
+        seeds = np.stack([clients[name].sum(axis=1) / values.counts[name].sum() for name in drawn], axis=-1)
+        point = dict(zip(drawn, map(float, seeds.mean(axis=0)), strict=True))
         worst = list(drawn).index(_worst(point, LOWER_IS_BETTER[metric]))
+        over_seeds = ratios.mean(axis=0)
         sampled[method] = {
-            metric: ratios.mean(axis=1),
-            f"{metric}_worst": ratios[:, worst],
-            "clients": np.take_along_axis(ratios, others, axis=1).mean(axis=1),
+            metric: over_seeds.mean(axis=1),
+            f"{metric}_worst": over_seeds[:, worst],
+            "all": np.take_along_axis(_drawn_seeds(ratios, seed), others, axis=1).mean(axis=1),
         }
         points[method] = {metric: _mean(point.values()), f"{metric}_worst": point[list(drawn)[worst]]}
+        by_seed[method] = {metric: seeds.mean(axis=1), f"{metric}_worst": seeds[:, worst]}
         _add_method(figures, method, metric, values, point, points[method], sampled[method])
     for reference in against:
         for method in values.values:
@@ -98,10 +102,27 @@ def _add_metric(
                 for name, value in points[method].items():
                     change = sampled[method][name] - sampled[reference][name]
                     rows[name] = {"difference": value - points[reference][name], **_ends(change)}
-                change = sampled[method]["clients"] - sampled[reference]["clients"]
-                rows[metric] |= {f"{end}_over_clients": value for end, value in _ends(change).items()}
+                    if len(by_seed[method][name]) == len(by_seed[reference][name]):  # the base model has no seed
+                        rows[name]["by_seed"] = [
+                            float(each) for each in by_seed[method][name] - by_seed[reference][name]
+                        ]
+                change = sampled[method]["all"] - sampled[reference]["all"]
+                rows[metric] |= {f"{end}_of_all": value for end, value in _ends(change).items()}
                 pair = values.values[method], values.values[reference]
                 rows[metric]["clients"] = dict(_by_client(*pair, values.counts, resamples, seed))
+
+
+def _resampled(values: FloatArray, counts: FloatArray, drawn: Sequence[Draws]) -> FloatArray:
+    """A client's figure [seeds, resamples] out of its records' values [seeds, records]."""
+    return np.stack([resampled(each, counts, drawn) for each in values])
+
+
+def _drawn_seeds(ratios: FloatArray, seed: int) -> FloatArray:
+    """The clients' figures [resamples, clients] out of [seeds, resamples, clients], over seeds that are drawn too."""
+    num_seeds, resamples = ratios.shape[:2]
+    drawn = stream(seed, "bootstrap of seeds").integers(num_seeds, size=(num_seeds, resamples, 1))
+    mean: FloatArray = np.take_along_axis(ratios, drawn, axis=0).mean(axis=0)
+    return mean
 
 
 def _add_method(

@@ -30,7 +30,9 @@ class Sheet:
 
 def sheets(figures: Figures) -> tuple[Sheet, ...]:
     """The tables of a comparison: likelihood, differences, other measures, cost."""
-    tables = [_likelihoods(figures), *(_differences(figures, each) for each in figures["differences"])]
+    tables = [_likelihoods(figures)]
+    for reference in figures["differences"]:
+        tables += [_differences(figures, reference), *_by_seed(figures, reference)]
     texts = [_texts(figures)] if any("rouge_l" in each for each in figures["methods"].values()) else []
     return (*tables, *texts, *_costs(figures))
 
@@ -104,6 +106,9 @@ def _likelihoods(figures: Figures) -> Sheet:
         f"records. Seeds {seeds}; the records are the same for all. Worse than local: the clients that training alone "
         "serves better."
     )
+    data, cutoff = figures["protocol"]["data"].values(), figures["protocol"]["cutoff"]
+    if cut := sum(each["truncated"] for each in data):
+        note += f" Records of more than {cutoff} tokens, and cut: {cut:,}."
     if figures["run_off"]:
         note += " No number: a client of a run had no likelihood that was one; try a lower rate."
     return Sheet("Response NLL", (*header, "choice accuracy")[: len(header) + has_choice], tuple(rows), note)
@@ -118,18 +123,35 @@ def _differences(figures: Figures, reference: str) -> Sheet:
             (
                 name,
                 _change(nll),
-                f"[{nll['low_over_clients']:+.4f}, {nll['high_over_clients']:+.4f}]",
+                f"[{nll['low_of_all']:+.4f}, {nll['high_of_all']:+.4f}]",
                 _change(each["response_nll_worst"]),
                 str(sum(one["high"] < 0 for one in clients)),
                 str(sum(one["low"] > 0 for one in clients)),
             )
         )
-    header = ("method", "mean", "clients resampled too", "worst client", "clients better", "clients worse")
+    header = ("method", "mean", "clients, seeds resampled too", "worst client", "clients better", "clients worse")
     note = (
         f"Response NLL minus that of {reference} on the same records: below 0 is better than {reference}. In brackets "
-        "95 % intervals of the paired bootstrap. Clients better or worse: those whose own interval excludes 0."
+        "95 % intervals of the paired bootstrap, over records where nothing else is said. The worst client is each "
+        "method's own. Clients better or worse: those whose own interval excludes 0."
     )
     return Sheet(f"Difference to {reference}", header, tuple(rows), note)
+
+
+def _by_seed(figures: Figures, reference: str) -> Iterator[Sheet]:
+    """The same differences seed by seed, where there are several."""
+    seeds = figures["protocol"]["seeds"]
+    if len(seeds) < 2:
+        return
+    parts = {"": "response_nll", "worst, ": "response_nll_worst"}
+    rows = tuple(
+        (name, *(f"{value:+.4f}" for metric in parts.values() for value in each[metric]["by_seed"]))
+        for name, each in figures["differences"][reference].items()
+        if "by_seed" in each["response_nll"]
+    )
+    header = ("method", *(f"{part}seed {seed}" for part in parts for seed in seeds))
+    note = "A difference that changes its sign from seed to seed is not settled, whatever its interval over records."
+    yield Sheet(f"Difference to {reference}, by seed", header, rows, note)
 
 
 def _texts(figures: Figures) -> Sheet:
