@@ -30,7 +30,8 @@ def test_a_sweep_tells_of_each_value_and_draws_it(small_input: Any, tmp_path: Pa
     rows = figures["methods"]["fedmide"]
     assert list(rows) == ["1", "2"]
     for value, row in rows.items():
-        runs = [tmp_path / f"warmup.rounds/runs/fedmide/{value}-seed-{seed}/metrics.json" for seed in (0, 1)]
+        label = "as-set" if value == "1" else f"warmup.rounds={value}"
+        runs = [tmp_path / f"runs/fedmide/{label}-seed-{seed}/metrics.json" for seed in (0, 1)]
         metrics = [json.loads(each.read_text())["over_clients"]["personalized"]["response_nll"] for each in runs]
         for name, key in (("response_nll", "mean"), ("response_nll_worst", "worst")):
             by_seed = [each[key] for each in metrics]
@@ -47,7 +48,7 @@ def test_a_sweep_tells_of_each_value_and_draws_it(small_input: Any, tmp_path: Pa
 def test_a_run_that_ran_off_is_told_of_and_leaves_a_gap(small_input: Any, tmp_path: Path) -> None:
     plan = sweep.planned(values_of(small_input.config), "warmup.rounds=1,2", ["fedmide"], [0], tmp_path)
     sweep.run(plan)
-    path = tmp_path / "warmup.rounds/runs/fedmide/2-seed-0/metrics.json"
+    path = tmp_path / "runs/fedmide/warmup.rounds=2-seed-0/metrics.json"
     metrics = json.loads(path.read_text())
     changes = {"response_nll": None, "num_records": 0, "num_not_finite": 3}
     metrics["clients"]["a"]["stages"]["personalized"] |= changes
@@ -64,9 +65,20 @@ def test_a_run_that_ran_off_is_told_of_and_leaves_a_gap(small_input: Any, tmp_pa
 def test_clients_in_pieces_are_swept_too(small_input: Any, tmp_path: Path) -> None:
     plan = sweep.planned(values_of(small_input.config), "data.pieces=1,2", ["fedavg-ft"], [0], tmp_path)
     rows = sweep.run(plan)["methods"]["fedavg-ft"]
-    runs = [tmp_path / f"data.pieces/runs/fedavg-ft/{value}-seed-0/metrics.json" for value in (1, 2)]
+    runs = [tmp_path / f"runs/fedavg-ft/{each}-seed-0/metrics.json" for each in ("as-set", "data.pieces=2")]
     assert [len(json.loads(each.read_text())["clients"]) for each in runs] == [2, 4]
     assert {row["steps_per_client"]["mean"] for row in rows.values()} == {12}
+
+
+def test_what_no_knob_changes_is_run_once_for_all_knobs(small_input: Any, tmp_path: Path) -> None:
+    values, said = values_of(small_input.config), list[str]()
+    first, second = (
+        sweep.run(sweep.planned(values, turned, ["fedavg-ft"], [0], tmp_path), said.append)["methods"]["fedavg-ft"]
+        for turned in ("data.noisy_clients=0,1", f"training.batch_size={values['training']['batch_size']},2")
+    )
+    assert sum(": run " in each for each in said) == 3
+    assert first["0"] == next(iter(second.values()))
+    assert first["1"] != first["0"]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +120,8 @@ def test_a_variant_is_turned_too_and_does_not_set_the_knob_back(small_input: Any
     assert [each.config.enrollment.softness for each in plan.entrants["soft"]] == [0.5, 0.5]
     assert [each.config.training.batch_size for each in plan.entrants["near"]] == [2, 4]
     assert {each.config.fedprox.mu for each in plan.entrants["near"]} == {0.1}
-    assert plan.attempt("near", 1, 0).path == tmp_path / "training.batch_size/runs/near/4-seed-0"
+    assert plan.attempt("near", 0, 0).path == tmp_path / "runs/near/training.batch_size=2-seed-0"
+    assert plan.attempt("near", 1, 0).path == tmp_path / "runs/near/as-set-seed-0"
 
 
 @pytest.mark.parametrize("turned", ["enrollment.threshold", "=1", "x.y=", "lora.r=4,4", "data.path=../x,y"])

@@ -1,7 +1,8 @@
 """A knob turned: methods at several values of it, on several seeds; mean and worst client as figures and a picture.
 
     OUT/KNOB/sweep.json   sweep.svg
-            runs/NAME/VALUE-seed-S/    a run folder each
+        runs/NAME/KNOB=VALUE-seed-S/    a run folder each
+                  as-set-seed-S/        at the value that the configuration has: one for all knobs
 
 A name is a method's or a variant's. All values have the budget of local steps of the configuration as it is
 (`entrants`), unless the knob is what makes it. Runs are done as a comparison's are: what is whole is kept, what was
@@ -35,13 +36,22 @@ _VALUE = re.compile(r"[A-Za-z0-9._:+-]+")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A knob, its values as they were given, and the configuration of each method or variant at each of them."""
+    """A knob, its values as they were given, and the configuration of each method or variant at each of them.
+
+    `as_set` are the fingerprints of these where no knob is turned.
+    """
 
     out: Path
     knob: str
     values: tuple[str, ...]
     entrants: Mapping[str, tuple[Entrant, ...]]
+    as_set: Mapping[str, str]
     seeds: tuple[int, ...]
+
+    @property
+    def folder(self) -> Path:
+        """Where the knob's figures and their picture are."""
+        return self.out / self.knob
 
     @property
     def num_runs(self) -> int:
@@ -51,7 +61,9 @@ class Sweep:
     def attempt(self, name: str, place: int, seed: int) -> Attempt:
         """The run of a method or a variant at one of the values."""
         entrant = self.entrants[name][place]
-        path = self.out / "runs" / name / f"{self.values[place]}-seed-{seed}"
+        turned = fingerprint(entrant.config) != self.as_set[name]
+        label = f"{self.knob}={self.values[place]}" if turned else "as-set"
+        path = self.out / "runs" / name / f"{label}-seed-{seed}"
         return Attempt(entrant, entrant.config.training.learning_rate, seed, path)
 
 
@@ -79,7 +91,8 @@ def planned(values: Mapping[str, Any], turned: str, names: Sequence[str], seeds:
     }
     if len(texts) > 1 and not any(_differ(each) for each in entrants.values()):
         raise UsageError(f"--knob {turned!r}: makes no difference to {', '.join(entrants)}", "Turn another knob")
-    return Sweep(out / knob, knob, tuple(texts), entrants, tuple(seeds))
+    as_set = {name: fingerprint(within(budget_of(values), settings(values, name), name)) for name in names}
+    return Sweep(out, knob, tuple(texts), entrants, as_set, tuple(seeds))
 
 
 def _turned(values: Mapping[str, Any], name: str, setting: str) -> dict[str, Any]:
@@ -95,7 +108,7 @@ def _differ(entrants: Sequence[Entrant]) -> bool:
 
 def run(sweep: Sweep, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:
     """What sweep.json holds, after every run that was missing."""
-    with locked(sweep.out):
+    with locked(sweep.folder):
         work = Work(sweep.num_runs, tell, progress)
         for seed in sweep.seeds:
             for place in range(len(sweep.values)):
@@ -106,8 +119,8 @@ def run(sweep: Sweep, tell: Tell = lambda message: None, progress: Progress = si
             "seeds": list(sweep.seeds),
             "methods": {method: _rows(sweep, method) for method in sweep.entrants},
         }
-        write_file(sweep.out / "sweep.json", to_json(figures))
-        write_file(sweep.out / "sweep.svg", picture(figures).encode())
+        write_file(sweep.folder / "sweep.json", to_json(figures))
+        write_file(sweep.folder / "sweep.svg", picture(figures).encode())
     return figures
 
 

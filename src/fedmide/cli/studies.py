@@ -132,7 +132,7 @@ def sweep(
         return
     for plan in plans:
         Console().print(sweep_table(results[plan.knob]))
-        sys.stdout.write(f"{plan.out / 'sweep.svg'}\n")
+        sys.stdout.write(f"{plan.folder / 'sweep.svg'}\n")
 
 
 def _names(text: str) -> list[str]:
