@@ -192,7 +192,7 @@ class RepliesConfig(Section):
     deadline_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 3600.0
     """How long a round waits for clients that are in other processes: to be there, then to answer."""
     max_update_norm: Annotated[float, Field(ge=0.0, le=1e30)] = 0.0
-    """Largest Euclidean length of what a client's training added to the adapter; 0: any."""
+    """Largest Euclidean length of what a client's training added to the arrays that it sends; 0: any."""
     oversized: Literal["refuse", "clip"] = "refuse"
     """A longer one: its reply does not count, or it is scaled down to that length."""
 

@@ -8,10 +8,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-import numpy as np
-
 from fedmide import adapters, methods
 from fedmide.config import Config
+from fedmide.errors import ConfigError
 from fedmide.localmodel import Adapter
 from fedmide.messages import MAX_RECORDS, ClientReply, ClientTask, Metric, MetricName
 from fedmide.methods.method import Answer, Common
@@ -81,7 +80,10 @@ class RoundSummary:
 def begin(federation: str, clients: Iterable[str], adapter: Adapter, config: Config) -> ServerState:
     """The state before the first round, out of a fresh adapter."""
     common = methods.of(config).begin(adapter, tuple(clients), config)
-    return ServerState(federation, common.clients, -config.warmup.rounds, common.adapter, common.memory)
+    state = ServerState(federation, common.clients, -config.warmup.rounds, common.adapter, common.memory)
+    if config.replies.max_update_norm:
+        _check_measurable(state, config)
+    return state
 
 
 def stage_of(round_number: int, config: Config) -> Stage:
@@ -155,41 +157,45 @@ def _accepted(
             and (reply.client not in asked or (reply.adapter is not None and not asked[reply.client]))
         ):
             reason = "it was not asked to train in this round"
-        too_long = 0.0 if reason or not reply else _excessive(reply, state, config)
+        arrays, too_long = (None, 0.0) if reason or not reply else _bounded(reply, state, config)
         if too_long and config.replies.oversized == "refuse":
             reason = f"its update has length {too_long:.4g}, more than replies.max_update_norm"
         rows.append(_row(delivery, reason, too_long))
         if reason or reply is None:
             continue
         answered.add(delivery.client)
-        if reply.adapter is not None:
-            arrays = _clipped(reply.adapter, too_long, state, config)
+        if arrays is not None:
             yield Answer(reply.client, arrays, reply.num_records)
 
 
-def _excessive(reply: ClientReply, state: ServerState, config: Config) -> float:
-    """The length of the update that a reply brings, where it is longer than allowed; else 0."""
-    if reply.adapter is None or not config.replies.max_update_norm:
-        return 0.0
-    length = adapters.distance(reply.adapter, _start(reply.adapter, state, config))
-    return length if length > config.replies.max_update_norm else 0.0
+def _bounded(reply: ClientReply, state: ServerState, config: Config) -> tuple[Adapter | None, float]:
+    """The reply's arrays with an update as long as is allowed at most, and its length where it was longer; else 0."""
+    most = config.replies.max_update_norm
+    if reply.adapter is None or not most:
+        return reply.adapter, 0.0
+    start = _start(reply.client, state, config)
+    length = adapters.distance(reply.adapter, start)
+    return (adapters.between(start, reply.adapter, most / length), length) if length > most else (reply.adapter, 0.0)
 
 
-def _clipped(arrays: Adapter, length: float, state: ServerState, config: Config) -> Adapter:
-    """The arrays as near to where the round started as is allowed; themselves where their update is not too long."""
-    if not length:
-        return arrays
-    return adapters.between(_start(arrays, state, config), arrays, config.replies.max_update_norm / length)
+def _start(client: str, state: ServerState, config: Config) -> Adapter:
+    """What a client's update of this round is measured from, by the names of what it sends."""
+    if any(task.restart for task in plan(state, config)[:1]):
+        return adapters.fresh(adapters.shapes(state.adapter), config.seed)
+    method = methods.of(config)
+    return (method.measured_from or method.down)(state.common, client, config)
 
 
-def _start(arrays: Adapter, state: ServerState, config: Config) -> Adapter:
-    """What this round's training begins with, for these arrays; zero for those that the common adapter has not."""
-    restarts = any(task.restart for task in plan(state, config)[:1])
-    start = adapters.fresh(adapters.shapes(state.adapter), config.seed) if restarts else state.adapter
-    return {
-        name: start[name] if name in start and start[name].shape == array.shape else np.zeros_like(array)
-        for name, array in arrays.items()
-    }
+def _check_measurable(state: ServerState, config: Config) -> None:
+    """Refuses a limit to updates that have no length, since the method does not say what they are measured from."""
+    for client in state.clients:
+        start, up = _start(client, state, config), methods.of(config).up(state.common, client, config)
+        if unknown := [name for name, shape in up.items() if name not in start or start[name].shape != shape]:
+            raise ConfigError(
+                f"replies.max_update_norm: method {config.method!r} does not say what an update of {unknown[0]!r} is "
+                "measured from",
+                "Set it to 0, or give the method's `measured_from`",
+            )
 
 
 def _row(delivery: Delivery, refused: str, too_long: float) -> ClientRow:

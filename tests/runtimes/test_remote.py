@@ -171,7 +171,7 @@ def test_an_update_that_is_too_long_is_clipped_where_that_is_wanted(sites: Sites
 def test_the_length_of_an_update_counts_from_where_the_round_restarted(sites: Sites, fakes: Any) -> None:
     sites.config = fakes.config("replies.max_update_norm=3")
     far = replace(begin(sites, fakes), round=0, adapter=fakes.adapter(50.0))
-    start = server._start(far.adapter, far, sites.config)
+    start = server._start("a", far, sites.config)
     assert adapters.encode(start) == adapters.encode(adapters.fresh(adapters.shapes(far.adapter), sites.config.seed))
 
 

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedmide import adapters
 from fedmide.adapters import ROUTER, A, layers, prefixed, stacked, under, unstacked
 from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
@@ -46,6 +47,11 @@ def _parts(visit: Visit, model: LocalModel) -> tuple[Adapter, Adapter, Adapter]:
 
 def _down(common: Common, client: str, config: Config) -> Adapter:
     return _mean(common.memory, [other for other in common.clients if other != client])
+
+
+def _latest(common: Common, client: str, config: Config) -> Adapter:
+    """The own adapter goes on from where it stood when the client was last heard of; before that it is fresh."""
+    return under(_name(client), common.memory) or adapters.fresh(adapters.shapes(common.adapter), config.seed)
 
 
 def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
@@ -82,6 +88,7 @@ FEDALT = Method(
     remembers=True,
     own=_routed,
     down=_down,
+    measured_from=_latest,
     combine=_combine,
     sizes=_routed_sizes,
     rank=twice_the_rank,

@@ -186,6 +186,9 @@ class Method:
     """The arrays that travel to a client."""
     up: Callable[[Common, str, Config], Shapes] = like_the_adapter
     """Names and shapes of the arrays that travel back; anything else is refused."""
+    measured_from: Callable[[Common, str, Config], Adapter] | None = None
+    """What a client's training begins with, by the names of `up`: the length of its update is counted from there. None:
+    with what travels down."""
     combine: Callable[[Common, Iterable[Answer], Config], Common | None] = mean
     """The server's state after the replies; None where they have no weight at all, then it stays as it was."""
     trainings: int = 1

@@ -42,6 +42,12 @@ def _up(common: Common, client: str, config: Config) -> Shapes:
     return shapes(_down(common, client, config))
 
 
+def _before_training(common: Common, client: str, config: Config) -> Adapter:
+    """What travels back of the variate is its change, which begins at zero."""
+    zeros = {name: np.zeros_like(array) for name, array in common.adapter.items()}
+    return {**prefixed("adapter", common.adapter), **prefixed("control", zeros)}
+
+
 def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
     given = list(answers)
     mean = weighted_mean((under("adapter", answer.arrays), answer.num_records) for answer in given)
@@ -71,5 +77,6 @@ SCAFFOLD = Method(
     own=_own,
     down=_down,
     up=_up,
+    measured_from=_before_training,
     combine=_combine,
 )

@@ -16,6 +16,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from fedmide import adapters
 from fedmide.adapters import DELTA, Shapes, deltas, factors, joined, layers, prefixed, shapes, under, without_deltas
 from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel
@@ -37,9 +38,14 @@ def _merged(visit: Visit) -> tuple[Adapter, Adapter]:
 
 def _from_fresh(visit: Visit, model: LocalModel) -> Trained:
     base, memory = _merged(visit)
-    begin = model.fresh(entropy(visit.config.seed, "fresh", visit.round))
+    begin = model.fresh(_fresh_seed(visit.config, visit.round))
     work = learn(visit, model, {**begin, **base})
     return Trained(without_deltas(work.adapter), work, memory)
+
+
+def _fresh_seed(config: Config, round_number: int) -> int:
+    """What the fresh adapter of a round is drawn from, the same on all sites."""
+    return entropy(config.seed, "fresh", round_number)
 
 
 def _from_mean(visit: Visit, model: LocalModel) -> Trained:
@@ -85,6 +91,14 @@ def _mean_and_stacks_down(common: Common, client: str, config: Config) -> Adapte
 
 def _adapter_up(common: Common, client: str, config: Config) -> Shapes:
     return shapes(without_deltas(common.adapter))
+
+
+def _fresh_adapter(common: Common, client: str, config: Config) -> Adapter:
+    return adapters.fresh(_adapter_up(common, client, config), _fresh_seed(config, common.round))
+
+
+def _mean_alone(common: Common, client: str, config: Config) -> Adapter:
+    return without_deltas(common.adapter)
 
 
 def _stack(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
@@ -164,6 +178,7 @@ FLORA = Method(
     begin=_begin,
     down=_stacks_down,
     up=_adapter_up,
+    measured_from=_fresh_adapter,
     combine=_stack,
 )
 FEDEX_LORA = Method(
@@ -176,5 +191,6 @@ FEDEX_LORA = Method(
     begin=_begin,
     down=_mean_and_stacks_down,
     up=_adapter_up,
+    measured_from=_mean_alone,
     combine=_average_and_stack,
 )
