@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide import adapters
+from fedmide import adapters, methods
 from fedmide.aggregation import weighted_mean
+from fedmide.config import Config
 from fedmide.localmodel import Adapter
 from fedmide.messages import MAX_RECORDS, ClientReply, Metric
-from fedmide.server import Delivery, ServerState, apply, begin, plan, stage_of
+from fedmide.methods.method import Common, Method
+from fedmide.server import Delivery, ServerState, apply, asked, begin, plan, stage_of
 
 SHAPES = {"x.lora_A.weight": (2, 3), "x.lora_B.weight": (3, 2)}
 CLIENTS = tuple("abcdefgh")
@@ -65,6 +67,29 @@ def test_who_is_asked_for_what(
         assert asked == (list(state.clients) if number == 0 and num_warmups else training)
     is_restart = number == 0 and num_warmups > 0 and reset
     assert {task.restart for task in tasks} == {is_restart}
+
+
+def test_adapters_are_made_once_for_each_task_and_none_to_judge_replies(
+    fakes: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[str] = []
+
+    def down(common: Common, client: str, config: Config) -> Adapter:
+        made.append(client)
+        return common.adapter
+
+    monkeypatch.setattr(methods, "_OWN", {})
+    methods.register(Method("own:counted", "counts what it sends", "nowhere", down=down))
+    config = fakes.config("method=own:counted", "federation.participation=0.5")
+    tasks = plan(state_of(2), config)
+    assert made == [task.client for task in tasks] and len(made) == 4
+    assert asked(state_of(2), config) == dict.fromkeys(made, True)
+    deliveries = [delivery(task.client) for task in tasks]
+    for limit, expected in ((0.0, []), (1e-3, made[:])):
+        made.clear()
+        replies = config.replies.model_copy(update={"max_update_norm": limit, "oversized": "clip"})
+        apply(state_of(2), deliveries, config.model_copy(update={"replies": replies}))
+        assert made == expected, "with a limit, what each reply is measured from, once"
 
 
 def drawn(fakes: Any, number: int, *overrides: str, clients: tuple[str, ...] = CLIENTS) -> set[str]:

@@ -94,28 +94,29 @@ def stage_of(round_number: int, config: Config) -> Stage:
 
 
 def plan(state: ServerState, config: Config) -> tuple[ClientTask, ...]:
-    """The tasks of the round to come, in client order.
+    """The tasks of the round to come, in client order."""
+    down, restart = methods.of(config).down, _restarts(state.round, config)
+    return tuple(
+        ClientTask(state.federation, client, state.round, down(state.common, client, config), restart, trains)
+        for client, trains in asked(state, config).items()
+    )
+
+
+def asked(state: ServerState, config: Config) -> dict[str, bool]:
+    """Whom the round to come asks, in client order, and whether to train or only to score.
 
     Warm-up and personalisation are for everyone. So is round 0 after a warm-up, since it brings the adapter that the
     split is made with; those who are not drawn for it only score.
     """
-    stage = stage_of(state.round, config)
-    first_after_warmup = state.round == 0 and config.warmup.rounds > 0 and stage == "train"
-    drawn = _participants(state, config) if stage == "train" else frozenset(state.clients)
-    restart = first_after_warmup and config.warmup.reset
-    down = methods.of(config).down
-    return tuple(
-        ClientTask(state.federation, client, state.round, down(state.common, client, config), restart, client in drawn)
-        for client in state.clients
-        if client in drawn or first_after_warmup
-    )
+    drawn = _participants(state, config) if stage_of(state.round, config) == "train" else frozenset(state.clients)
+    everyone = _follows_warmup(state.round, config)
+    return {client: client in drawn for client in state.clients if client in drawn or everyone}
 
 
 def apply(state: ServerState, deliveries: Iterable[Delivery], config: Config) -> tuple[ServerState, RoundSummary]:
     """The state after the round: replies are checked and folded as they come."""
     rows: list[ClientRow] = []
-    asked = {task.client: task.train for task in plan(state, config)}
-    combined = methods.of(config).combine(state.common, _accepted(state, asked, deliveries, rows, config), config)
+    combined = methods.of(config).combine(state.common, _accepted(state, deliveries, rows, config), config)
     summary = RoundSummary(state.round, stage_of(state.round, config), combined is not None, tuple(rows))
     after = state.common if combined is None else combined
     return replace(state, round=state.round + 1, adapter=after.adapter, memory=after.memory), summary
@@ -138,14 +139,10 @@ def refusal(reply: ClientReply, state: ServerState, config: Config) -> str:
 
 
 def _accepted(
-    state: ServerState,
-    asked: Mapping[str, bool],
-    deliveries: Iterable[Delivery],
-    rows: list[ClientRow],
-    config: Config,
+    state: ServerState, deliveries: Iterable[Delivery], rows: list[ClientRow], config: Config
 ) -> Iterator[Answer]:
     """The answers that count; every delivery leaves a row."""
-    answered: set[str] = set()
+    trains, answered = asked(state, config), set[str]()
     for delivery in deliveries:
         reply = delivery.reply
         reason = delivery.problem if reply is None else refusal(reply, state, config)
@@ -154,7 +151,7 @@ def _accepted(
         if (
             not reason
             and reply
-            and (reply.client not in asked or (reply.adapter is not None and not asked[reply.client]))
+            and (reply.client not in trains or (reply.adapter is not None and not trains[reply.client]))
         ):
             reason = "it was not asked to train in this round"
         arrays, too_long = (None, 0.0) if reason or not reply else _bounded(reply, state, config)
@@ -180,7 +177,7 @@ def _bounded(reply: ClientReply, state: ServerState, config: Config) -> tuple[Ad
 
 def _start(client: str, state: ServerState, config: Config) -> Adapter:
     """What a client's update of this round is measured from, by the names of what it sends."""
-    if any(task.restart for task in plan(state, config)[:1]):
+    if _restarts(state.round, config):
         return adapters.fresh(adapters.shapes(state.adapter), config.seed)
     method = methods.of(config)
     return (method.measured_from or method.down)(state.common, client, config)
@@ -210,6 +207,16 @@ def _row(delivery: Delivery, refused: str, too_long: float) -> ClientRow:
         refused,
         0.0 if refused else too_long,
     )
+
+
+def _follows_warmup(round_number: int, config: Config) -> bool:
+    """Whether a round is the first federated one after a warm-up."""
+    return round_number == 0 and config.warmup.rounds > 0 and config.federation.rounds > 0
+
+
+def _restarts(round_number: int, config: Config) -> bool:
+    """Whether a round's training begins with a fresh adapter, whatever the aggregated one is."""
+    return _follows_warmup(round_number, config) and config.warmup.reset
 
 
 def _participants(state: ServerState, config: Config) -> frozenset[str]:

@@ -48,7 +48,7 @@ def train(run: Run, progress: Progress = silent) -> None:
         run, state, lambda site: writing.append(writers.submit(keep, run.folder, run.inputs, site))
     )
     ahead = range(state.round, run.config.federation.rounds)
-    num_tasks = sum(len(server.plan(replace(state, round=number), run.config)) for number in ahead)
+    num_tasks = sum(len(server.asked(replace(state, round=number), run.config)) for number in ahead)
     shown = listening(run, progress("rounds", num_tasks, "client rounds"))
 
     def commit(after: ServerState, summary: RoundSummary) -> None:
