@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fedmide import adapters
+from fedmide import adapters, server
 from fedmide.client import handle
 from fedmide.config import Config, load
 from fedmide.errors import DataError
@@ -81,9 +81,13 @@ class AtWork:
 
 @pytest.fixture
 def at_work(real: Inputs, tmp_path: Path) -> AtWork:
-    model: Any = Counting(real.resident)
+    return at_work_with(real, real.resident.config, tmp_path / "run")
+
+
+def at_work_with(real: Inputs, config: Config, path: Path) -> AtWork:
+    model: Any = Counting(replace(real.resident, config=config))
     inputs = replace(real, resident=model)
-    folder = create(tmp_path / "run", real.resident.config, {})
+    folder = create(path, config, {})
     told: list[str] = []
     return AtWork(Site("a", inputs, lambda federation: folder, told.append), folder, model, told)
 
@@ -140,6 +144,39 @@ def test_what_is_personal_stays(at_work: AtWork) -> None:
     assert (reply.adapter, reply.num_records) == (None, 0)
     kept = adapters.read(at_work.folder.personal_adapter("a") / "adapter_model.safetensors")
     assert adapters.shapes(kept) == adapters.shapes(at_work.task(0).adapter)
+
+
+# --- what a method keeps
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        ["method=local"],
+        ["method=scaffold"],
+        ["method=ditto"],
+        ["method=fedavg-ft", "personalization.start=own"],
+        ["scoring.without_own=true"],
+    ],
+)
+def test_a_lost_memory_is_never_taken_for_none(real: Inputs, how: list[str], small_input: Any, tmp_path: Path) -> None:
+    at_work = at_work_with(real, load(small_input.config, how), tmp_path / "run")
+    begun = server.begin(real.federation, ("a",), real.fresh_adapter(), at_work.config)
+    tasks = [server.plan(replace(begun, round=number), at_work.config)[0] for number in (0, 1)]
+    assert isinstance(at_work.ask(tasks[0]), ClientReply)
+    (kept,) = (at_work.folder.site("a") / "memory").iterdir()
+    memory = kept.read_bytes()
+    kept.unlink()
+    assert at_work.ask(tasks[1]) == Trouble("a", "ledger")
+    assert "the memory of round 0 is missing" in at_work.told[-1]
+    kept.write_bytes(memory)
+    assert isinstance(at_work.ask(tasks[1]), ClientReply)
+
+
+def test_a_site_that_only_scored_has_no_memory_to_lose(real: Inputs, small_input: Any, tmp_path: Path) -> None:
+    at_work = at_work_with(real, load(small_input.config, ["scoring.without_own=true"]), tmp_path / "run")
+    assert isinstance(at_work.ask(replace(at_work.task(0), train=False)), ClientReply)
+    assert isinstance(at_work.ask(at_work.task(1)), ClientReply)
 
 
 # --- who it is

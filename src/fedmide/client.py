@@ -12,7 +12,7 @@ Any other method trains on all records; how, and what it replies, is the method'
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from fedmide import methods
@@ -70,6 +70,21 @@ class ClientState:
         """The state with what earlier rounds left, and no more."""
         kept = tuple(memory for memory in self.memory if memory.round < round_number)
         return replace(self, ledger=before(self.ledger, round_number), memory=kept)
+
+
+def keeps_memory(config: Config) -> bool:
+    """Whether sites keep anything but their ledgers from round to round."""
+    return methods.of(config).remembers or config.keeps_own
+
+
+def is_lost(kept: Sequence[Memory], trained_in: int) -> bool:
+    """Whether what a round that a site trained in left there is missing: that of the round, or of a later one."""
+    return all(memory.round < trained_in for memory in kept)
+
+
+def has_trained(metrics: Container[str]) -> bool:
+    """Whether a reply with these metrics comes of a training; where nothing travels no adapter tells."""
+    return "steps" in metrics
 
 
 def handle(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:

@@ -11,8 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fedmide import adapters, methods, server
+from fedmide import adapters, server
 from fedmide.atomic import check_room
+from fedmide.client import has_trained, is_lost, keeps_memory
 from fedmide.config import Config
 from fedmide.errors import RunFolderError
 from fedmide.inputs import Inputs, Tell, changed, other_versions, read, without_records
@@ -58,7 +59,7 @@ def start(
     reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
     inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    num_adapters += 2 * len(inputs.clients) if _remembers(config) else 0
+    num_adapters += 2 * len(inputs.clients) if keeps_memory(config) else 0
     common = server.begin("", inputs.clients, inputs.fresh_adapter(), config).adapter
     check_room(path, num_adapters * len(adapters.encode(common)))
     with locked(path):
@@ -132,22 +133,16 @@ def _check_ledgers(run: Run, next_round: int) -> None:
 
 def _check_memories(run: Run, next_round: int) -> None:
     """The same for what a method keeps on the sites: of the last round that counted for each, or of a later one."""
-    if not _remembers(run.config):
+    if not keeps_memory(run.config):
         return
-    trained = {event["client"]: event["round"] for event in _round_events(run) if "steps" in event["metrics"]}
-    kept = {name: run.folder.read_memory(name, next_round)[-1:] for name in trained}
+    trained = {event["client"]: event["round"] for event in _round_events(run) if has_trained(event["metrics"])}
     problems = [
         f"{run.folder.site(name)}: the memory of round {number} is missing"
         for name, number in trained.items()
-        if not any(memory.round >= number for memory in kept[name])
+        if is_lost(run.folder.read_memory(name, next_round), number)
     ]
     if problems:
         raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
-
-
-def _remembers(config: Config) -> bool:
-    """Whether sites keep anything but their ledgers from round to round."""
-    return methods.of(config).remembers or config.keeps_own
 
 
 def _round_events(run: Run) -> list[dict[str, Any]]:

@@ -12,10 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmide import __version__
+from fedmide import __version__, methods
 from fedmide.adapters import is_finite
 from fedmide.atomic import write_file
-from fedmide.client import ClientState, handle
+from fedmide.client import ClientState, handle, has_trained, is_lost, keeps_memory
 from fedmide.config import agreed
 from fedmide.errors import MessageError, RunFolderError, UserError
 from fedmide.inputs import Inputs, Tell
@@ -141,10 +141,12 @@ class Site:
 
 
 def _check_memory(folder: RunFolder, state: ClientState, last: ClientReply | None, next_round: int) -> None:
-    """Refuses to go on without the own adapter that the last answer brought, where that is needed once more."""
-    if last is None or last.adapter is None or last.round >= next_round or not state.config.keeps_own:
+    """Refuses to go on without what the round of the last answer left here, where that is needed once more."""
+    if last is None or last.round >= next_round or not has_trained(last.metrics) or not keeps_memory(state.config):
         return
-    if is_finite(last.adapter) and all(memory.round != last.round for memory in state.memory):
+    if last.adapter is not None and not is_finite(last.adapter) and not methods.of(state.config).remembers:
+        return  # an own adapter that ran off was not kept
+    if is_lost(state.memory, last.round):
         raise RunFolderError(
             f"{folder.site(state.name)}: the memory of round {last.round} is missing", "Bring the file back"
         )
