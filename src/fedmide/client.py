@@ -158,7 +158,8 @@ def _plain_round(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     trained = methods.of(state.config).local(_visit(task, state), model)
     kept = _kept(task, state, trained.work)
     if trained.memory:
-        kept = (*state.memory[-1:], Memory(task.round, trained.memory))
+        # of the round in any case: that a memory of an earlier one is the last would be taken for a loss
+        kept = (*state.memory[-1:], Memory(task.round, _unless_run_off(trained.memory, state)))
     num_records = _num_seen(state, dict.fromkeys(state.training, 1.0), trained.work)
     metrics = _training_metrics(trained.work, num_records, trained.beside)
     reply = ClientReply(task.federation, task.client, task.round, None, 0, metrics)
@@ -315,6 +316,13 @@ def _kept(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[
     if trained is None or not state.config.keeps_own or not is_finite(trained.adapter):
         return state.memory
     return (*state.memory[-1:], Memory(task.round, trained.adapter))
+
+
+def _unless_run_off(arrays: Adapter, state: ClientState) -> Adapter:
+    """What a method is to remember; where a training ran off what it did before, if anything: so it recovers."""
+    if is_finite(arrays):
+        return arrays
+    return state.memory[-1].arrays if state.memory else {}
 
 
 def _train(

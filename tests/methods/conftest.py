@@ -11,7 +11,7 @@ import pytest
 from fedmide import methods, server
 from fedmide.client import ClientState
 from fedmide.config import Config, apply_overrides, parse
-from fedmide.localmodel import Adapter
+from fedmide.localmodel import Adapter, Epoch, TrainingPlan
 from fedmide.messages import ClientTask
 from fedmide.resident import Resident, open_model
 from fedmide.rounds import run
@@ -112,6 +112,22 @@ def run_federation(
         for _ in deliver(server.plan(last, config)):
             pass
         return federation
+
+    return do
+
+
+@pytest.fixture
+def running_off(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
+    """What makes every training of a client in a round end in values that are no numbers."""
+    train = Resident.train
+
+    def do(client: str, round_number: int) -> None:
+        def diverging(self: Resident, adapter: Adapter, examples: Any, plan: TrainingPlan) -> Iterator[Epoch]:
+            factor = np.float32(np.nan if (plan.client, plan.round_number) == (client, round_number) else 1)
+            for epoch in train(self, adapter, examples, plan):
+                yield replace(epoch, adapter={name: array * factor for name, array in epoch.adapter.items()})
+
+        monkeypatch.setattr(Resident, "train", diverging)
 
     return do
 

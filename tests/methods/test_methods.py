@@ -179,6 +179,28 @@ def test_a_round_handled_again_gives_the_same_bytes(run_federation: Any, name: s
         assert told(first) == told(sent[0])
 
 
+@pytest.mark.parametrize("number", [0, 1])
+@pytest.mark.parametrize("name", [name for name in ALL if methods.METHODS[name].remembers])
+def test_a_training_that_ran_off_once_is_not_remembered(
+    run_federation: Any, running_off: Callable[[str, int], None], name: str, number: int
+) -> None:
+    running_off("a", number)
+    done = run_federation(name, f"federation.rounds={number + 2}")
+    before, after = (server.plan(done.states[each], done.config)[0] for each in (number, number + 1))
+    site = replace(done.sites["a"], memory=(), adapter=None)
+    for state in done.states[:number]:
+        _, site = handle(server.plan(state, done.config)[0], site, done.resident)
+    earlier = site.memory[-1].arrays if site.memory else {}
+    _, site = handle(before, site, done.resident)
+    assert site.memory[-1].round == number, "or it would be taken for lost"
+    if name not in ("flora", "fedex-lora"):  # these remember what came, and not what was trained
+        assert adapters.encode(site.memory[-1].arrays) == adapters.encode(earlier)
+    reply, site = handle(after, site, done.resident)
+    assert reply.adapter is None or adapters.is_finite(reply.adapter)
+    assert adapters.is_finite(site.memory[-1].arrays) and site.memory[-1].arrays
+    assert adapters.is_finite(done.own("a"))
+
+
 def told(reply: ClientReply) -> Any:
     return None if reply.adapter is None else adapters.encode(reply.adapter), reply.num_records, reply.metrics
 

@@ -8,7 +8,7 @@ from typing import Any, get_args
 
 import pytest
 
-from fedmide import opening, stages
+from fedmide import adapters, opening, stages
 from fedmide.config import load
 from fedmide.errors import RunFolderError
 from fedmide.methods import METHODS
@@ -92,6 +92,17 @@ def test_nor_is_that_of_a_site_that_has_only_scored_since(small_input: Any, tmp_
     kept.unlink()
     with pytest.raises(RunFolderError, match=f"clients/{scored}: the memory of round -1 is missing"):
         opening.resume(tmp_path / "run").__enter__()
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_a_memory_of_a_training_that_ran_off_is_not_taken_for_a_lost_one(
+    number: int, small_input: Any, tmp_path: Path, running_off: Callable[[str, int], None]
+) -> None:
+    running_off("b", number)
+    with opening.start(load(small_input.config, ["method=local", *QUICK]), tmp_path / "run") as run:
+        stages.train(run)
+    go(opening.resume(tmp_path / "run"))
+    assert adapters.is_finite(adapters.read(tmp_path / "run/clients/b/adapter/adapter_model.safetensors"))
 
 
 def test_training_in_one_place_is_on_everyones_records(small_input: Any, tmp_path: Path) -> None:
