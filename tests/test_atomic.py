@@ -41,6 +41,17 @@ def test_a_folder_is_written_and_replaced_with_all_its_files(tmp_path: Path) -> 
     assert tree(tmp_path) == {"a/round/y": b"3"}
 
 
+def test_what_is_added_lasts_after_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    synced: list[str] = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))  # noqa: PTH115
+    for line in (b"one\n", b"two\n"):
+        atomic.append_file(tmp_path / "it", line)
+    assert tree(tmp_path) == {"it": b"one\ntwo\n"}
+    assert synced == [str(tmp_path / "it"), str(tmp_path), str(tmp_path / "it")]
+    with pytest.raises(RunFolderError, match="can't be written: "):
+        atomic.append_file(tmp_path, b"")
+
+
 def test_what_an_earlier_crash_left_aside_disturbs_nothing(tmp_path: Path) -> None:
     (tmp_path / ".file.partial").write_bytes(b"half")
     for name in (".folder.partial", ".folder.former"):

@@ -142,6 +142,29 @@ def test_events_are_rebuilt_from_what_is_whole(folder: journal.RunFolder) -> Non
     assert told(folder)[-1] == (2, "b") and len(told(folder)) == 9
 
 
+def test_a_round_adds_its_events_to_those_before(folder: journal.RunFolder) -> None:
+    commit(folder, -2)
+    path = folder.path / "events.jsonl"
+    number, before = path.stat().st_ino, path.read_bytes()
+    commit(folder, -1)
+    folder.commit_personalization(summary(2, "personalize", "a"))
+    assert path.stat().st_ino == number, "the same file: it is not written anew"
+    assert path.read_bytes().startswith(before) and told(folder)[2:] == [(-1, "a"), (-1, "b"), (2, "a")]
+
+
+def test_an_event_that_is_only_being_written_is_left_out(folder: journal.RunFolder) -> None:
+    commit(folder, -2)
+    path = folder.path / "events.jsonl"
+    whole = path.read_bytes()
+    first = whole.index(b"\n") + 1
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        assert told(folder) == [(-2, "a"), (-2, "b")][: (size >= first) + (size == len(whole))]
+    path.write_bytes(whole[:4] + b"\n" + whole)
+    with pytest.raises(RunFolderError, match=r"events\.jsonl: broken JSON"):
+        folder.events()
+
+
 def test_figures_that_are_no_numbers_make_no_broken_events(folder: journal.RunFolder) -> None:
     assert folder.events() == []
     commit(folder, -2)

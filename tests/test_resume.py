@@ -109,8 +109,8 @@ def torn(states: Sequence[State]) -> Iterator[State]:
     """The states between two states in which a file was written by half."""
     for before, after in pairwise(states):
         for name, data in after.items():
-            if data and is_aside(name) and before.get(name) != data:
-                yield {**before, name: data[: len(data) // 2]}
+            if data and (is_aside(name) or name == "events.jsonl") and before.get(name) != data:
+                yield {**before, name: data[: (len(data) + len(before.get(name) or b"")) // 2]}
 
 
 class OneByOne:
@@ -262,12 +262,12 @@ def test_a_run_goes_on_from_every_state_that_a_stop_can_leave(
         assert lasting(dice_run.go_on(path, ahead)) == expected, f"stopped at {number} of {len(states)}"
 
 
-def test_nothing_but_a_file_aside_is_ever_opened_for_writing(dice_run: DiceRun, tmp_path: Path) -> None:
+def test_nothing_but_a_file_aside_and_the_events_is_ever_opened_for_writing(dice_run: DiceRun, tmp_path: Path) -> None:
     with watched(tmp_path / "whole") as watch:
         dice_run.go_on(tmp_path / "whole")
     plain = {name for name in watch.written if not (name.startswith(".") and name.endswith(".partial"))}
     inside = {"adapter.safetensors", "state.json", "adapter_config.json", "adapter_model.safetensors"}
-    assert plain == {".lock"} | inside, "those inside are written into a folder aside"
+    assert plain == {".lock", "events.jsonl"} | inside, "those inside are written into a folder aside"
     for before, after in pairwise(watch.states):
         for name in inside:
             changed = [path for path in after if path.endswith(f"/{name}") and before.get(path) != after[path]]

@@ -13,6 +13,7 @@ from rich.console import Console
 from fedmide import opening, progress, stages, watch
 from fedmide.config import load
 from fedmide.journal import RunFolder, reopen
+from fedmide.tracking import tracked
 from fedmide.watch import Snapshot, follow, look, render
 
 
@@ -65,6 +66,14 @@ def test_silence_and_refusals_are_told(trained: RunFolder) -> None:
     told = shown(look(trained, datetime.now(UTC) + timedelta(hours=2)))
     assert ", 2:00:0" in told[0] and "last news 2:00:0" in told[0]
     assert told[-1] == "warmup-000, a: it came too late"
+
+
+def test_an_event_that_is_only_being_written_is_not_shown_yet(trained: RunFolder) -> None:
+    path = trained.path / "events.jsonl"
+    seen, points, whole = look(trained, datetime.now(UTC)), tracked(trained).rounds, path.read_bytes()
+    path.write_bytes(whole + whole[: len(whole.splitlines()[0]) // 2])
+    assert look(trained, datetime.now(UTC)).turns == seen.turns
+    assert tracked(trained).rounds == points
 
 
 def test_following_ends_with_the_run(

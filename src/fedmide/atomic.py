@@ -1,4 +1,7 @@
-"""Files and folders that are there whole or not at all, whatever stops the process or the machine."""
+"""Files and folders that are there whole or not at all, whatever stops the process or the machine.
+
+A file that only grows is the exception: its last line may be there in part.
+"""
 
 import errno
 import json
@@ -8,7 +11,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fedmide.errors import RunFolderError
 
@@ -51,6 +54,15 @@ def write_file(path: Path, data: bytes) -> None:
         _write_synced(aside, data)
         aside.replace(path)
         _sync_folder(path.parent)
+
+
+def append_file(path: Path, data: bytes) -> None:
+    """Adds to a file, which is made where there is none; stopped meanwhile, a part of the data may be there."""
+    with clear_errors(path):
+        is_new = not path.exists()
+        _write_synced(path, data, "ab")
+        if is_new:
+            _sync_folder(path.parent)
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
@@ -114,8 +126,8 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _write_synced(path: Path, data: bytes) -> None:
-    with path.open("wb") as handle:
+def _write_synced(path: Path, data: bytes, mode: Literal["wb", "ab"] = "wb") -> None:
+    with path.open(mode) as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())

@@ -12,8 +12,10 @@
         metrics.json report.html
         .lock                empty; locked while a process works on the run
 
-Everything is written aside and renamed. A round counts once its folder stands in `server/`; what the sites wrote for a
-later round is left out when the run goes on, and made anew with the same bytes.
+Everything is written aside and renamed, but for events.jsonl, which grows by a few lines a round: whoever reads it
+leaves out a last line that is half there, and a run that goes on writes it anew. A round counts once its folder stands
+in `server/`; what the sites wrote for a later round is left out when the run goes on, and made anew with the same
+bytes.
 """
 
 import fcntl
@@ -25,7 +27,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from fedmide import adapters, ledger
-from fedmide.atomic import clear_errors, lines_of, to_json, without_nan, write_file, write_folder
+from fedmide.atomic import append_file, clear_errors, lines_of, to_json, without_nan, write_file, write_folder
 from fedmide.client import ClientState, Memory
 from fedmide.config import Config, load, to_toml
 from fedmide.errors import RunFolderError
@@ -109,8 +111,10 @@ class RunFolder:
         write_file(self.path / "events.jsonl", "".join(lines).encode())
 
     def events(self) -> list[dict[str, Any]]:
-        """The events so far."""
-        return _read_lines(self.path / "events.jsonl")
+        """The events so far, without one that is only being written."""
+        path = self.path / "events.jsonl"
+        text = _read_text(path) if path.exists() else ""
+        return _parsed_lines(text[: text.rfind("\n") + 1], path)
 
     # --- the sites' side
 
@@ -245,10 +249,8 @@ class RunFolder:
         return range(-self.config.warmup.rounds, self.config.federation.rounds)
 
     def _append_events(self, summary: Mapping[str, Any]) -> None:
-        """Adds the lines of a round; the file is written anew, so that no line of it is ever half there."""
-        path = self.path / "events.jsonl"
-        earlier = path.read_bytes() if path.exists() else b""
-        write_file(path, earlier + "".join(_event_lines(summary)).encode())
+        """Adds the lines of a round."""
+        append_file(self.path / "events.jsonl", "".join(_event_lines(summary)).encode())
 
     def _personalization(self, client: str) -> Path:
         return self.site(client) / "personalization.json"
@@ -347,7 +349,11 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
     """The objects in a file of JSON lines; none where there is no file."""
-    return [_parsed(line, path) for line in lines_of(_read_text(path))] if path.exists() else []
+    return _parsed_lines(_read_text(path), path) if path.exists() else []
+
+
+def _parsed_lines(text: str, path: Path) -> list[dict[str, Any]]:
+    return [_parsed(line, path) for line in lines_of(text)]
 
 
 def _read_text(path: Path) -> str:
