@@ -1,3 +1,4 @@
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def test_without_a_limit_a_round_is_what_the_largest_client_needs(small_input: A
 
     values = read_toml(small_input.config)  # nine training records of ten, batches of four
     assert budget_of(values).steps == 3
+
+
+def test_in_one_place_a_round_has_the_steps_of_all_clients(small_input: Any) -> None:
+    from fedmide.config import read_toml
+
+    values = read_toml(small_input.config)
+    central, fedavg = (each.config for each in entrants(values, ["central", "fedavg"]))
+    assert (fedavg.training.max_steps, central.training.max_steps, central.training.epochs) == (3, 2 * 3, 2 * 3)
+    assert central.federation.rounds == fedavg.federation.rounds == 5
+    shutil.rmtree(small_input.data / "b")
+    (central,) = (each.config for each in entrants(values, ["central"]))
+    assert central.training.max_steps == 3, "of one client its own"
 
 
 def test_all_seeds_have_the_records_of_the_configurations_seed() -> None:

@@ -11,7 +11,7 @@ import pytest
 from fedmide import methods, server
 from fedmide.client import ClientState
 from fedmide.config import Config, apply_overrides, parse
-from fedmide.localmodel import Adapter, Epoch, TrainingPlan
+from fedmide.localmodel import Adapter, Epoch, TrainingPlan, rate_at
 from fedmide.messages import ClientTask
 from fedmide.resident import Resident, open_model
 from fedmide.rounds import run
@@ -112,6 +112,44 @@ def run_federation(
         for _ in deliver(server.plan(last, config)):
             pass
         return federation
+
+    return do
+
+
+@pytest.fixture(scope="session")
+def trained_by_hand(tiny_folder: Path, one_thread: None) -> Callable[..., None]:
+    """What trains tensors in place in plain torch, as a round does on all of a site's records at once, a step an epoch.
+
+    `change` says what a layer's output is changed by, given the layer's name and input.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32).requires_grad_(False)
+
+    def do(tensors: Sequence[Any], change: Callable[[str, Any], Any], names: Sequence[str], site: ClientState) -> None:
+        settings, examples = site.config.training, list(site.training.values())
+        assert settings.batch_size >= len(examples) and settings.weight_decay == site.config.lora.dropout == 0
+        num_tokens = sum(len(example.ids) - 1 for example in examples)
+        optimizer = torch.optim.AdamW(tensors, lr=settings.learning_rate, weight_decay=0.0)
+        hooks = [
+            base.get_submodule(name.removeprefix("base_model.model.")).register_forward_hook(
+                lambda module, args, output, name=name: output + change(name, args[0])
+            )
+            for name in names
+        ]
+        for step in range(settings.epochs):
+            for group in optimizer.param_groups:
+                group["lr"] = rate_at(step, settings.epochs, settings)
+            optimizer.zero_grad()
+            for example in examples:
+                ids = torch.from_numpy(example.ids)[None]
+                logits = base(input_ids=ids).logits[0, :-1]
+                (torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="sum") / num_tokens).backward()
+            torch.nn.utils.clip_grad_norm_(tensors, settings.max_grad_norm)
+            optimizer.step()
+        for hook in hooks:
+            hook.remove()
 
     return do
 

@@ -68,6 +68,29 @@ def test_with_one_client_there_is_no_world(run_federation: Any) -> None:
     assert not any(array.any() for array in world.values())
 
 
+def test_with_one_client_it_is_training_the_own_half_and_its_router(
+    run_federation: Any, trained_by_hand: Callable[..., None], distance: Distance
+) -> None:
+    """Against plain torch, in which there is no other half: own(x) counts by the router's first share."""
+    done = run_federation("fedalt", "training.batch_size=8", "training.epochs=3", sizes=(7,))
+    own = {name: torch.from_numpy(array.copy()) for name, array in done.states[0].adapter.items()}
+    routers = {name: torch.zeros(array.shape) for name, array in routers_of(done.adapter, 0).items()}
+    trained = [tensor.requires_grad_() for tensor in (*own.values(), *routers.values())]
+
+    def change(layer: str, x: torch.Tensor) -> torch.Tensor:
+        share = torch.softmax(x @ routers[layer + ROUTER].T, dim=-1)[..., :1]
+        return 2 * share * (x @ own[f"{layer}.lora_A.weight"].T @ own[f"{layer}.lora_B.weight"].T)  # alpha / r is 2
+
+    for _ in range(2):
+        trained_by_hand(trained, change, layers(done.adapter), done.sites["a"])
+    memory = done.sites["a"].memory[-1].arrays
+    assert distance(under("own", memory), {name: tensor.detach().numpy() for name, tensor in own.items()}) < 1e-4
+    found = {name: tensor.detach().numpy() for name, tensor in routers.items()}
+    assert distance(under("router", memory), found) < 1e-4
+    nothing = {name: np.zeros_like(array) for name, array in done.adapter.items()}
+    assert distance(done.own("a"), {**stacked(under("own", memory), nothing), **under("router", memory)}) == 0
+
+
 def test_the_bytes_are_an_adapters_each_way(run_federation: Any) -> None:
     done, plain = run_federation("fedalt"), run_federation("fedavg")
     size = len(encode(plain.adapter))

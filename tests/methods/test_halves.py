@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmide.adapters import encode, named
+from fedmide.adapters import encode, layers, named
 from fedmide.localmodel import Adapter, Terms, TrainingPlan
 
 Distance = Callable[[Adapter, Adapter], float]
@@ -54,6 +54,28 @@ def test_b_never_leaves_a_site(run_federation: Any, distance: Distance) -> None:
 def test_with_one_client_fedsa_is_training_alone(run_federation: Any, distance: Distance) -> None:
     alone = run_federation("local", "personalization.epochs=0", sizes=(7,))
     assert distance(alone.own("a"), run_federation("fedsa-lora", sizes=(7,)).own("a")) == 0
+
+
+def test_with_one_client_ffa_is_training_b_alone(
+    run_federation: Any, trained_by_hand: Callable[..., None], distance: Distance
+) -> None:
+    """Against plain torch, in which A is no parameter."""
+    import torch
+
+    done = run_federation("ffa-lora", "training.batch_size=8", "training.epochs=3", sizes=(7,))
+    begin = {name: torch.from_numpy(array.copy()) for name, array in done.states[0].adapter.items()}
+    b = {name: tensor.requires_grad_() for name, tensor in begin.items() if B in name}
+
+    def change(layer: str, x: torch.Tensor) -> torch.Tensor:
+        return 2 * x @ begin[f"{layer}.lora_A.weight"].T @ b[f"{layer}.lora_B.weight"].T  # alpha / r is 2
+
+    for _ in range(2):
+        trained_by_hand(list(b.values()), change, layers(done.adapter), done.sites["a"])
+    expected = {name: tensor.detach().numpy() for name, tensor in begin.items()}
+    assert distance(done.adapter, expected) < 1e-4
+    assert distance(done.own("a"), done.adapter) == 0
+    both = run_federation("local", "training.batch_size=8", "training.epochs=3", "personalization.epochs=0", sizes=(7,))
+    assert distance(named(both.own("a"), B), named(expected, B)) > 1e-3, "where A trains too, B ends elsewhere"
 
 
 @pytest.mark.parametrize("method", ["ffa-lora", "fedsa-lora"])

@@ -9,7 +9,8 @@ from typing import Any, get_args
 import pytest
 
 from fedmide import adapters, opening, stages
-from fedmide.config import load
+from fedmide.config import apply_overrides, load, read_toml
+from fedmide.entrants import entrants
 from fedmide.errors import RunFolderError
 from fedmide.methods import METHODS
 from fedmide.sections import MethodName
@@ -113,6 +114,31 @@ def test_training_in_one_place_is_on_everyones_records(small_input: Any, tmp_pat
     rounds = [event for event in events if event["stage"] == "train"]
     assert [(event["client"], event["num_records"]) for event in rounds] == [("(all clients)", 16)] * 2
     assert {event["client"] for event in events if event["stage"] == "personalize"} == {"a", "b"}
+
+
+def test_in_one_place_as_many_steps_are_taken_as_by_all_clients_together(small_input: Any, tmp_path: Path) -> None:
+    values = apply_overrides(read_toml(small_input.config), [*QUICK, "training.max_steps=3"])
+    steps = {}
+    for each in entrants(values, ["central", "fedavg", "fedavg-ft"]):
+        with opening.start(each.run(0), tmp_path / each.name) as run:
+            stages.train(run)
+            stages.personalize(run)
+            steps[each.name] = sum(event["metrics"].get("steps", {"sum": 0})["sum"] for event in run.folder.events())
+    assert steps == dict.fromkeys(steps, 2 * 3 * 5), "two clients, three steps, a warm-up, two rounds, two passes"
+
+
+def test_one_client_in_one_place_is_a_federation_of_one(small_input: Any, tmp_path: Path) -> None:
+    """Up to the order of its records, whose stream has another name: so all of them are in one batch."""
+    shutil.rmtree(small_input.data / "b")
+    adapter = {}
+    for method in ("central", "fedavg"):
+        knobs = [f"method={method}", *QUICK, "training.batch_size=16", "training.epochs=2", "lora.dropout=0"]
+        with opening.start(load(small_input.config, knobs), tmp_path / method) as run:
+            stages.train(run)
+            begin = run.inputs.fresh_adapter()
+        adapter[method] = adapters.read(tmp_path / method / "server/round-001/adapter.safetensors")
+    assert adapters.distance(adapter["central"], begin) > 0.1
+    assert adapters.distance(adapter["central"], adapter["fedavg"]) < 1e-3
 
 
 @pytest.mark.parametrize(

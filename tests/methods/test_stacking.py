@@ -205,7 +205,7 @@ def test_at_full_rank_flexlora_is_exact(run_federation: Any, product: Product) -
 def test_a_lower_rank_in_the_same_layers_trains_as_alone(run_federation: Any, distance: Distance) -> None:
     """Rank 2 in a network of rank 4 is rank 2: same scale, and the rest trains to nothing."""
     wide, narrow = (run_federation("flexlora", f"flexlora.ranks={r}", "federation.rounds=1") for r in ([4, 2, 2], [2]))
-    assert distance(wide.replies(0)["b"], wide.replies(0)["b"]) == 0
+    assert distance(wide.replies(0)["b"], narrow.replies(0)["b"]) < 1e-5, "a fresh A is the same row by row"
     begin = cut(wide.states[0].adapter, 2)
     examples = list(wide.sites["b"].training.values())
     plan = TrainingPlan(wide.config.training, 0, 0, "b")
