@@ -99,5 +99,11 @@ def test_without_a_split_there_is_nothing_to_measure(config: Config, override: s
         )
 
 
+def test_another_method_is_named_whatever_its_rounds(config: Config) -> None:
+    values = apply_overrides(for_method(config.model_dump(), "fedavg"), ["warmup.rounds=1"])
+    with pytest.raises(ConfigError, match=r"method = 'fedavg': only fedmide .* Set method = \"fedmide\""):
+        bench.identify(parse(values), "own-style", SIZES)
+
+
 def test_the_preset_is_a_configuration() -> None:
     assert load(Path(bench.__file__).parent / "presets" / "identify.toml").warmup.rounds == 1

@@ -67,6 +67,11 @@ def identify(
 
     The configuration's records are not used, nor what comes after the rounds.
     """
+    if config.method != "fedmide":  # checked first: any other has no warm-up either, whatever is set
+        raise ConfigError(
+            f"method = {config.method!r}: only fedmide tells personal records from shared ones",
+            'Set method = "fedmide"',
+        )
     if config.warmup.rounds == 0 or config.federation.rounds == 0:
         raise ConfigError(
             "warmup.rounds or federation.rounds = 0: records are split in the first round after a warm-up",
