@@ -153,6 +153,10 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["sweep", CONFIG, "--knob", "lora.x=1,2"], "unknown key 'lora.x'"),
         (["data", "show", "none"], "none: no such folder"),
         (["data", "show", "none.toml"], "none.toml: no such file"),
+        (
+            ["data", "partition", "none.jsonl", "new", "--clients", "2"],
+            "none.jsonl: not readable: No such file or directory. Give one file of records: .json, .jsonl or .parquet",
+        ),
     ],
 )
 def test_a_mistaken_command_is_one_paragraph(

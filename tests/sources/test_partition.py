@@ -274,6 +274,15 @@ def test_bad_rows_are_all_told(tmp_path: Path) -> None:
     assert "field 'hospital' has no plain value" in str(refused.value) and "Secret" not in str(refused.value)
 
 
+@pytest.mark.parametrize("name", ["none.json", "none.parquet", "folder", "notes.txt", "empty.jsonl"])
+def test_where_there_are_no_records_a_file_of_them_is_asked_for(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    for there in ("notes.txt", "empty.jsonl"):
+        (tmp_path / there).touch()
+    with pytest.raises(DataError, match=r"Give one file of records: \.json, \.jsonl or \.parquet$"):
+        read_labelled(tmp_path / name, FieldNames(), "")
+
+
 def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
     check_free(tmp_path / "new")
     check_free(tmp_path)

@@ -31,7 +31,7 @@ LAYOUT = (
     "Expected one file a client (NAME.json, NAME.jsonl or NAME.parquet), or one folder a client that holds "
     "training.json and, if you have them, validation.json and test.json (or .jsonl, .parquet)"
 )
-FIELDS = "Every record needs text as instruction and response; data.fields says what these are called"
+NEEDED = "Every record needs text as instruction and response; data.fields says what these are called"
 _NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
 _NAME_RULE = "expected a name of 1 to 64 characters out of A-Z a-z 0-9 . _ -"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -66,7 +66,7 @@ class ClientFiles:
 
 def read_records(path: Path, fields: FieldNames) -> tuple[Record, ...]:
     """The records in one .json, .jsonl or .parquet file, in order; all its problems as one `DataError`."""
-    return sound(_records(path, fields), FIELDS)
+    return sound(_records(path, fields), NEEDED)
 
 
 def read_folder(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
@@ -89,13 +89,13 @@ def read_table(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
         owned[next(iter(owner.values), "")].append(row)  # without an owner it is still read, for its other problems
     clients = gathered(_parted(name, owned[name], fields) for name in sorted(owned, key=natural_order))
     problems += [*clients.problems, *_repeated(path, owned)]
-    return sound(Reading(clients.values, tuple(problems)), FIELDS)
+    return sound(Reading(clients.values, tuple(problems)), NEEDED)
 
 
 def read_clients(found: Reading[ClientFiles], fields: FieldNames) -> tuple[Parts, ...]:
     """The clients whose files were found; the problems of the search and of all files as one `DataError`."""
     read = gathered((_client(client, fields) for client in found.values), found.problems)
-    return sound(read, LAYOUT if found.problems else FIELDS)
+    return sound(read, LAYOUT if found.problems else NEEDED)
 
 
 def sound(reading: Reading[T], remedy: str) -> tuple[T, ...]:

@@ -21,7 +21,7 @@ from fedmide.errors import DataError, RunFolderError, UsageError
 from fedmide.records import Record
 from fedmide.sections import FieldNames
 from fedmide.seeds import entropy, stream
-from fedmide.sources.files import Part, Reading, Row, checked_record, gathered, rows_of, sound
+from fedmide.sources.files import NEEDED, Part, Reading, Row, checked_record, gathered, rows_of, sound
 from fedmide.split import normalised
 
 FIELDS = ("instruction", "context", "response", "category", "concept")
@@ -73,7 +73,7 @@ def read_labelled(path: Path, fields: FieldNames, label: str) -> tuple[Labelled,
     """The records in a file with their values of the field `label`; all problems as one `DataError`."""
     rows = rows_of(path, dict.fromkeys((*fields.model_dump().values(), label)))
     found = gathered((_labelled(row, fields, label) for row in rows.values), rows.problems)
-    return sound(found, "Every record needs text as instruction and response; data.fields says what these are called")
+    return sound(found, NEEDED if rows.values else "Give one file of records: .json, .jsonl or .parquet")
 
 
 def deal(
