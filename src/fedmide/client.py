@@ -29,6 +29,7 @@ from fedmide.localmodel import (
     LocalModel,
     Nll,
     TrainingPlan,
+    after_training,
     personalization_plan,
     total,
 )
@@ -336,10 +337,7 @@ def _train(
     purpose = "training" if fold is None else f"fold {fold}"
     weights = _unless_equal(tuple(records.values()))
     plan = TrainingPlan(settings, state.config.seed, task.round, state.name, purpose=purpose, weights=weights)
-    loss = ZERO
-    for last in model.train(start, [state.training[record] for record in records], plan):
-        loss += last.loss
-    return replace(last, loss=loss)
+    return after_training(model, start, [state.training[record] for record in records], plan)
 
 
 def _unless_equal(weights: tuple[float, ...]) -> tuple[float, ...]:

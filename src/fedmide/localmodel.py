@@ -5,7 +5,7 @@ Kept free of torch, so that the logic is read and tested without it.
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, Protocol, TypeAlias
 
 import numpy as np
@@ -129,3 +129,11 @@ class LocalModel(Protocol):
 
     def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
         """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""
+
+
+def after_training(model: LocalModel, start: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Epoch:
+    """The state after the last pass of a training; its loss is over all passes."""
+    loss = ZERO
+    for last in model.train(start, examples, plan):
+        loss += last.loss
+    return replace(last, loss=loss)

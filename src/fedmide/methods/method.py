@@ -12,7 +12,7 @@ from fedmide import adapters
 from fedmide.adapters import Shapes
 from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
-from fedmide.localmodel import PLAIN, ZERO, Adapter, Epoch, LocalModel, Terms, TrainingPlan
+from fedmide.localmodel import PLAIN, Adapter, Epoch, LocalModel, Terms, TrainingPlan, after_training
 from fedmide.tokens import Example
 
 
@@ -102,10 +102,7 @@ def learn(
     """
     changed = visit.config.training.model_copy(update=settings)
     plan = TrainingPlan(changed, visit.config.seed, visit.round, visit.client, terms, purpose)
-    loss = ZERO
-    for last in model.train(start, visit.examples, plan):
-        loss += last.loss
-    return replace(last, loss=loss)
+    return after_training(model, start, visit.examples, plan)
 
 
 def train_received(visit: Visit, model: LocalModel) -> Trained:
