@@ -301,6 +301,29 @@ def test_a_way_that_is_lost_again_and_again_ends_the_round(sites: Sites, fakes: 
     assert len(refusals(summary)) == 3
 
 
+def test_a_way_that_is_lost_after_the_last_answer_is_opened_no_more_in_this_round(sites: Sites, fakes: Any) -> None:
+    class Losing(Sites):
+        def ask(self, frames: Iterable[tuple[int, bytes]], seconds: float) -> Iterator[Answered]:
+            yield from super().ask(frames, seconds)
+            if self.asked:
+                raise LinkLostError("lost")
+
+    opened: list[Sites] = []
+
+    def connect() -> Sites:
+        opened.append(Losing(sites.config, sites.model, sites.states))
+        return opened[-1]
+
+    way, state = Remote(connect, FACTS, dict, 5.0, lambda message: None), begin(sites, fakes)
+    _, summary = server.apply(state, way(server.plan(state, sites.config)), sites.config)
+    assert refusals(summary) == {}
+    assert len(opened) == 1
+
+
+def test_nobody_is_reached_for_no_task() -> None:
+    assert list(Remote(lambda: pytest.fail("connected"), FACTS, dict, 5.0, lambda message: None)([])) == []
+
+
 def test_every_code_has_its_reason() -> None:
     from typing import get_args
 

@@ -69,7 +69,8 @@ class Remote:
         """The replies, in the tasks' order as far as that needs no long store."""
         open_tasks = {task.client: task for task in tasks}
         ordered = _InOrder([task.client for task in tasks])
-        for _ in range(_MAX_LOST):
+        num_lost = 0
+        while open_tasks and num_lost < _MAX_LOST:  # without a task, or with every one answered, nobody is to be asked
             try:
                 for delivery in self._ask(open_tasks):
                     del open_tasks[delivery.client]
@@ -78,6 +79,7 @@ class Remote:
             except LinkLostError as error:
                 self.tell(f"{error}; connecting again")
                 self._exchange = None
+                num_lost += 1
         missed = f"no answer within {self.deadline_seconds:g} s"
         for client in open_tasks:
             yield from ordered.add(Delivery(client, None, self._absence(client) or missed))
