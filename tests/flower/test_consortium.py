@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from fedmide.config import load
+from fedmide.cli import flower
+from fedmide.config import load, to_toml
 from fedmide.errors import UsageError
 from fedmide.flower import deployment
 from fedmide.flower.consortium import Consortium, create, named
@@ -135,6 +136,25 @@ def test_before_the_first_run_none_of_its_rounds_is_done(
     assert told == {"sites": {"7": "online"}, "run": None, "going_on": False, "rounds_done": 0}
     with pytest.raises(UsageError, match="no run is going on"):
         deployment.stop(ServerFolder.read(made / "server"))
+
+
+def test_a_run_that_every_site_would_refuse_is_refused_at_once(made: Path, tmp_path: Path) -> None:
+    server, own = ServerFolder.read(made / "server"), load(made / "server" / "federation.toml")
+    expected = r"2 problems: federation.rounds is 10 here and 2 at the sites; lora.r is 4 .* fedmide flower init"
+    with pytest.raises(UsageError, match=expected):
+        server.configuration(None, ["federation.rounds=10", "lora.r=4", "replies.quorum=0.8"])
+    other = tmp_path / "other.toml"
+    other.write_text(to_toml(own.model_copy(update={"seed": 4})))
+    with pytest.raises(UsageError, match="seed is 4 here and 3 at the sites"):
+        server.configuration(other, [])
+    assert server.configuration(None, []) == own
+
+
+def test_the_example_of_a_run_sets_what_the_server_may_set(made: Path) -> None:
+    (command,) = [each for each in flower.app.registered_commands if each.name == "run"]
+    overrides = (command.epilog or "").partition("--set ")[2].split()
+    assert overrides
+    assert ServerFolder.read(made / "server").configuration(None, overrides).replies.quorum == 0.8
 
 
 def test_names_are_read_from_a_list() -> None:

@@ -18,7 +18,7 @@ app.add_typer(site_app, name="site")
 
 ServerPath = Annotated[Path, typer.Argument(help="The server's folder.")]
 SitePath = Annotated[Path, typer.Argument(help="The site's folder.")]
-Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the federation's own.")]
+Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, of what each party sets for itself.")]
 
 
 @app.command(epilog="Example: fedmide flower init consortium --config federation.toml --sites north,south")
@@ -80,24 +80,25 @@ def site_check(path: SitePath, as_json: AsJson = False) -> None:
         raise UsageError(problems)
 
 
-@app.command("run", epilog="Example: fedmide flower run consortium/server --set federation.rounds=10")
+@app.command("run", epilog="Example: fedmide flower run consortium/server --set replies.quorum=0.8")
 def run_(
     path: ServerPath,
-    config: Annotated[Path | None, typer.Argument(help="Another configuration than the federation's own.")] = None,
+    config: Annotated[
+        Path | None, typer.Argument(help="Another configuration; what the sites have agreed to must be in it.")
+    ] = None,
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NNN in the server's.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rounds and personalisation at all sites; each site evaluates for itself."""
     _check_installed()
-    from fedmide.config import load
     from fedmide.console import tell
     from fedmide.flower.serverfolder import ServerFolder
     from fedmide.journal import free_folder
     from fedmide.opening import start
 
     folder = ServerFolder.read(path)
-    loaded = load(config or folder.path / "federation.toml", overrides)
+    loaded = folder.configuration(config, overrides)
     _work(folder, start(loaded, out or free_folder(folder.path / "runs"), tell, elsewhere=folder.sites), as_json)
 
 

@@ -11,12 +11,13 @@ logs/
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedmide.atomic import to_json, write_file
+from fedmide.config import Config, agreed, load
 from fedmide.errors import UsageError
 
 
@@ -60,6 +61,23 @@ class ServerFolder:
     def log(self, name: str) -> Path:
         """The log of one of its processes."""
         return self.path / "logs" / f"{name}.log"
+
+    def configuration(self, other: Path | None, overrides: Sequence[str]) -> Config:
+        """What a run follows: the federation's own configuration or another, changed by `section.key=value`.
+
+        Raises `UsageError` where a knob that the sites have agreed to would differ: they would all refuse the run.
+        """
+        own = self.path / "federation.toml"
+        wanted = load(other or own, overrides)
+        theirs, ours = agreed(load(own)), agreed(wanted)
+        problems = [
+            f"{name} is {ours.get(name)} here and {theirs.get(name)} at the sites"
+            for name in sorted({*theirs, *ours})
+            if theirs.get(name) != ours.get(name)
+        ]
+        if problems:
+            raise UsageError(problems, "The sites agreed to theirs: make a new consortium with fedmide flower init")
+        return wanted
 
     def read_nodes(self) -> dict[str, int]:
         """Which node each site is by its registered key."""
