@@ -127,6 +127,10 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["data", "build", "x", "--clients", "0"], "0 is not in the range x>=1. See fedmide data build --help"),
         (["run"], "nothing to run. Give a configuration such as examples/tiny.toml, or --resume RUN"),
         (["train"], "nothing to run. Give a configuration"),
+        (
+            ["run", "--runtime", "flower"],
+            "'flower' is not one of 'inprocess', 'flower-simulation'. See fedmide run --help",
+        ),
         (["run", "--set", "seed=1"], "nothing to run"),
         (["run", "--resume", "R", "--set", "seed=1"], "--set can't change a run that has begun"),
         (["run", "--resume", "R", "--out", "O"], "--out O can't be given for the run in R"),
