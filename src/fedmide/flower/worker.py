@@ -24,22 +24,29 @@ def work(folder: Path) -> None:
     with listening(socket_path(folder, "worker")) as listener:
         tell("waiting for messages")
         while (connection := accepted(listener, lambda: True)) is not None:
-            with closing(connection), suppress(EOFError, OSError):  # the asker may be gone: the answer is kept
-                frame = connection.recv_bytes()
-                site = site or _open(opened)
-                _answer(connection, site, opened.name, frame)
+            with closing(connection):
+                frame = _received(connection)
+                if frame is not None:
+                    site = site or _open(opened)
+                    answer = site.answer(frame) if site else encode_trouble(Trouble(opened.name, "site"))
+                    with suppress(OSError):  # the asker may be gone: the answer is kept
+                        connection.send_bytes(answer)
 
 
-def _answer(connection: Connection, site: Site | None, name: str, frame: bytes) -> None:
-    connection.send_bytes(site.answer(frame) if site else encode_trouble(Trouble(name, "site")))
+def _received(connection: Connection) -> bytes | None:
+    """What was asked; None where the asker is gone."""
+    try:
+        return connection.recv_bytes()
+    except (EOFError, OSError):
+        return None
 
 
 def _open(opened: SiteFolder) -> Site | None:
     """The site with its model; None, and the reason in the log, where it can't be opened, to be tried again."""
     try:
         return opened.site(tell)
-    except UserError as error:
-        tell(str(error))
+    except (UserError, OSError) as error:
+        tell(f"{type(error).__name__}: {error}")
         return None
 
 
