@@ -97,6 +97,19 @@ def test_two_runs_of_one_configuration_are_two_federations(elsewhere: Sites, sma
     assert len({name.partition("-")[0] for name in names}) == 1
 
 
+def test_what_a_site_keeps_is_no_run_to_go_on_with(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
+    with opening.start(load(small_input.config), tmp_path / "run", elsewhere=("a", "b")) as opened:
+        stages.train(remote(opened, lambda: elsewhere))
+    kept = tmp_path / "site-a" / "runs" / opened.federation
+    ledger = (kept / "clients" / "a" / "ledger.jsonl").read_bytes()
+    with (
+        pytest.raises(RunFolderError, match=r"what site a keeps of a federation.* fedmide flower resume SERVER RUN"),
+        opening.resume(kept) as wrong,
+    ):
+        stages.train(wrong)
+    assert (kept / "clients" / "a" / "ledger.jsonl").read_bytes() == ledger
+
+
 def test_too_few_replies_stop_the_run_before_the_round_counts_and_it_goes_on_later(
     elsewhere: Sites, small_input: Any, tmp_path: Path
 ) -> None:

@@ -80,12 +80,18 @@ def resume(
 ) -> Iterator[Run]:
     """An earlier run, to go on with, which no other process gets at meanwhile, on as many threads as it began with.
 
-    Refused where its configuration, its data, its model or its ledgers are no longer the same.
+    Refused where its configuration, its data, its model or its ledgers are no longer the same, and where it is what a
+    site keeps of a federation: without the others the site would train alone, over the ledger that it needs there.
     """
     folder = reopen(path, config)
     with locked(path):
-        tell(f"going on with {path}")
         earlier = folder.read_manifest()
+        if "site" in earlier:
+            raise RunFolderError(
+                f"{path} is what site {earlier['site']} keeps of a federation, whose rounds are the server's",
+                "At the server: fedmide flower resume SERVER RUN",
+            )
+        tell(f"going on with {path}")
         reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
         inputs = reader(folder.config, tell, earlier["threads"], opener=opener)
         if problems := list(changed(earlier, inputs.manifest)):

@@ -75,4 +75,4 @@ class SiteFolder:
         path = self.path / "runs" / federation
         if (path / "config.toml").exists():
             return reopen(path)
-        return create(path, inputs.resident.config, {**inputs.manifest, "federation": federation})
+        return create(path, inputs.resident.config, {**inputs.manifest, "federation": federation, "site": self.name})
