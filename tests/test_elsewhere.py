@@ -141,6 +141,34 @@ def test_a_site_that_lost_its_ledger_is_refused(elsewhere: Sites, small_input: A
     assert any("site b is refused: its ledger is not the one that its last round left" in line for line in told)
 
 
+def test_a_site_whose_records_are_others_by_now_is_refused_and_its_log_says_why(
+    elsewhere: Sites, small_input: Any, tmp_path: Path
+) -> None:
+    said: list[str] = []
+    folder = SiteFolder.read(tmp_path / "site-b")
+    records = folder.path / "data" / "b" / "test.jsonl"
+    config = load(small_input.config, ["replies.quorum=0.5", "replies.deadline_seconds=1"])
+    with opening.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
+        stages.train(remote(opened, lambda: elsewhere))
+    kept = records.read_text()
+    records.write_text(kept.splitlines()[0] + "\n")
+    elsewhere.sites[2] = folder.site(said.append)
+    with (
+        pytest.raises(RunFolderError, match=r"client b is not personalised: its ledger can't be used"),
+        opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened,
+    ):
+        stages.personalize(remote(opened, lambda: elsewhere))
+    assert any("the records of client 'b' are not those that the run began with" in line for line in said)
+    records.write_text(kept)
+    (folder.path / "data").rename(folder.path / "moved")
+    site_toml = folder.path / "site.toml"
+    values = apply_overrides(read_toml(site_toml), [f"data.path={folder.path / 'moved'}", "runtime.prefix_cache_mb=1"])
+    site_toml.write_text(to_toml(parse(values)))
+    elsewhere.sites[2] = folder.site(said.append)
+    with opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened:
+        stages.personalize(remote(opened, lambda: elsewhere))
+
+
 @pytest.mark.parametrize("elsewhere", [OWN], indirect=True)
 def test_a_site_that_lost_its_own_adapter_does_not_tune_the_mean_instead(
     elsewhere: Sites, small_input: Any, tmp_path: Path

@@ -139,6 +139,11 @@ def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[
     for name, value in present["model"].items():
         if earlier["model"][name] != value:
             yield f"the model's {name} was {earlier['model'][name]} when the run began and is {value} now"
+    yield from changed_records(earlier, present)
+
+
+def changed_records(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
+    """Whose records, or their parts, are no longer those that a run began with, by its manifests; a problem each."""
     for client in {**earlier["data"], **present["data"]}:
         records = [each["data"].get(client, {}).get("fingerprint") for each in (earlier, present)]
         if records[0] != records[1]:

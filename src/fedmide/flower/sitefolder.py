@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config, load
-from fedmide.errors import MessageError, UsageError
+from fedmide.errors import MessageError, RunFolderError, UsageError
 
 if TYPE_CHECKING:  # what only keeps a site's processes running needs no model's libraries
     from fedmide.inputs import Inputs, Tell
@@ -67,12 +67,20 @@ class SiteFolder:
         return Site(self.name, inputs, lambda federation: self.run_folder(federation, inputs), tell)
 
     def run_folder(self, federation: str, inputs: "Inputs") -> "RunFolder":
-        """Where this site keeps what belongs to a federation."""
+        """Where this site keeps what belongs to a federation.
+
+        Raises `RunFolderError` where its records are no longer those of the rounds so far: its ledger is of those.
+        """
+        from fedmide.inputs import changed_records
         from fedmide.journal import create, reopen
 
         if not _FEDERATION.fullmatch(federation):
             raise MessageError("not the name of a federation")
         path = self.path / "runs" / federation
         if (path / "config.toml").exists():
-            return reopen(path)
+            folder = reopen(path)
+            # settings, model and prompt are in the federation's name; paths and machines may be others by now
+            if problems := list(changed_records(folder.read_manifest(), inputs.manifest)):
+                raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring them back")
+            return folder
         return create(path, inputs.resident.config, {**inputs.manifest, "federation": federation, "site": self.name})
