@@ -1,7 +1,10 @@
 """A new consortium: everything is there, and everything wrong is told of before anything is written."""
 
 import json
+import shutil
 import stat
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +14,7 @@ import pytest
 from fedmide.cli import flower
 from fedmide.config import load, to_toml
 from fedmide.errors import UsageError
-from fedmide.flower import deployment
+from fedmide.flower import deployment, texts
 from fedmide.flower.consortium import Consortium, create, named
 from fedmide.flower.serverfolder import ServerFolder
 from fedmide.flower.sitefolder import SiteFolder
@@ -36,9 +39,9 @@ def made(
 
 def test_every_party_has_what_it_needs(made: Path) -> None:
     files = {str(path.relative_to(made)) for path in made.rglob("*") if path.is_file()}
-    site = {"site.toml", "site.json", "federation.json", "start.sh", "fedmide-site.service"}
+    site = {"site.toml", "site.json", "federation.json", "start.sh"}
     site |= {f"keys/{name}" for name in ("node-key", "node-key.pub", "ca.pem", "superexec.secret")}
-    server = {"server.json", "federation.toml", "start.sh", "fedmide-server.service", "nginx.conf"}
+    server = {"server.json", "federation.toml", "start.sh", "nginx.conf"}
     server |= {"app/pyproject.toml", "app/LICENSE", "keys/sites/a.pub", "keys/sites/b.pub"}
     server |= {f"keys/{name}" for name in ("ca.key", "ca.pem", "server.key", "server.pem", "superexec.secret")}
     expected = {"CHECKLIST.md", *(f"server/{name}" for name in server)}
@@ -87,11 +90,47 @@ def test_the_proxy_lets_through_one_path(made: Path) -> None:
     assert "return 404" in text
 
 
-def test_units_start_again_what_ends(made: Path) -> None:
-    for path in made.rglob("*.service"):
-        assert "Restart=always" in path.read_text()
-        assert f"ExecStart={path.parent}/start.sh" in path.read_text()
-        assert stat.S_IMODE((path.parent / "start.sh").stat().st_mode) == 0o755
+def test_a_folder_starts_from_where_it_is_handed_to(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    moved, other = tmp_path / "at a hospital", tmp_path / "bin" / "python3"
+    shutil.copytree(made / "site-a", moved)
+    other.parent.mkdir()
+    other.write_text('#!/bin/sh\nprintf "%s|" "$0" "$@"\n')
+    other.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    for variables in (
+        {"PATH": f"{other.parent}:/usr/bin:/bin"},
+        {"PATH": "/usr/bin:/bin", "FEDMIDE_PYTHON": str(other)},
+    ):
+        started = subprocess.run([moved / "start.sh"], env=variables, capture_output=True, text=True, check=True)
+        assert started.stdout == f"{other}|-m|fedmide|flower|site|start|{moved}|"
+    kept = b"".join(path.read_bytes() for path in moved.rglob("*") if path.is_file())
+    assert str(made).encode() not in kept and sys.executable.encode() not in kept
+
+
+def test_a_unit_runs_a_folder_where_it_is_as_its_owner(made: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "at 100%"
+    shutil.copytree(made / "site-a", moved)
+    lines = texts.unit("site a", moved).splitlines()
+    place = str(moved).replace("%", "%%")
+    assert {f'ExecStart="{place}/start.sh"', f"WorkingDirectory={place}", f"User={moved.owner()}"} <= set(lines)
+    assert {f'Environment="FEDMIDE_PYTHON={sys.executable}"', "Restart=always", "KillMode=control-group"} <= set(lines)
+
+
+def test_paths_of_a_site_count_from_its_folder(
+    made: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
+    moved = tmp_path / "moved"
+    shutil.copytree(made / "site-a", moved)
+    config = load(moved / "site.toml")
+    shutil.copytree(Path(config.data.path) / "a", moved / "records" / "a")
+    (moved / "site.toml").write_text(
+        to_toml(config.model_copy(update={"data": config.data.model_copy(update={"path": "records"})}))
+    )
+    monkeypatch.chdir(tmp_path)
+    assert len(SiteFolder.read(Path("moved")).inputs(quiet).clients["a"].test) == 3
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,25 @@ def site_start(path: SitePath) -> None:
     site(SiteFolder.read(path), tell)
 
 
+@server_app.command("unit", epilog="Example: fedmide flower server unit consortium/server")
+def server_unit(path: ServerPath) -> None:
+    """Print a systemd unit that keeps the server running: as the folder's owner, with this Python."""
+    from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.flower.texts import unit
+
+    sys.stdout.write(unit("server", ServerFolder.read(path).path))
+
+
+@site_app.command("unit", epilog="Example: fedmide flower site unit consortium/site-north")
+def site_unit(path: SitePath) -> None:
+    """Print a systemd unit that keeps the site running: as the folder's owner, with this Python."""
+    from fedmide.flower.sitefolder import SiteFolder
+    from fedmide.flower.texts import unit
+
+    folder = SiteFolder.read(path)
+    sys.stdout.write(unit(f"site {folder.name}", folder.path))
+
+
 @site_app.command("check", epilog="Example: fedmide flower site check consortium/site-north")
 def site_check(path: SitePath, as_json: AsJson = False) -> None:
     """Tell whether data, model, version, key and connection are right."""

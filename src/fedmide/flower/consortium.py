@@ -98,7 +98,7 @@ def _server(consortium: Consortium, config: Config, authority: keys.Authority | 
     if consortium.behind_proxy:
         port = int(consortium.address.rpartition(":")[2])
         write_file(path / "nginx.conf", texts.proxy(consortium.host, port, consortium.port, path).encode())
-    _scripts("server", "server", path)
+    _write_script("server", "server", path)
     return folder
 
 
@@ -122,13 +122,12 @@ def _site(
         write_file(path / "keys" / "node-key.pub", public)
         write_file(path / "keys" / "ca.pem", authority.certificate.public_bytes(Encoding.PEM))
         write_file(server.path / "keys" / "sites" / f"{name}.pub", public)
-    _scripts(f"site {name}", "site", path)
+    _write_script(f"site {name}", "site", path)
 
 
-def _scripts(what: str, verb: str, path: Path) -> None:
-    write_file(path / "start.sh", texts.start_script(what, verb, path).encode())
+def _write_script(what: str, verb: str, path: Path) -> None:
+    write_file(path / "start.sh", texts.start_script(what, verb).encode())
     (path / "start.sh").chmod(0o755)
-    write_file(path / f"fedmide-{verb}.service", texts.unit(what, path).encode())
     path.chmod(0o700)
 
 

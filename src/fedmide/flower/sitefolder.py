@@ -1,6 +1,6 @@
 """The folder of one site in a deployment, and the site that it describes.
 
-site.toml      the federation's configuration, with the place of this site's records
+site.toml      the federation's configuration, with the place of this site's records, from here
 site.json      the site's name and where the server is
 keys/          node key (0600), superexec secret (0600), the server's CA certificate
 runs/ID/       a run folder per federation: ledger, own and personalised adapters; it never leaves
@@ -9,6 +9,7 @@ logs/          what its processes say; it never leaves either
 
 import json
 import re
+from contextlib import chdir
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -54,10 +55,12 @@ class SiteFolder:
         return load(self.path / "site.toml")
 
     def inputs(self, tell: "Tell") -> "Inputs":
-        """The site's own records, and the model."""
+        """The site's own records, and the model. Paths count from the folder, wherever it is worked on from."""
         from fedmide.inputs import only, read
 
-        return read(self.config, tell, load=only(self.name))
+        config = self.config
+        with chdir(self.path):
+            return read(config, tell, load=only(self.name))
 
     def site(self, tell: "Tell") -> "Site":
         """The site at work."""

@@ -5,7 +5,8 @@ from pathlib import Path
 
 _START = """#!/bin/sh
 # Starts {what} and keeps it running; ends all of it on SIGTERM.
-exec '{python}' -m fedmide flower {verb} start '{folder}'
+# FEDMIDE_PYTHON is the Python that fedmide is installed in, where that is not python3.
+exec "${{FEDMIDE_PYTHON:-python3}}" -m fedmide flower {verb} start "$(dirname "$0")"
 """
 
 _UNIT = """[Unit]
@@ -14,7 +15,10 @@ After=network-online.target
 Wants=network-online.target
 
 [Service]
-ExecStart={folder}/start.sh
+User={user}
+WorkingDirectory={folder}
+Environment="FEDMIDE_PYTHON={python}"
+ExecStart="{folder}/start.sh"
 Restart=always
 RestartSec=5
 KillMode=control-group
@@ -56,30 +60,34 @@ _CHECKLIST = """# Checklist of the consortium
 
 Server ({address}), in `server/`:
 1. Every site has installed fedmide {version}, the same as here, and has the same base model.
-2. `server/start.sh` runs, or `fedmide-server.service` is installed in /etc/systemd/system and enabled.
+2. `server/start.sh` runs; or what `fedmide flower server unit server` prints is in
+   /etc/systemd/system/fedmide-server.service, and that is enabled.
 3. {proxy}
 4. `fedmide flower status server` names every site as connected.
 
 Each site, in its own folder (`site-NAME/`):
 1. Its folder came over a channel that nobody else can read: `keys/node-key` is what the site is known by. It was then
    removed here.
-2. `site.toml`: data.path leads to the site's records, prompt.template and model.name to what lies on its machine.
+2. `site.toml`: data.path leads to the site's records, prompt.template and model.name to what lies on its machine. Paths
+   count from FOLDER.
 3. `fedmide flower site check FOLDER` finds nothing to mend.
-4. `start.sh` runs, or `fedmide-site.service` is installed and enabled. Nothing from outside needs to reach the site; it
-   needs to reach {address} only.
+4. `FOLDER/start.sh` runs, with the python3 that comes first on PATH or the one that FEDMIDE_PYTHON names; or what
+   `fedmide flower site unit FOLDER` prints is in /etc/systemd/system/fedmide-site.service, and that is enabled: it
+   runs as FOLDER's owner. Nothing from outside needs to reach the site; it needs to reach {address} only.
 
 Then, at the server: `fedmide flower run server`.
 """
 
 
-def start_script(what: str, verb: str, folder: Path) -> str:
-    """What starts a server or a site in the foreground."""
-    return _START.format(what=what, verb=verb, folder=folder, python=sys.executable)
+def start_script(what: str, verb: str) -> str:
+    """What starts a server or a site in the foreground, from wherever its folder lies by then."""
+    return _START.format(what=what, verb=verb)
 
 
 def unit(what: str, folder: Path) -> str:
-    """A systemd unit that keeps the start script running."""
-    return _UNIT.format(what=what, folder=folder)
+    """A systemd unit that keeps the start script in a folder running, as its owner and with the Python of now."""
+    place, python = (str(path).replace("%", "%%") for path in (folder.resolve(), sys.executable))
+    return _UNIT.format(what=what, folder=place, python=python, user=folder.owner())
 
 
 def proxy(host: str, port: int, inner: int, folder: Path) -> str:
