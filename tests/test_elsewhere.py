@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from fedmide import opening, stages
+from fedmide.cli import flower
 from fedmide.config import apply_overrides, load, parse, read_toml, to_toml
 from fedmide.errors import RunFolderError
 from fedmide.flower.runs import remote
@@ -84,6 +85,75 @@ def test_sites_with_paths_of_their_own_end_with_the_bytes_of_one_process(
             assert (kept / file).read_bytes() == (expected / file).read_bytes()
         here = [path.name for path in (tmp_path / "run" / "clients" / name).iterdir()]
         assert here == ["personalization.json"], "nothing else of a site is at the server"
+
+
+def test_a_site_measures_what_one_process_would(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
+    folder = SiteFolder.read(tmp_path / "site-a")
+    with (
+        pytest.raises(RunFolderError, match="site a is not personalised there yet"),
+        folder.personalized(None, lambda message: None),
+    ):
+        pass
+    config = load(small_input.config)
+    with opening.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
+        run_over(opened, elsewhere)
+    at_server = sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file())
+    with folder.personalized(None, lambda message: None) as own:
+        stages.generate(own)
+        measured = stages.evaluate(own)
+    assert own.folder.path == folder.path / "runs" / opened.federation
+    assert sorted(path for path in (tmp_path / "run").rglob("*") if path.is_file()) == at_server
+    for name in "ab":
+        (tmp_path / f"site-{name}" / "data" / name).rename(small_input.data / name)
+    with opening.start(config, tmp_path / "one") as one:
+        for stage in (stages.train, stages.personalize, stages.generate):
+            stage(one)
+        expected = stages.evaluate(one)
+    assert measured["clients"] == {"a": expected["clients"]["a"]}
+    assert set(measured["clients"]["a"]["stages"]) == {"base", "aggregated", "personalized"}
+    for file in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "predictions/a.jsonl"):
+        assert (own.folder.path / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
+    assert json.loads((own.folder.path / "metrics.json").read_text())["clients"] == measured["clients"]
+    assert "Personalisation" in (own.folder.path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("elsewhere", [("method=scaffold",)], indirect=True)
+def test_where_no_adapter_travels_whole_a_site_measures_its_own_and_the_base_model(
+    elsewhere: Sites, small_input: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with opening.start(load(small_input.config, ["method=scaffold"]), tmp_path / "run", elsewhere=("a", "b")) as opened:
+        run_over(opened, elsewhere)
+    flower.site_evaluate(tmp_path / "site-b", as_json=True)
+    metrics = json.loads(capsys.readouterr().out)
+    assert set(metrics["clients"]["b"]["stages"]) == {"base", "personalized"}
+    flower.site_evaluate(tmp_path / "site-b")
+    assert "evaluated: " in capsys.readouterr().out
+    assert "personalised adapters" in (Path(metrics["run"]) / "report.html").read_text()
+
+
+def test_a_site_measures_the_run_that_is_wanted_by_its_own_settings_only(
+    elsewhere: Sites, small_input: Any, tmp_path: Path
+) -> None:
+    folder, runs = SiteFolder.read(tmp_path / "site-a"), []
+    for number in range(2):
+        with opening.start(load(small_input.config), tmp_path / f"{number}", elsewhere=("a", "b")) as opened:
+            run_over(opened, elsewhere)
+        runs.append(folder.path / "runs" / opened.federation)
+        (manifest := runs[-1] / "manifest.json").write_text(
+            json.dumps({**json.loads(manifest.read_text()), "started": f"2026-01-0{number + 1}"})
+        )
+    for wanted, found in ((None, runs[1]), (runs[0], runs[0]), (runs[1], runs[1])):
+        with folder.personalized(wanted, lambda message: None) as run:
+            assert run.folder.path == found
+    with pytest.raises(RunFolderError, match="not personalised there"), folder.personalized(tmp_path, print):
+        pass
+    values = apply_overrides(read_toml(folder.path / "site.toml"), ["lora.alpha=3"])
+    (folder.path / "site.toml").write_text(to_toml(parse(values)))
+    with (
+        pytest.raises(RunFolderError, match="settings, base model or prompt are not those"),
+        folder.personalized(None, lambda message: None),
+    ):
+        pass
 
 
 def test_two_runs_of_one_configuration_are_two_federations(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:

@@ -49,12 +49,17 @@ class RunFolder:
     path: Path
     config: Config
 
-    # --- the server's side
+    @property
+    def is_site(self) -> bool:
+        """Whether it is what one site keeps of a federation, whose rounds are the server's."""
+        return "site" in self.read_manifest()
 
     @property
     def adapter(self) -> Path:
         """The PEFT folder of the last aggregated adapter."""
         return self.path / "adapter"
+
+    # --- the server's side
 
     def commit_round(self, state: ServerState, summary: RoundSummary) -> None:
         """Makes a round last: state after it, and its figures."""

@@ -86,10 +86,10 @@ def resume(
     folder = reopen(path, config)
     with locked(path):
         earlier = folder.read_manifest()
-        if "site" in earlier:
+        if folder.is_site:
             raise RunFolderError(
                 f"{path} is what site {earlier['site']} keeps of a federation, whose rounds are the server's",
-                "At the server: fedmide flower resume SERVER RUN",
+                "At the server: fedmide flower resume SERVER RUN; here: fedmide flower site evaluate SITE",
             )
         tell(f"going on with {path}")
         reader = partial(read, load=without_records(elsewhere)) if elsewhere else read

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmide import __version__, methods
-from fedmide.adapters import is_finite
-from fedmide.atomic import write_file
+from fedmide.adapters import is_finite, shapes
+from fedmide.atomic import write_file, write_folder
 from fedmide.client import ClientState, handle, has_trained, is_lost, keeps_memory
 from fedmide.config import agreed
 from fedmide.errors import MessageError, RunFolderError, UserError
@@ -129,10 +129,17 @@ class Site:
         _check_memory(folder, state, last, task.round)
         reply, after = handle(task, state, self.inputs.resident)
         answer = encode_reply(reply)
+        if after.adapter is not None and folder.is_site:
+            self._keep_aggregated(folder, task)
         keep(folder, self.inputs, after)
         write_file(kept, digest + answer)
         self.tell(f"round {task.round}: done")
         return answer
+
+    def _keep_aggregated(self, folder: RunFolder, task: ClientTask) -> None:
+        """Keeps what the site's own model is measured against, where the method sends it whole."""
+        if shapes(task.adapter) == shapes(self.inputs.fresh_adapter()):
+            write_folder(folder.adapter, peft_files(task.adapter, self.inputs.resident.model.lora))
 
     def _last_round(self, folder: RunFolder, last: ClientReply | None) -> int:
         """The latest round that this site has worked on, by its kept answer and by its ledger."""

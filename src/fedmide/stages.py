@@ -94,7 +94,7 @@ def personalize(run: Run, progress: Progress = silent) -> None:
 
 def generate(run: Run, progress: Progress = silent) -> None:
     """Stage 3: each client's responses to its test prompts, with its personalised adapter. Leaves `predictions/`."""
-    _trained(run)
+    _aggregated(run)
     if not run.config.generation.enabled:
         return
     if not _is_personalized(run):
@@ -135,12 +135,13 @@ def evaluate(
     `wanted` ones of these. What a client measured is kept on its site, so that an evaluation that was stopped goes on.
     Public `questions` are asked too; the figures of those that were asked before stay.
     """
-    aggregated = _trained(run).adapter
-    present = summary.STAGES if _is_personalized(run) else summary.STAGES[:2]
+    aggregated = _aggregated(run)
+    there = {"base": True, "aggregated": bool(aggregated), "personalized": _is_personalized(run)}
+    present = [stage for stage in summary.STAGES if there[stage]]
     stages = [stage for stage in present if stage in wanted]
     work = [(name, stage) for name in run.inputs.clients for stage in stages]
     measured: dict[str, dict[summary.StageName, Measured]] = {name: {} for name in run.inputs.clients}
-    num_asked = len(questions) * (2 + (len(present) > 2) * len(run.inputs.clients))
+    num_asked = len(questions) * (2 + there["personalized"] * len(run.inputs.clients))
     shown = listening(run, progress("evaluation", len(work) + num_asked, "adapters"))
     with timed(run, "evaluated", len(work) + num_asked), shown as advance:
         for asked in questions:
@@ -187,6 +188,14 @@ def _trained(run: Run) -> ServerState:
     return state
 
 
+def _aggregated(run: Run) -> Adapter:
+    """The adapter after the last federated round; at a site what came of it to be personalised, {} if only a part."""
+    if not run.folder.is_site:
+        return _trained(run).adapter
+    kept = run.folder.adapter
+    return read_peft(kept, run.inputs.resident.model.shapes) if kept.is_dir() else {}
+
+
 def _troubles(run: Run, summary: RoundSummary) -> Iterator[str]:
     """What went wrong in a round that went on."""
     title = run.folder.round_name(summary.round)
@@ -199,6 +208,8 @@ def _troubles(run: Run, summary: RoundSummary) -> Iterator[str]:
 
 def _is_personalized(run: Run) -> bool:
     """Whether the clients are personalised; some of them, and others not, is refused."""
+    if run.folder.is_site:  # which of the sites count is the server's to know
+        return all(run.folder.personal_adapter(name).is_dir() for name in run.inputs.clients)
     missing = [name for name in run.inputs.clients if not run.folder.is_personalized(name)]
     if 0 < len(missing) < len(run.inputs.clients):
         raise RunFolderError(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from fedmide.cli.shared import AsJson, print_json
+from fedmide.cli.shared import AsJson, print_json, tell_results
 from fedmide.errors import UsageError
 
 app = typer.Typer(help="Many hospitals: set up, check, run over Flower.", no_args_is_help=True)
@@ -99,6 +99,26 @@ def site_check(path: SitePath, as_json: AsJson = False) -> None:
         raise UsageError(problems)
 
 
+@site_app.command("evaluate", epilog="Example: fedmide flower site evaluate consortium/site-north")
+def site_evaluate(
+    path: SitePath,
+    run: Annotated[Path | None, typer.Argument(help="A folder in its runs/; otherwise that of its last run.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure the site's own test records, after its personalisation.
+
+    Under the base model, the aggregated adapter and its personalised one. Responses, figures and the report are in the
+    site's run folder; nothing leaves the site.
+    """
+    from fedmide import stages
+    from fedmide.console import bars, tell
+    from fedmide.flower.sitefolder import SiteFolder
+
+    with SiteFolder.read(path).personalized(run, tell) as opened:
+        stages.generate(opened, bars)
+        tell_results(opened, as_json, stages.evaluate(opened, bars))
+
+
 @app.command("run", epilog="Example: fedmide flower run consortium/server --set replies.quorum=0.8")
 def run_(
     path: ServerPath,
@@ -109,7 +129,7 @@ def run_(
     out: Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NNN in the server's.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rounds and personalisation at all sites; each site evaluates for itself."""
+    """Rounds and personalisation at all sites; each then measures for itself: fedmide flower site evaluate."""
     _check_installed()
     from fedmide.console import tell
     from fedmide.flower.serverfolder import ServerFolder

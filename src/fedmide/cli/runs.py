@@ -1,14 +1,13 @@
 """The verbs of a run: the whole method, or a stage of it."""
 
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, TrackerName, preset, print_json, track_run
+from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, TrackerName, preset, tell_results, track_run
 from fedmide.errors import UsageError
 
 if TYPE_CHECKING:
@@ -118,7 +117,7 @@ def _work(
             results = [getattr(stages, name)(run, bars) for name in names if name in BY_SITES]
         # each verb is called like its stage
         results += [getattr(stages, name)(opened, bars, **more) for name in names if name not in BY_SITES]
-        _report(opened, as_json, results[-1])
+        tell_results(opened, as_json, results[-1])
         if tracker is not None:
             from fedmide.console import tell
 
@@ -208,21 +207,3 @@ def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = 
     from fedmide.console import tell
 
     return opening.resume(path, loaded, tell)
-
-
-def _report(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = None) -> None:
-    """What a run command ends with: where the folder lies, and the table where there is one."""
-    from rich.console import Console
-
-    from fedmide.console import questions_table, results_table
-
-    manifest = opened.folder.read_manifest()
-    if as_json:
-        facts = {"run": str(opened.folder.path), "status": manifest["status"], "seconds": manifest["seconds"]}
-        print_json({**facts, **(metrics or {})})
-        return
-    if metrics is not None:
-        Console().print(results_table(metrics) if metrics["over_clients"] else "no test records, so no figures")
-        if "questions" in metrics:
-            Console().print(questions_table(metrics))
-    sys.stdout.write(f"{manifest['status']}: {opened.folder.path}\n")

@@ -12,6 +12,7 @@ from fedmide.atomic import without_nan
 
 if TYPE_CHECKING:
     from fedmide.journal import RunFolder
+    from fedmide.opening import Run
 
 RunFolderPath = Annotated[Path, typer.Argument(help="A run folder.")]
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the configuration's own.")]
@@ -38,3 +39,21 @@ def track_run(folder: "RunFolder", tracker: TrackerName, place: str = "") -> str
 def print_json(values: Mapping[str, Any]) -> None:
     """Writes one JSON object to stdout."""
     sys.stdout.write(json.dumps(without_nan(values), indent=2, allow_nan=False) + "\n")
+
+
+def tell_results(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = None) -> None:
+    """What a run command ends with: where the folder lies, and the table where there is one."""
+    from rich.console import Console
+
+    from fedmide.console import questions_table, results_table
+
+    manifest = opened.folder.read_manifest()
+    if as_json:
+        facts = {"run": str(opened.folder.path), "status": manifest["status"], "seconds": manifest["seconds"]}
+        print_json({**facts, **(metrics or {})})
+        return
+    if metrics is not None:
+        Console().print(results_table(metrics) if metrics["over_clients"] else "no test records, so no figures")
+        if "questions" in metrics:
+            Console().print(questions_table(metrics))
+    sys.stdout.write(f"{manifest['status']}: {opened.folder.path}\n")

@@ -3,13 +3,14 @@
 site.toml      the federation's configuration, with the place of this site's records, from here
 site.json      the site's name and where the server is
 keys/          node key (0600), superexec secret (0600), the server's CA certificate
-runs/ID/       a run folder per federation: ledger, own and personalised adapters; it never leaves
+runs/ID/       a run folder per federation: ledger, adapters, and what they measure here; it never leaves
 logs/          what its processes say; it never leaves either
 """
 
 import json
 import re
-from contextlib import chdir
+from collections.abc import Iterator
+from contextlib import chdir, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,6 +22,7 @@ from fedmide.errors import MessageError, RunFolderError, UsageError
 if TYPE_CHECKING:  # what only keeps a site's processes running needs no model's libraries
     from fedmide.inputs import Inputs, Tell
     from fedmide.journal import RunFolder
+    from fedmide.opening import Run
     from fedmide.site import Site
 
 _FEDERATION = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{8})?")
@@ -68,6 +70,39 @@ class SiteFolder:
 
         inputs = self.inputs(tell)
         return Site(self.name, inputs, lambda federation: self.run_folder(federation, inputs), tell)
+
+    @contextmanager
+    def personalized(self, path: Path | None, tell: "Tell") -> Iterator["Run"]:
+        """What this site keeps in `path` of a federation that it is personalised in, to be measured; None: of the last.
+
+        Raises `RunFolderError` where there is none, or where settings, model, prompt or records are others by now.
+        """
+        from fedmide.journal import locked
+        from fedmide.opening import Run
+
+        federation = self._last_personalized(path).name
+        inputs = self.inputs(tell)
+        if federation.partition("-")[0] != inputs.federation:
+            raise RunFolderError(
+                f"{federation}: settings, base model or prompt are not those of its rounds", "Bring them back"
+            )
+        folder = self.run_folder(federation, inputs)
+        with locked(folder.path):
+            yield Run(folder, inputs, tell, federation)
+
+    def _last_personalized(self, wanted: Path | None) -> Path:
+        """The run folder that is wanted, or the one begun last, among those that have a personalised adapter."""
+        from fedmide.journal import reopen
+
+        found = [adapter.parents[2] for adapter in (self.path / "runs").glob(f"*/clients/{self.name}/adapter")]
+        if wanted is not None:
+            found = [path for path in found if path.resolve() == wanted.resolve()]
+        if not found:
+            raise RunFolderError(
+                f"{wanted or self.path}: site {self.name} is not personalised there yet",
+                "That is the end of a run at the server; fedmide flower resume goes on with one",
+            )
+        return max(found, key=lambda path: str(reopen(path).read_manifest()["started"]))
 
     def run_folder(self, federation: str, inputs: "Inputs") -> "RunFolder":
         """Where this site keeps what belongs to a federation.
