@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from fedmide import __version__, cli, config, opening, sections, stages
+from fedmide.flower import serverfolder, sitefolder
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "fedmide-data" / "8"
 
@@ -524,6 +525,27 @@ def test_an_interrupt_is_told(
     told = fedmide("run", small_input.config, "--out", "R")
     assert told.code == 130
     assert told.err.endswith("\nfedmide: stopped; a run that has begun goes on with fedmide run --resume RUN\n")
+
+
+@pytest.mark.parametrize(
+    ("command", "way"),
+    [
+        ("flower run S", "a run that has begun goes on with fedmide flower resume SERVER RUN"),
+        ("flower resume S R", "a run that has begun goes on with fedmide flower resume SERVER RUN"),
+        ("flower stop S", "a run that has begun goes on with fedmide flower resume SERVER RUN"),
+        ("flower site evaluate S", "give the command again, what is whole is kept"),
+    ],
+)
+def test_an_interrupt_of_a_deployed_run_is_told_with_its_own_way_on(
+    command: str, way: str, fedmide: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(path: Path) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(serverfolder.ServerFolder, "read", interrupt)
+    monkeypatch.setattr(sitefolder.SiteFolder, "read", interrupt)
+    told = fedmide(*command.split())
+    assert (told.code, told.err) == (130, f"\nfedmide: stopped; {way}\n")
 
 
 def test_a_file_that_the_system_refuses_is_told(

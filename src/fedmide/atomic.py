@@ -40,7 +40,8 @@ def clear_errors(path: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFolderError(
                 f"{path}: no room on disk",
-                "Free some and give the command again; a run that has begun goes on with fedmide run --resume RUN",
+                "Free some and give the command again; a run that has begun goes on with fedmide run --resume RUN, one "
+                "over Flower with fedmide flower resume SERVER RUN",
                 is_disk=True,
             ) from None
         raise RunFolderError(f"{path}: can't be written: {error.strerror}", is_disk=True) from None

@@ -45,8 +45,17 @@ def main() -> None:
     except (KeyboardInterrupt, click.Abort):
         code = EXIT_INTERRUPTED
     if code == EXIT_INTERRUPTED:
-        sys.stderr.write("\nfedmide: stopped; a run that has begun goes on with fedmide run --resume RUN\n")
+        sys.stderr.write(f"\nfedmide: stopped; {_way_on(sys.argv[1:])}\n")
     sys.exit(code)
+
+
+def _way_on(words: Sequence[str]) -> str:
+    """How what a command was stopped in goes on."""
+    if words[:2] == ["flower", "site"]:
+        return "give the command again, what is whole is kept"
+    deployed = words[:1] == ["flower"]
+    verb = "fedmide flower resume SERVER RUN" if deployed else "fedmide run --resume RUN"
+    return f"a run that has begun goes on with {verb}"
 
 
 def _show_version(wanted: bool) -> None:
