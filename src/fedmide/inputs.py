@@ -81,7 +81,7 @@ def only(name: str) -> LoadData:
     """What reads this one client: a site holds its own records, whoever else's its configuration leads to."""
 
     def load(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
-        clients = load_data(config, seed)
+        clients = load_data(config, seed, name)
         if own := tuple(client for client in clients if client.name == name):
             return own
         found = ", ".join(client.name for client in clients)

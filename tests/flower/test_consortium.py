@@ -118,7 +118,7 @@ def test_a_unit_runs_a_folder_where_it_is_as_its_owner(made: Path, tmp_path: Pat
     assert {f'Environment="FEDMIDE_PYTHON={sys.executable}"', "Restart=always", "KillMode=control-group"} <= set(lines)
 
 
-def test_paths_of_a_site_count_from_its_folder(
+def test_paths_of_a_site_count_from_its_folder_and_only_what_is_named_like_it_is_opened(
     made: Path, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
@@ -126,6 +126,7 @@ def test_paths_of_a_site_count_from_its_folder(
     shutil.copytree(made / "site-a", moved)
     config = load(moved / "site.toml")
     shutil.copytree(Path(config.data.path) / "a", moved / "records" / "a")
+    (moved / "records" / "b.json").write_text("broken")
     (moved / "site.toml").write_text(
         to_toml(config.model_copy(update={"data": config.data.model_copy(update={"path": "records"})}))
     )

@@ -373,6 +373,19 @@ def test_load_parts_the_clients_of_a_table_and_takes_the_first(tmp_path: Path) -
     assert everyone[:2] == clients
 
 
+def test_of_a_folder_a_single_client_is_read_as_it_is_among_others(tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        write_json(tmp_path / f"{name}.json", [{**GOOD, "instruction": f"{name}{number}?"} for number in range(9)])
+    config = DataConfig(source="files", path=str(tmp_path), clients=2)
+    (among,) = [client for client in load(config, seed=0) if client.name == "b"]
+    (tmp_path / "a.json").write_text("[")
+    (tmp_path / "d e").mkdir()
+    assert load(config, 0, "b") == (among,)
+    assert [client.name for client in load(config, 0, "c")] == ["c"], "however many are wanted"
+    with pytest.raises(DataError, match="no client 'z' found"):
+        load(config, 0, "z")
+
+
 def test_load_says_what_is_wrong_with_its_settings(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", [GOOD])
     write_json(tmp_path / "b.json", [GOOD])

@@ -17,9 +17,12 @@ MEDICAL_SITES, MEDICAL_TRAINING, MEDICAL_VALIDATION, MEDICAL_TEST = 8, 48, 12, 2
 _READERS = {"published": read_published, "files": read_folder, "table": read_table}
 
 
-def load(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
-    """The clients that the configuration names, in order: one or more, each with training records."""
-    clients = _made(config, seed) if config.source == "medical" else _split(_read(config), config, seed)
+def load(config: DataConfig, seed: int, only: str = "") -> tuple[ClientData, ...]:
+    """The clients that the configuration names, in order: one or more, each with training records.
+
+    `only`: a client beside whom the others in a folder of files need not be read, and may be broken.
+    """
+    clients = _made(config, seed) if config.source == "medical" else _split(_read(config, only), config, seed)
     dealt = [piece for client in clients for piece in pieces(client, config.pieces, seed)]
     return noisy([limit(client, config, seed) for client in dealt], config.noisy_clients, seed)
 
@@ -43,14 +46,17 @@ def _made(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
     )
 
 
-def _read(config: DataConfig) -> tuple[Parts, ...]:
-    """The first clients in the user's files, as many as wanted."""
+def _read(config: DataConfig, only: str) -> tuple[Parts, ...]:
+    """The first clients in the user's files, as many as wanted; of a folder of files the one that alone is wanted."""
     if not config.path:
         raise DataError(
             f'data.path is empty, expected the place of the records for data.source = "{config.source}"',
             'Set data.path, or data.source = "medical", which needs no files',
         )
-    found = _READERS[config.source](Path(config.path).expanduser(), config.fields)
+    path = Path(config.path).expanduser()
+    if only and config.source == "files":
+        return read_folder(path, config.fields, only)
+    found = _READERS[config.source](path, config.fields)
     if config.clients > len(found):
         raise DataError(
             f"{config.path}: {len(found)} clients, expected at least data.clients = {config.clients}",

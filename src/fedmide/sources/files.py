@@ -69,11 +69,14 @@ def read_records(path: Path, fields: FieldNames) -> tuple[Record, ...]:
     return sound(_records(path, fields), NEEDED)
 
 
-def read_folder(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
-    """The clients in a folder, in natural order of their names: one file or one subfolder each."""
+def read_folder(path: Path, fields: FieldNames, only: str = "") -> tuple[Parts, ...]:
+    """The clients in a folder, in natural order of their names: one file or one subfolder each.
+
+    With `only`, the client of that name: nothing else that lies there is opened.
+    """
     if not path.is_dir():
         raise DataError(f"{path}: no such folder", "Check data.path")
-    return read_clients(_clients_in(path), fields)
+    return read_clients(_clients_in(path, only), fields)
 
 
 def read_table(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
@@ -305,8 +308,10 @@ def _owner(row: Row, fields: FieldNames) -> Reading[str]:
     return Reading(problems=(f"{row.place}: field '{fields.client}' does not name a client, {_NAME_RULE}",))
 
 
-def _clients_in(path: Path) -> Reading[ClientFiles]:
+def _clients_in(path: Path, only: str = "") -> Reading[ClientFiles]:
     files, folders = _entries(path)
+    if only:
+        files, folders = [each for each in files if each.stem == only], [each for each in folders if each.name == only]
     single = [ClientFiles(file.stem, {"training": file}) for file in files]
     found = gathered(_parts_in(folder) for folder in folders)
     clients = sorted((*single, *found.values), key=lambda client: natural_order(client.name))
@@ -315,7 +320,10 @@ def _clients_in(path: Path) -> Reading[ClientFiles]:
     problems += [f"{path / name}: {_NAME_RULE}" for name in names if not _NAME.fullmatch(name)]
     # A folder that is itself one client's would otherwise be read as clients called training and test.
     problems += [f"{file}: a part, expected a client" for file in files if file.stem in PARTS]
-    return Reading(tuple(clients), tuple(problems if clients else [f"{path}: no clients found"]))
+    return Reading(
+        tuple(clients),
+        tuple(problems if clients else [f"{path}: no {f'client {only!r}' if only else 'clients'} found"]),
+    )
 
 
 def _parts_in(folder: Path) -> Reading[ClientFiles]:
