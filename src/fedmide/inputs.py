@@ -20,6 +20,7 @@ from fedmide.config import Config, agreed
 from fedmide.config import fingerprint as config_fingerprint
 from fedmide.errors import DataError, ModelError, UserError
 from fedmide.localmodel import Adapter
+from fedmide.messages import Facts
 from fedmide.prompts import prompt_hash, resolve
 from fedmide.records import ClientData, Record
 from fedmide.resident import Opener, Resident, open_model
@@ -70,6 +71,11 @@ class Inputs:
     def federation(self) -> str:
         """What tells this federation from another: a hash of all that its parties must have alike."""
         return str(self.manifest["federation"])
+
+    def facts(self, client: str = "") -> Facts:
+        """What a party says of itself, so that others see what differs; `client`: which site it is."""
+        model, prompt = self.manifest["model"]["fingerprint"], self.manifest["prompt"]
+        return Facts(self.federation, client, __version__, model, prompt, agreed(self.resident.config))
 
     @property
     def prompt_hash(self) -> str:

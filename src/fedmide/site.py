@@ -9,14 +9,13 @@ trains once; a task of an earlier round than the last is refused, so nothing tha
 
 import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from fedmide import __version__, methods
+from fedmide import methods
 from fedmide.adapters import is_finite, shapes
 from fedmide.atomic import write_file, write_folder
 from fedmide.client import ClientState, handle, has_trained, is_lost, keeps_memory
-from fedmide.config import agreed
 from fedmide.errors import MessageError, RunFolderError, UserError
 from fedmide.inputs import Inputs, Tell
 from fedmide.journal import RunFolder
@@ -103,10 +102,11 @@ class Site:
         return encode_trouble(Trouble(self.name, code))
 
     def _facts(self, hello: Hello) -> Facts:
-        manifest = self.inputs.manifest
-        facts = (manifest["federation"], self.name, __version__, manifest["model"]["fingerprint"], manifest["prompt"])
-        shared, personal = self._set_sizes(hello) if self._belongs_to(hello.federation) else (-1, -1)
-        return Facts(*facts, agreed(self.inputs.resident.config), shared, personal)
+        facts = self.inputs.facts(self.name)
+        if not self._belongs_to(hello.federation):
+            return facts
+        shared, personal = self._set_sizes(hello)
+        return replace(facts, shared=shared, personal=personal)
 
     def _set_sizes(self, hello: Hello) -> tuple[int, int]:
         ledger = before(self.open_folder(hello.federation).read_ledger(self.name), hello.round)

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmide import atomic, messages
+from fedmide import atomic, inputs, messages
 from fedmide import site as sites
 from fedmide.flower import worker
 from fedmide.messages import Hello, decode_reply, decode_request, encode_reply
@@ -70,11 +70,11 @@ def with_manifest(**changes: Any) -> Any:
 
 
 def other_version(site: Site, frame: bytes) -> bytes:
-    version, sites.__version__ = sites.__version__, "0.0.9"
+    version, inputs.__version__ = inputs.__version__, "0.0.9"
     try:
         return original(site, frame)
     finally:
-        sites.__version__ = version
+        inputs.__version__ = version
 
 
 def other_schema(site: Site, frame: bytes) -> bytes:

@@ -9,13 +9,11 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 
-from fedmide import __version__
-from fedmide.config import agreed
 from fedmide.errors import UserError
 from fedmide.flower.processes import environment, free_port, last_words, started
 from fedmide.flower.sitefolder import SiteFolder
 from fedmide.flower.supervision import supernode_command
-from fedmide.inputs import Inputs, Tell
+from fedmide.inputs import Tell
 from fedmide.messages import Facts
 from fedmide.runtimes.link import socket_path
 from fedmide.runtimes.remote import differences
@@ -49,7 +47,7 @@ def _findings(folder: SiteFolder, tell: Tell) -> Iterator[Finding]:
             f"{len(part)} {name}" for part, name in zip(parts, ("training", "validation", "test"), strict=True)
         )
         yield Finding("records", counts)
-        problems = "; ".join(differences(_expected(folder), _own(inputs, folder.name), None))
+        problems = "; ".join(differences(_expected(folder), inputs.facts(folder.name), None))
         yield Finding("version, model, prompt and settings", f"as agreed ({inputs.federation})", problems)
     yield _attempt("keys", lambda: _keys(folder))
     reached = _attempt("server", lambda: _server(folder))
@@ -67,11 +65,6 @@ def _attempt(what: str, look: Callable[[], str]) -> Finding:
 
 def _expected(folder: SiteFolder) -> Facts:
     return Facts(**json.loads((folder.path / "federation.json").read_text("utf-8")))
-
-
-def _own(inputs: Inputs, name: str) -> Facts:
-    manifest, knobs = inputs.manifest, agreed(inputs.resident.config)
-    return Facts(inputs.federation, name, __version__, manifest["model"]["fingerprint"], manifest["prompt"], knobs)
 
 
 def _keys(folder: SiteFolder) -> str:

@@ -9,7 +9,7 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedmide import __version__
 from fedmide.atomic import to_json, write_file
-from fedmide.config import Config, agreed, to_toml
+from fedmide.config import Config, to_toml
 from fedmide.errors import UsageError
 from fedmide.flower import keys, texts
 from fedmide.flower.bundle import write_bundle
@@ -70,10 +70,7 @@ def create(consortium: Consortium, config: Config, tell: Tell) -> None:
     if problems := consortium.problems():
         raise UsageError(problems)
     inputs = read(config, tell, load=without_records(consortium.sites))
-    manifest = inputs.manifest
-    facts = Facts(
-        inputs.federation, "", __version__, manifest["model"]["fingerprint"], manifest["prompt"], agreed(config)
-    )
+    facts = inputs.facts()
     authority = None if consortium.plain else keys.new_authority("fedmide consortium")
     server = _server(consortium, config, authority)
     for name in consortium.sites:

@@ -5,11 +5,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 
-from fedmide import __version__, methods
-from fedmide.config import agreed
+from fedmide import methods
 from fedmide.errors import UsageError
 from fedmide.flower.simulation import simulation
-from fedmide.messages import Facts
 from fedmide.opening import Run, set_sizes
 from fedmide.runtimes.link import Exchange
 from fedmide.runtimes.remote import Remote
@@ -19,10 +17,8 @@ def remote(run: Run, connect: Callable[[], Exchange], bound: Mapping[int, str] |
     """The same run over an exchange; `bound` are the sites that nodes are known to be by their keys."""
     if methods.of(run.config).in_one_place:
         raise UsageError(f'method = "{run.config.method}" trains in one place', "Run it without --runtime")
-    manifest, replies = run.inputs.manifest, run.config.replies
-    knobs = agreed(run.config)
-    own = Facts(run.federation, "", __version__, manifest["model"]["fingerprint"], manifest["prompt"], knobs)
-    told = partial(set_sizes, run)
+    replies, told = run.config.replies, partial(set_sizes, run)
+    own = replace(run.inputs.facts(), federation=run.federation)
     runtime = Remote(connect, own, told, replies.deadline_seconds, run.tell, bound, replies.quorum)
     return replace(run, runtime=runtime)
 
