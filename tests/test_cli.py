@@ -128,9 +128,10 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["data", "build", "x", "--clients", "0"], "0 is not in the range x>=1. See fedmide data build --help"),
         (["run"], "nothing to run. Give a configuration such as examples/tiny.toml, or --resume RUN"),
         (["train"], "nothing to run. Give a configuration"),
+        (["run", "--runtime", "flower"], "--runtime flower needs --server"),
         (
-            ["run", "--runtime", "flower"],
-            "'flower' is not one of 'inprocess', 'flower-simulation'. See fedmide run --help",
+            ["run", "--runtime", "flower", "--server", "S", "--resume", "R", "--set", "seed=1"],
+            "with --runtime flower, the run in R goes on as it is. Leave CONFIG, --set and --out away",
         ),
         (["run", "--set", "seed=1"], "nothing to run"),
         (["run", "--resume", "R", "--set", "seed=1"], "--set can't change a run that has begun"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from fedmide.cli import flower
 from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, TrackerName, preset, tell_results, track_run
 from fedmide.errors import UsageError
 
@@ -19,10 +20,14 @@ app = typer.Typer()
 ConfigOrRun = Annotated[Path | None, typer.Argument(help="A configuration (TOML), or a run folder to go on with.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NAME-NNN.")]
 Resume = Annotated[Path | None, typer.Option(help="A run folder to go on with.")]
-RuntimeName = Literal["inprocess", "flower-simulation"]
+RuntimeName = Literal["inprocess", "flower-simulation", "flower"]
 RuntimeOption = Annotated[
-    RuntimeName, typer.Option("--runtime", help="Where the clients are: here, or in processes that Ray starts.")
+    RuntimeName,
+    typer.Option(
+        "--runtime", help="Where the clients are: here, in processes that Ray starts, or at a consortium's sites."
+    ),
 ]
+ServerFolder = Annotated[Path | None, typer.Option("--server", help="With --runtime flower: the server's folder.")]
 
 StageVerb = Literal["train", "personalize", "generate", "evaluate"]
 BY_SITES = ("train", "personalize")
@@ -42,14 +47,20 @@ def run(
     out: Out = None,
     resume: Resume = None,
     runtime: RuntimeOption = "inprocess",
+    server: ServerFolder = None,
     tracker: Annotated[TrackerName | None, typer.Option("--track", help="Then also put it where track does.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole method, from records to metrics.
 
     Warm-up, split, rounds with enrollment, personalisation, generation and metrics: what train, personalize, generate
-    and evaluate do one by one. For clients that are a consortium's sites: fedmide flower run.
+    and evaluate do one by one. With --runtime flower, rounds and personalisation: what fedmide flower run does.
     """
+    if runtime == "flower":
+        if tracker is not None:
+            raise UsageError("--track does not go with --runtime flower", "Give fedmide track RUN afterwards")
+        _at_sites(config, overrides, out, resume, server, as_json)
+        return
     _check_tracker(tracker)
     _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime, tracker=tracker)
 
@@ -132,10 +143,28 @@ def _check_tracker(tracker: TrackerName | None) -> None:
         check_installed(tracker)
 
 
+def _at_sites(
+    config: Path | None, overrides: list[str], out: Path | None, resume: Path | None, server: Path | None, as_json: bool
+) -> None:
+    """Begins or goes on with a run at a consortium's sites."""
+    if server is None:
+        raise UsageError("--runtime flower needs --server", "Make a consortium with fedmide flower init")
+    if resume is not None:
+        if config is not None or overrides or out is not None:
+            raise UsageError(
+                f"with --runtime flower, the run in {resume} goes on as it is", "Leave CONFIG, --set and --out away"
+            )
+        flower.resume(server, resume, as_json)
+    else:
+        flower.run_(server, config, overrides, out, as_json)
+
+
 def _reached(run: "Run", runtime: RuntimeName) -> AbstractContextManager["Run"]:
     """The same run, its clients reached as wanted."""
     if runtime == "inprocess":
         return nullcontext(run)
+    if runtime == "flower":
+        raise UsageError("train has no --runtime flower", "Use fedmide flower run")
     from fedmide.flower.runs import simulated
 
     return simulated(run)
