@@ -292,15 +292,27 @@ def test_without_a_choice_nothing_is_told_or_scored_for_it(fakes: Any) -> None:
 
 
 def test_tuning_goes_on_from_the_own_adapter_of_the_last_round(fakes: Any) -> None:
-    config = fakes.config("personalization.epochs=1", "personalization.start=own", BETAS)
+    config = fakes.config("personalization.epochs=1", "personalization.start=own", "enrollment.rule=natural", BETAS)
     site = fakes.site("a", [8, 9, 13], config, validation=tuple(fakes.site("v", [6, 6], config).training.values()))
-    reply, state = handle(task(fakes, -1, 0.0), site, fakes.line())
-    _, state = handle(task(fakes, 0, 9.0, train=False), state, fakes.line())  # not drawn: it has none of this round
-    assert [(memory.round, memory.arrays) for memory in state.memory] == [(-1, reply.adapter)]
+    _, state = handle(task(fakes, -1, 0.0), site, fakes.line())
+    last = config.federation.rounds - 1
+    reply, state = handle(task(fakes, last, 9.0), state, fakes.line())
+    assert [(memory.round, memory.arrays) for memory in state.memory][-1] == (last, reply.adapter)
     model = Valley(fakes)
-    _, after = handle(task(fakes, 20, 2.0), state, model)
+    _, after = handle(task(fakes, last + 1, 2.0), state, model)
     assert model.starts == [place(reply.adapter)] != [2.0]
     assert place(after.adapter) == 6.0, "between the aggregated adapter and the tuned one"
+
+
+def test_an_own_adapter_of_an_earlier_round_is_not_tuned(fakes: Any) -> None:
+    config = fakes.config("personalization.epochs=1", "personalization.start=own")
+    _, state = handle(task(fakes, -1, 0.0), fakes.site("a", [8, 9, 13], config), fakes.line())
+    last = config.federation.rounds - 1
+    _, state = handle(task(fakes, last, 9.0, train=False), state, fakes.line())  # not drawn: it has none of this round
+    assert [memory.round for memory in state.memory] == [-1]
+    model = Valley(fakes)
+    handle(task(fakes, last + 1, 2.0), state, model)
+    assert model.starts == [2.0]
 
 
 class RunsOff(Valley):

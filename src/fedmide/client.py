@@ -203,8 +203,7 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     examples = [state.training[record] for record in records]
     kept, adapter, validated = 0, start, ZERO
     num_tokens = num_scored = num_steps = 0
-    begun = state.memory[-1].arrays if state.config.personalization.start == "own" and state.memory else start
-    for number, epoch in enumerate(model.train(begun, examples, plan), 1):
+    for number, epoch in enumerate(model.train(_own_last(task, state) or start, examples, plan), 1):
         nll = total(model.nll(epoch.adapter, state.validation, state.config.training.positions))
         num_scored += nll.num_tokens
         better = not state.validation or (math.isfinite(nll.mean) and (kept == 0 or nll.mean < validated.mean))
@@ -225,6 +224,15 @@ def _personalize(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     if len(state.validation) > 1 and kept:
         metrics["validation_loss"] = Metric(validated.sum, validated.num_tokens)
     return _reply(task, None, 0, metrics), replace(state, adapter=method.finish(visit, model, adapter))
+
+
+def _own_last(task: ClientTask, state: ClientState) -> Adapter:
+    """The site's own adapter of the last round, if that is to be tuned and it trained in it; else {}.
+
+    An older one would lack what the others have learned since.
+    """
+    has_one = state.memory and state.memory[-1].round == task.round - 1
+    return state.memory[-1].arrays if has_one and state.config.personalization.start == "own" else {}
 
 
 def _interpolated(

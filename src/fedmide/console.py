@@ -224,7 +224,9 @@ def sheet_table(sheet: "Sheet") -> Table:
 
 def sweep_table(figures: Mapping[str, Any]) -> Table:
     """Mean and worst client at each value of a knob, with the deviation over seeds."""
-    table = _table(f"Response NLL by {figures['knob']}; ± standard deviation over {len(figures['seeds'])} seeds")
+    seeds = len(figures["seeds"])
+    about = f"± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+    table = _table(f"Response NLL by {figures['knob']}; {about}")
     table.add_column("method", no_wrap=True)
     for column in (figures["knob"], "mean", "worst client"):
         table.add_column(column, justify="right", no_wrap=True)

@@ -260,8 +260,9 @@ class PersonalizationConfig(Section):
     learning_rate: Rate = 2e-4
     """AdamW's rate at the start; where it isn't given, `training.learning_rate`."""
     start: Literal["aggregated", "own"] = "aggregated"
-    """Which adapter is tuned; "own": the site's own one of the last round that it trained in, as it was before the
-    others' went into the mean. It stays on the site. fedmide's and fedavg-ft's."""
+    """Which adapter is tuned; "own": the site's own one of the last round, as it was before the others' went into the
+    mean, and the aggregated one where the site did not train in that round. It stays on the site. fedmide's and
+    fedavg-ft's."""
     records: Literal["all", "personal-first", "personal", "shared"] = "all"
     """Which of the client's training records to tune on; "personal-first": all, in every pass those of the personal
     set first, so that fewer steps than records leave out shared ones."""
