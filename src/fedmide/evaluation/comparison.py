@@ -94,7 +94,7 @@ def _add_metric(
         }
         points[method] = {metric: _mean(point.values()), f"{metric}_worst": point[list(drawn)[worst]]}
         by_seed[method] = {metric: seeds.mean(axis=1), f"{metric}_worst": seeds[:, worst]}
-        _add_method(figures, method, metric, values, point, points[method], sampled[method])
+        _add_method(figures, method, metric, seeds, point, points[method], sampled[method])
     for reference in against:
         for method in values.values:
             if reference in points and method != reference:
@@ -129,25 +129,23 @@ def _add_method(
     figures: Figures,
     method: str,
     metric: str,
-    values: Values,
+    by_seed: FloatArray,
     point: Mapping[str, float],
     points: Mapping[str, float],
     sampled: Mapping[str, FloatArray],
 ) -> None:
-    """A method's rows: intervals are over records, those of the deviation the least and the greatest over seeds."""
-    clients = values.values[method]
-    num_seeds = len(next(iter(clients.values())))
-    by_seed = [
-        {name: float(each[row].sum() / values.counts[name].sum()) for name, each in clients.items()}
-        for row in range(num_seeds)
-    ]
+    """A method's rows: intervals are over records, those of the deviation the least and the greatest over seeds.
+
+    `by_seed`: its clients' figures [seeds, clients].
+    """
     seeds = figures["by_seed"].setdefault(method, {})
-    seeds[metric] = [_mean(each.values()) for each in by_seed]
-    seeds[f"{metric}_worst"] = [each[_worst(each, LOWER_IS_BETTER[metric])] for each in by_seed]
+    seeds[metric] = [_mean(each) for each in by_seed]
+    worst = by_seed.max(axis=1) if LOWER_IS_BETTER[metric] else by_seed.min(axis=1)
+    seeds[f"{metric}_worst"] = worst.tolist()
     rows = figures["methods"].setdefault(method, {})
     for name, value in points.items():
-        rows[name] = {"mean": value, **_ends(sampled[name]), "seeds": num_seeds}
-    deviations = {seed: float(np.std(list(each.values()))) for seed, each in enumerate(by_seed)}
+        rows[name] = {"mean": value, **_ends(sampled[name]), "seeds": len(by_seed)}
+    deviations = dict(enumerate(by_seed.std(axis=1).tolist()))
     _add_by_seed(figures, method, f"{metric}_deviation_over_clients", deviations)
     figures["clients"].setdefault(method, {})[metric] = dict(point)
 
