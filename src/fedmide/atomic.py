@@ -136,6 +136,8 @@ def _write_synced(path: Path, data: bytes, mode: Literal["wb", "ab"] = "wb") -> 
 
 def _make_folder(path: Path) -> None:
     """Makes a folder and those above it that are not there, each so that it lasts."""
+    if path.is_dir():
+        return
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
     path.mkdir(parents=True, exist_ok=True)
     for folder in missing:

@@ -95,10 +95,15 @@ class Layer:
         """Takes over the adapters as they are now; with dropout, what is kept is boosted."""
         if self.adapters is None:
             return
-        room = self.weight[:, self.num_in :]
         torch.mul(self.adapters.a, self.adapters.scale * boost, out=self.adapters.a_scaled)
-        for lora in self.adapters.loras:
-            room[lora.columns, lora.rows].copy_(lora.b)
+        for room, b in self._rooms:
+            room.copy_(b)
+
+    @cached_property
+    def _rooms(self) -> tuple[tuple[Tensor, Tensor], ...]:
+        """Where in the weight each B stands, and the B. Made once: to make views takes longer than to fill them."""
+        room, loras = self.weight[:, self.num_in :], self.adapters.loras if self.adapters else ()
+        return tuple((room[lora.columns, lora.rows], lora.b) for lora in loras)
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,8 @@ handle a round again, the entries from that round on are left out and made anew:
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
+from operator import attrgetter
 from typing import ClassVar
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -153,7 +154,8 @@ def verdicts(
 
 def to_lines(ledger: Iterable[Entry]) -> str:
     """The entries as JSON lines."""
-    return "".join(json.dumps(asdict(entry), allow_nan=False) + "\n" for entry in ledger)
+    named = (dict(zip(_FIELDS, _values(entry), strict=True)) for entry in ledger)  # `asdict` takes ten times as long
+    return "".join(json.dumps(each, allow_nan=False) + "\n" for each in named)
 
 
 def from_lines(text: str, where: str) -> Ledger:
@@ -168,6 +170,8 @@ def from_lines(text: str, where: str) -> Ledger:
 
 
 _ENTRY = TypeAdapter(Entry)
+_FIELDS = tuple(each.name for each in fields(Entry))
+_values = attrgetter(*_FIELDS)
 
 
 def _finite(value: float) -> float | None:

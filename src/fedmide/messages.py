@@ -297,7 +297,7 @@ def encode_reply(reply: ClientReply) -> bytes:
         round=reply.round,
         num_records=reply.num_records,
         has_adapter=reply.adapter is not None,
-        metrics={name: asdict(metric) for name, metric in reply.metrics.items()},
+        metrics={name: {"sum": metric.sum, "count": metric.count} for name, metric in reply.metrics.items()},
     )
     return _frame(header, adapters.encode(reply.adapter) if reply.adapter is not None else b"")
 

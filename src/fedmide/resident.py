@@ -34,14 +34,17 @@ class Resident:
     work: Counter[str] = field(default_factory=Counter)
     heard: Callable[[str, int], None] = lambda kind, total: None
     seconds: Counter[str] = field(default_factory=Counter)
+    _fresh: dict[int, Adapter] = field(default_factory=dict)
 
     def fresh(self, seed: int) -> Adapter:
-        """An adapter that changes nothing yet, of the configured rank."""
-        shapes = {
-            name: (self.config.lora.r, inner) if name.endswith(adapters.A) else (outer, self.config.lora.r)
-            for name, (outer, inner) in self.model.shapes.items()
-        }
-        return adapters.fresh(shapes, seed)
+        """An adapter that changes nothing yet, of the configured rank; the last one is kept, since all clients ask."""
+        if seed not in self._fresh:
+            shapes = {
+                name: (self.config.lora.r, inner) if name.endswith(adapters.A) else (outer, self.config.lora.r)
+                for name, (outer, inner) in self.model.shapes.items()
+            }
+            self._fresh = {seed: adapters.fresh(shapes, seed)}
+        return self._fresh[seed]
 
     def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
         """NLL of each example under the adapter."""
