@@ -7,6 +7,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -62,19 +63,21 @@ TARGETS = {
 
 
 def main() -> None:
-    """All measurements, one after the other, or those whose names hold one of the words given."""
+    """What `make bench` measures, one after the other, or what has one of the words given in its name."""
     console, wanted = Console(stderr=True), sys.argv[1:]
     path = Path(__file__).parent / "latest.json"
     found: Figures = json.loads(path.read_text()) if wanted and path.exists() else {}
     if any(found.get(name) != value for name, value in _facts().items() if name != "date"):
         found = {}  # figures of another commit or machine do not stand beside these
     for name, part in MEASURES.items():
-        if wanted and not any(word in name for word in wanted):
+        if not any(word in name for word in wanted) if wanted else name in ASKED_FOR:
             continue
         console.print(f"bench: {name}")
+        begun = time.perf_counter()
         for figures in part():
             found |= _facts() | figures
             path.write_text(json.dumps(found, indent=2) + "\n")
+        console.print(f"bench: {name} took {time.perf_counter() - begun:.0f} s")
     Console(width=110).print(_table(found))
 
 
@@ -334,6 +337,9 @@ MEASURES = {
     "agreement": agreement,
     "whole rounds": rounds,
 }
+
+ASKED_FOR = ("profile",)
+"""What is measured where its name is given, and else not: it is no contest, and takes minutes."""
 
 
 def _own_type() -> torch.dtype:
