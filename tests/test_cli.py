@@ -123,7 +123,7 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["personalize"], "Missing argument 'PATH'. See fedmide personalize --help"),
         (
             ["split", "x.json", "--rule", "best"],
-            "is not one of 'otsu-256', 'otsu-exact', 'otsu-log', 'median', 'natural'. See fedmide split --help",
+            "'lower-quartile', 'median', 'upper-quartile', 'natural'. See fedmide split --help",
         ),
         (["data", "build", "x", "--clients", "0"], "0 is not in the range x>=1. See fedmide data build --help"),
         (["run"], "nothing to run. Give a configuration such as examples/tiny.toml, or --resume RUN"),

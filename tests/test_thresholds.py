@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide.thresholds import RULES, median, otsu_256, otsu_exact, otsu_log
+from fedmide.sections import ThresholdRule
+from fedmide.thresholds import RULES, otsu_256, otsu_exact, otsu_log
 
 PUBLISHED = Path(__file__).resolve().parents[1].parent / "shared" / "fedmide-data" / "8"
 GOLDEN = {
@@ -237,10 +238,21 @@ def test_there_is_no_threshold(rule: Any, scores: list[float]) -> None:
 
 @given(likely_scores)
 def test_the_median_has_at_most_half_on_either_side(scores: list[float]) -> None:
-    threshold = median(scores)
+    threshold = RULES["median"](scores)
     if threshold is not None:
         assert sum(score < threshold for score in scores) <= len(scores) / 2
         assert sum(score > threshold for score in scores) <= len(scores) / 2
+
+
+@pytest.mark.parametrize(("rule", "part"), [("lower-quartile", 0.25), ("median", 0.5), ("upper-quartile", 0.75)])
+@given(scores=likely_scores)
+def test_a_quantile_parts_off_its_part_but_for_less_than_a_record(
+    rule: ThresholdRule, part: float, scores: list[float]
+) -> None:
+    threshold = RULES[rule](scores)
+    if threshold is not None:
+        assert sum(score < threshold for score in scores) < part * len(scores) + 1
+        assert sum(score > threshold for score in scores) < (1 - part) * len(scores) + 1
 
 
 # --- the threshold of the logarithms

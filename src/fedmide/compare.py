@@ -339,6 +339,7 @@ def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
         "steps_per_client": federation["steps"] / len(clients),
         "seconds": sum(manifest["seconds"].get(stage, 0.0) for stage in ("trained", "personalized")),
         **_model_seconds(manifest),
+        "seconds_evaluation": manifest["seconds"].get("evaluated", 0.0),
         **{name: float(metrics["method"][name]) for name in ("trained_parameters", "extra_parameters")},
     }
     for name, each in metrics["over_clients"].get("generation", {}).items():

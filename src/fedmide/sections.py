@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Positions = Literal["all", "response"]
 DataSource = Literal["published", "files", "table", "medical"]
-ThresholdRule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]
+ThresholdRule = Literal["otsu-256", "otsu-exact", "otsu-log", "lower-quartile", "median", "upper-quartile", "natural"]
 SplitRule = Literal["score", "random", "reversed", "length-matched"]
 ScoreKind = Literal["ratio", "relative-gap"]
 PresetName = Literal["original", "recommended"]
@@ -232,7 +232,7 @@ class EnrollmentConfig(Section):
 
     rule: ThresholdRule = "otsu-256"
     """Threshold of the split after the warm-up; "otsu-log": Otsu's exact one of the scores' logarithms, for ratios;
-    "natural": 1 for ratios, 0 for gaps."""
+    median and quartiles make a fixed part of the records shared; "natural": 1 for ratios, 0 for gaps."""
     split: SplitRule = "score"
     """Which records the split makes shared, as many as score below the threshold: "score", those; the others are there
     to show what the score is good for: "random"; "reversed", those with the highest scores; "length-matched", drawn

@@ -1,4 +1,4 @@
-"""Thresholds that part a set of scores in two: Otsu's, of the scores or of their logarithms, and the median.
+"""Thresholds that part a set of scores in two: Otsu's, of the scores or of their logarithms, and quantiles.
 
 Each rule gives None where it can't part anything: fewer than two scores, all equal, or one that is not finite; the
 rule of 256 bins also where the scores lie so close that a float64 can't tell its bins apart.
@@ -7,6 +7,7 @@ Reference: N. Otsu, A threshold selection method from gray-level histograms, IEE
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import numpy as np
@@ -88,19 +89,26 @@ def otsu_log(scores: ArrayLike) -> float | None:
     return float(np.clip(np.exp(cut), lowest_above, values[logs >= cut].min()))
 
 
-def median(scores: ArrayLike) -> float | None:
-    """The median: half of the records are shared, whatever their scores.
+def quantile(part: float, scores: ArrayLike) -> float | None:
+    """So that about this part of the records is shared, whatever their scores.
 
-    >>> median([3.0, 1.0, 2.0])
+    >>> quantile(0.5, [3.0, 1.0, 2.0])
     2.0
     """
     values = _usable(scores)
     # not np.median, which adds two scores and so can overflow
-    return None if values is None else float(np.quantile(values, 0.5))
+    return None if values is None else float(np.quantile(values, part))
 
 
 RULES: Mapping[ThresholdRule, Callable[[ArrayLike], float | None]] = MappingProxyType(
-    {"otsu-256": otsu_256, "otsu-exact": otsu_exact, "otsu-log": otsu_log, "median": median}
+    {
+        "otsu-256": otsu_256,
+        "otsu-exact": otsu_exact,
+        "otsu-log": otsu_log,
+        "lower-quartile": partial(quantile, 0.25),
+        "median": partial(quantile, 0.5),
+        "upper-quartile": partial(quantile, 0.75),
+    }
 )
 """The rules that look at the scores, by their names in the configuration."""
 

@@ -232,7 +232,7 @@ def test_generated_responses_have_figures_over_clients() -> None:
     exact = found["over_clients"]["generation"]["exact_match"]
     assert (exact["mean"], exact["weighted_mean"], exact["worst_client"], exact["num_clients"]) == (0.5, 0.25, "b", 2)
     assert set(found["over_clients"]["generation"]) == set(TEXT_METRICS)
-    given = [found["clients"][name]["generation"]["bleu"] for name in "ab"]
+    given = [found["clients"][name]["generation"]["bleu"]["value"] for name in "ab"]
     assert found["over_clients"]["generation"]["bleu"]["mean"] == pytest.approx(sum(given) / 2)
 
 

@@ -12,7 +12,9 @@ from fedmide.errors import UsageError
 app = typer.Typer()
 
 Beside = Literal["aggregated", "base", "both", "nobody"]
-Rule = Literal["otsu-256", "otsu-exact", "otsu-log", "median", "natural"]  # those of config, which takes long to import
+Rule = Literal[  # those of config, which takes long to import
+    "otsu-256", "otsu-exact", "otsu-log", "lower-quartile", "median", "upper-quartile", "natural"
+]
 
 
 @app.command(epilog="Example: fedmide report runs/tiny")

@@ -115,7 +115,7 @@ def text_figures(predictions: Sequence[Mapping[str, str]], config: Config) -> Fi
     if not predictions:
         return None
     texts = [line["prediction"] for line in predictions]
-    scores = score_texts(texts, [line["reference"] for line in predictions])
+    scores = score_texts(texts, [line["reference"] for line in predictions], config.evaluation.bootstrap, config.seed)
     intervals = {
         name: asdict(bootstrap_mean(values, config.evaluation.bootstrap, config.seed))
         for name, values in scores.per_record().items()
@@ -123,8 +123,8 @@ def text_figures(predictions: Sequence[Mapping[str, str]], config: Config) -> Fi
     return {
         "num_records": len(texts),
         **intervals,
-        "bleu": scores.bleu,
-        "chrf": scores.chrf,
+        "bleu": asdict(scores.bleu),
+        "chrf": asdict(scores.chrf),
         "protocol": dict(scores.protocol),
     }
 
@@ -190,9 +190,7 @@ def _figures_over(
 
 
 def _text_over(texts: Mapping[str, Figures], metric: str) -> Figures | None:
-    means = {name: each[metric] for name, each in texts.items()}
-    values = {name: each if isinstance(each, dict) else {"value": each} for name, each in means.items()}
-    return _figures_over(values, "value", texts, lower_is_better=False)
+    return _figures_over({name: each[metric] for name, each in texts.items()}, "value", texts, lower_is_better=False)
 
 
 def _protocol(config: Config, prompt_hash: str) -> Figures:

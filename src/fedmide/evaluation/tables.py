@@ -171,6 +171,7 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("seconds", "seconds", lambda value: f"{value:,.0f}"),
     ("seconds_training", "seconds of training", lambda value: f"{value:,.0f}"),
     ("seconds_scoring", "of scoring", lambda value: f"{value:,.0f}"),
+    ("seconds_evaluation", "of evaluation", lambda value: f"{value:,.0f}"),
     ("trained_parameters", "parameters trained", lambda value: f"{value:,.0f}"),
     ("extra_parameters", "extra at inference", lambda value: f"{value:,.0f}"),
 )
