@@ -469,7 +469,7 @@ def test_a_folder_that_is_taken_is_refused(fedmide: Callable[..., Outcome], fini
     given, path = finished
     settings = [word for each in QUICK for word in ("--set", each)]
     same = fedmide("run", given.config, *settings, "--out", path)
-    assert same.refusal == f"{path} exists already. To go on with it: fedmide run --resume {path}"
+    assert same.refusal.startswith(f"{path} exists already. To go on with it: fedmide run --resume {path}, ")
     other = fedmide("run", given.config, *settings, "--set", "seed=9", "--out", path)
     assert other.refusal.startswith(f"seed is 3 in {path} and 9 here. {path} belongs to another configuration")
     resumed = fedmide("run", given.config, "--resume", path, "--json")

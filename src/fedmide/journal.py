@@ -296,7 +296,10 @@ def check_new(path: Path, config: Config) -> None:
         return
     if (path / "config.toml").is_file():
         reopen(path, config)  # says what differs, where something does
-        raise RunFolderError(f"{path} exists already", f"To go on with it: fedmide run --resume {path}")
+        raise RunFolderError(
+            f"{path} exists already",
+            f"To go on with it: fedmide run --resume {path}, one over Flower: fedmide flower resume SERVER {path}",
+        )
     raise RunFolderError(f"{path} exists already and holds something else", "Give another --out")
 
 
