@@ -327,6 +327,16 @@ def agreed(config: Config) -> dict[str, str]:
     return {name: json.dumps(value) for name, value in flat(config).items() if not name.startswith(_LOCAL)}
 
 
+def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
+    """The knobs that two parties set differently, with both values; None where a party has no such knob.
+
+    >>> differing({"seed": "0", "lora.r": "8"}, {"seed": "1", "lora.r": "8"})
+    [('seed', '0', '1')]
+    """
+    named = ((name, first.get(name), second.get(name)) for name in sorted({*first, *second}))
+    return [(name, one, other) for name, one, other in named if one != other]
+
+
 def flat(config: Config) -> dict[str, Any]:
     """Every knob that the method uses, by its dotted name.
 

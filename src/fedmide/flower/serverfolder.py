@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmide.atomic import to_json, write_file
-from fedmide.config import Config, agreed, load
+from fedmide.config import Config, agreed, differing, load
 from fedmide.errors import UsageError
 
 
@@ -69,11 +69,9 @@ class ServerFolder:
         """
         own = self.path / "federation.toml"
         wanted = load(other or own, overrides)
-        theirs, ours = agreed(load(own)), agreed(wanted)
         problems = [
-            f"{name} is {ours.get(name)} here and {theirs.get(name)} at the sites"
-            for name in sorted({*theirs, *ours})
-            if theirs.get(name) != ours.get(name)
+            f"{name} is {ours} here and {theirs} at the sites"
+            for name, ours, theirs in differing(agreed(wanted), agreed(load(own)))
         ]
         if problems:
             raise UsageError(problems, "The sites agreed to theirs: make a new consortium with fedmide flower init")

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from fedmide.config import differing
 from fedmide.errors import MessageError
 from fedmide.messages import (
     Answer,
@@ -169,9 +170,8 @@ def differences(own: Facts, site: Facts, set_sizes: tuple[int, int] | None) -> I
     ):
         if theirs != ours:
             yield f"{what} is {theirs!r} there and {ours!r} here"
-    for name in sorted({*own.knobs, *site.knobs}):
-        if site.knobs.get(name) != own.knobs.get(name):
-            yield f"{name} is {site.knobs.get(name)} there and {own.knobs.get(name)} here"
+    for name, there, here in differing(site.knobs, own.knobs):
+        yield f"{name} is {there} there and {here} here"
     if site.federation != own.federation.partition("-")[0]:
         yield "it belongs to another federation"
     elif set_sizes is not None and (site.shared, site.personal) != set_sizes:
