@@ -70,7 +70,8 @@ def main() -> None:
     if any(found.get(name) != value for name, value in _facts().items() if name != "date"):
         found = {}  # figures of another commit or machine do not stand beside these
     for name, part in MEASURES.items():
-        if not any(word in name for word in wanted) if wanted else name in ASKED_FOR:
+        is_wanted = any(word in name for word in wanted) if wanted else name not in ASKED_FOR
+        if not is_wanted:
             continue
         console.print(f"bench: {name}")
         begun = time.perf_counter()

@@ -123,7 +123,8 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["personalize"], "Missing argument 'PATH'. See fedmide personalize --help"),
         (
             ["split", "x.json", "--rule", "best"],
-            "'lower-quartile', 'median', 'upper-quartile', 'natural'. See fedmide split --help",
+            "is not one of 'otsu-256', 'otsu-exact', 'otsu-log', 'lower-quartile', 'median', 'upper-quartile', "
+            "'natural'. See fedmide split --help",
         ),
         (["data", "build", "x", "--clients", "0"], "0 is not in the range x>=1. See fedmide data build --help"),
         (["run"], "nothing to run. Give a configuration such as examples/tiny.toml, or --resume RUN"),
@@ -469,7 +470,10 @@ def test_a_folder_that_is_taken_is_refused(fedmide: Callable[..., Outcome], fini
     given, path = finished
     settings = [word for each in QUICK for word in ("--set", each)]
     same = fedmide("run", given.config, *settings, "--out", path)
-    assert same.refusal.startswith(f"{path} exists already. To go on with it: fedmide run --resume {path}, ")
+    assert same.refusal == (
+        f"{path} exists already. To go on with it: fedmide run --resume {path}, "
+        f"one over Flower: fedmide flower resume SERVER {path}"
+    )
     other = fedmide("run", given.config, *settings, "--set", "seed=9", "--out", path)
     assert other.refusal.startswith(f"seed is 3 in {path} and 9 here. {path} belongs to another configuration")
     resumed = fedmide("run", given.config, "--resume", path, "--json")

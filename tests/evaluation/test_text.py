@@ -116,6 +116,7 @@ def test_intervals_of_bleu_and_chrf_are_those_of_a_slow_bootstrap() -> None:
             metric.corpus_score([texts[row] for row in rows], [[references[row] for row in rows]]).score
             for rows in drawn
         ]
+        assert found.value == metric.corpus_score(texts, [references]).score
         assert (found.low, found.high) == pytest.approx(np.percentile(values, (2.5, 97.5)))
         assert found.low < found.value < found.high
     alone = score_texts(texts[1:2], references[1:2], 200, seed=3)

@@ -141,7 +141,7 @@ def _corpus(
     # force: responses that end in a full stop set apart are no reason for a warning here.
     metrics = {"bleu": BLEU(force=True), "chrf": CHRF()}
     found = {name: _interval(metric, predictions, references, resamples, seed) for name, metric in metrics.items()}
-    # A signature counts the references, so it is complete only after scoring.
+    # A signature counts the references, so it is complete only after the texts were looked at.
     return found, {name: f"sacrebleu {metric.get_signature()}" for name, metric in metrics.items()}
 
 
@@ -153,11 +153,13 @@ def _interval(
     Its own bootstrap ends in a TypeError where a resample scores 0 (2.6.0), so the counts of n-grams that it makes of
     each record are summed here. They have no public name.
     """
-    value = float(metric.corpus_score(predictions, [references]).score)
+
+    def score(of: npt.NDArray[np.int64]) -> float:
+        return float(metric._compute_score_from_stats(of.sum(axis=0).tolist()).score)
+
     counts = np.array(metric._extract_corpus_statistics(predictions, [references]), dtype=np.int64)
-    totals = np.concatenate([counts[drawn].sum(axis=1) for drawn in draws(len(counts), resamples, seed)])
-    low, high = ends(np.array([metric._compute_score_from_stats(total.tolist()).score for total in totals]))
-    return Interval(value, low, high)
+    low, high = ends(np.array([score(counts[rows]) for drawn in draws(len(counts), resamples, seed) for rows in drawn]))
+    return Interval(score(counts), low, high)
 
 
 def _normalised_protocol() -> dict[str, str]:
