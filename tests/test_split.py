@@ -12,16 +12,17 @@ from fedmide.errors import DataError
 from fedmide.records import ClientData, Record, RecordId, client_data
 from fedmide.sections import DataConfig
 from fedmide.seeds import entropy
-from fedmide.split import Leak, Parts, group, leaks, limit, split
+from fedmide.split import Leak, Parts, grouped, leaks, limit, normalised, split
 
 texts = st.sampled_from(["What is it?", "what  is it?", "Why?", "How?", "Who?", "When?", "Where?", "caf\u00e9"])
 records = st.builds(
     Record,
     instruction=texts,
     response=st.sampled_from(["yes", "no", "maybe"]),
-    concept=st.sampled_from(["", "", "J45", "j45", "E11"]),
+    context=st.sampled_from(["", "", "", "one", "two", "ONE "]),
+    concept=st.sampled_from([""] * 9 + ["J45", "j45", "E11"]),
 )
-files = st.lists(records, min_size=12, max_size=60).filter(lambda found: len(set(map(group, found))) >= 3)
+files = st.lists(records, min_size=12, max_size=60).filter(lambda found: len(set(grouped(found))) >= 3)
 seeds = st.integers(0, 1000)
 configs = st.builds(
     DataConfig,
@@ -34,23 +35,68 @@ def plain(part: tuple[Record, ...]) -> list[Record]:
     return [replace(record, id=RecordId("")) for record in part]
 
 
+def slow_groups(found: list[Record]) -> list[frozenset[int]]:
+    """For each record, the records that hang together with it, grown until nothing is added."""
+    contexts: dict[str, set[str]] = {}
+    for record in found:
+        contexts.setdefault(normalised(record.instruction), set()).add(normalised(record.context))
+
+    def tied(one: Record, two: Record) -> bool:
+        instruction = normalised(one.instruction)
+        same = instruction == normalised(two.instruction)
+        same_context = len(contexts[instruction]) == 1 or normalised(one.context) == normalised(two.context)
+        concept = normalised(one.concept)
+        return (same and same_context) or (concept != "" and concept == normalised(two.concept))
+
+    grown = []
+    for start in range(len(found)):
+        group = {start}
+        while more := {n for n in range(len(found)) if any(tied(found[each], found[n]) for each in group)} - group:
+            group |= more
+        grown.append(frozenset(group))
+    return grown
+
+
+@given(st.lists(records, max_size=25))
+def test_groups_are_what_hangs_together(found: list[Record]) -> None:
+    names, slow = grouped(found), slow_groups(found)
+    assert [frozenset(n for n, other in enumerate(names) if other == name) for name in names] == slow
+
+
+def test_the_same_text_under_two_concepts_is_in_one_part() -> None:
+    found = [Record(f"question {number // 2}", "answer", concept=f"C{number}") for number in range(60)]
+    client = split(Parts("a", tuple(found)), DataConfig(), seed=0)
+    assert client.validation and client.test
+    assert leaks([client]) == ()
+
+
+def test_an_instruction_with_many_contexts_is_as_many_questions() -> None:
+    found = [Record("Sum up the report.", "short", context=f"report {number // 2}") for number in range(60)]
+    assert len(set(grouped(found))) == 30
+    assert len(set(grouped([*found, Record("sum up  the REPORT.", "nothing")]))) == 31
+    client = split(Parts("a", tuple(found)), DataConfig(test_fraction=0.2, validation_fraction=0.1), seed=0)
+    assert [len(client.test), len(client.validation), len(client.training)] == [12, 6, 42]
+    assert not any(leak.kind == "text" for leak in leaks([client]))
+
+
 def slow_split(given_records: list[Record], config: DataConfig, seed: int) -> dict[str, list[Record]]:
     """The same, one group at a time."""
-    rest = list(given_records)
+    group_of = dict(enumerate(grouped(given_records)))
+    rest = dict(enumerate(given_records))
     fractions = {"test": config.test_fraction, "validation": config.validation_fraction}
     wanted = [part for part in ("test", "validation") if fractions[part]]
     parts: dict[str, list[Record]] = {"test": [], "validation": []}
     while wanted:
         part = wanted[0]
         target = max(1, round(fractions[part] * len(rest)))
-        held: list[Record] = []
-        while len(held) < target and len({group(record) for record in rest}) > len(wanted):
-            first = min({group(record) for record in rest}, key=lambda name: entropy(seed, "split", client=name))
-            held += [record for record in rest if group(record) == first]
-            rest = [record for record in rest if group(record) != first]
-        parts[part] = [record for record in given_records if record in held]
+        held: list[int] = []
+        while len(held) < target and len({group_of[number] for number in rest}) > len(wanted):
+            first = min({group_of[number] for number in rest}, key=lambda name: entropy(seed, "split", client=name))
+            held += [number for number in rest if group_of[number] == first]
+            rest = {number: record for number, record in rest.items() if group_of[number] != first}
+        parts[part] = [given_records[number] for number in sorted(held)]
         wanted = wanted[1:]
-    return {"training": rest, **parts}
+    return {"training": list(rest.values()), **parts}
 
 
 @given(files, configs, seeds)
@@ -67,8 +113,9 @@ def test_nothing_is_lost_and_no_group_is_in_two_parts(found: list[Record], confi
     client = split(Parts("a", tuple(found)), config, seed)
     parts = (client.training, client.validation, client.test)
     assert Counter(record for part in parts for record in plain(part)) == Counter(found)
-    groups = [{group(record) for record in part} for part in parts]
-    assert sum(map(len, groups)) == len(set.union(*groups))
+    names = grouped([record for part in parts for record in part])
+    places = [place for place, part in enumerate(parts) for _ in part]
+    assert len(set(zip(names, places, strict=True))) == len(set(names))
     assert client.training
     assert bool(client.validation) == (config.validation_fraction > 0)
     assert bool(client.test) == (config.test_fraction > 0)
@@ -193,11 +240,11 @@ def test_leaks_by_hand() -> None:
     b = client_data("b", [Record("Why?", "So.", concept="J45"), Record("how?", "y")], test=[Record("How?", "Thus.")])
     assert set(leaks([a, b])) == {
         Leak("a", "validation", "a", "text", 1, 1),
-        Leak("a", "validation", "a", "instruction", 1, 1),
+        Leak("a", "validation", "a", "question", 1, 1),
         Leak("a", "test", "a", "text", 2, 1),
-        Leak("a", "test", "a", "instruction", 3, 2),
+        Leak("a", "test", "a", "question", 3, 2),
         Leak("a", "test", "a", "concept", 1, 1),
-        Leak("b", "test", "b", "instruction", 1, 1),
+        Leak("b", "test", "b", "question", 1, 1),
         Leak("a", "test", "b", "text", 2, 1),
         Leak("a", "test", "b", "concept", 1, 1),
         Leak("b", "test", "a", "text", 1, 1),

@@ -1,8 +1,9 @@
 """A client's records parted into training, validation and test, and a count of what leaks between the parts.
 
-Records of one group are never split over two parts. A record's group is its concept where the source knows
-it, else its instruction without regard to case, spacing and Unicode form. The order in which groups are held
-out follows from the seed and the group alone, so sites that share a concept tend to hold it out together.
+Records of one group are never split over two parts: those that share a concept or a question, or are tied by others
+that do. An instruction that comes with several contexts, such as "Sum up the report", is as many questions. The order
+in which groups are held out follows from the seed and the group alone, so sites that share a concept tend to hold it
+out together.
 """
 
 from collections import Counter
@@ -20,7 +21,7 @@ from fedmide.sections import DataConfig
 from fedmide.seeds import entropy, stream
 
 HeldOut = Literal["validation", "test"]
-LeakKind = Literal["text", "instruction", "concept"]
+LeakKind = Literal["text", "question", "concept"]
 KeyCounts = Mapping[LeakKind, Counter[str]]
 
 
@@ -38,7 +39,7 @@ class Parts:
 class Leak:
     """How much of one client's held-out part also occurs in a client's training part, its own or another's.
 
-    `records` counts held-out records, `distinct` the texts, instructions or concepts that they repeat.
+    `records` counts held-out records, `distinct` the texts, questions or concepts that they repeat.
     """
 
     client: str
@@ -58,16 +59,31 @@ def normalised(text: str) -> str:
     return " ".join(normalize("NFC", text).casefold().split())
 
 
-def group(record: Record) -> str:
-    """The group that a record shares a part with: its concept where it has one, else its instruction.
+def grouped(records: Sequence[Record]) -> list[str]:
+    """For each record the name of its group: records that share a concept or a question, directly or by others.
 
-    >>> group(Record("What is it?", "a", concept="J45")) == group(Record("How so?", "b", concept="j45"))
-    True
-    >>> group(Record("What is it?", "a")) == group(Record("what is  it?", "b"))
-    True
+    Case, spacing and Unicode form don't count.
+
+    >>> tied = [Record("What?", "x", concept="J45"), Record("what? ", "y"), Record("Why?", "z", concept="j45")]
+    >>> len(set(grouped(tied)))
+    1
+    >>> len(set(grouped([Record("Sum up.", "x", context="one"), Record("Sum up.", "y", context="two")])))
+    2
     """
-    concept = normalised(record.concept)
-    return f"concept\x1f{concept}" if concept else f"instruction\x1f{normalised(record.instruction)}"
+    parent: dict[str, str] = {}
+
+    def root(key: str) -> str:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    keys = _group_keys(records)
+    for first, *others in keys:
+        for other in others:
+            low, high = sorted((root(first), root(other)))
+            parent[high] = low
+    return [root(first) for first, *_ in keys]
 
 
 def split(parts: Parts, config: DataConfig, seed: int) -> ClientData:
@@ -77,7 +93,7 @@ def split(parts: Parts, config: DataConfig, seed: int) -> ClientData:
     nothing for training or for the part still to come; a fraction of 0 gives an empty part. Too few groups
     are a `DataError`.
     """
-    groups = [group(record) for record in parts.training]
+    groups = grouped(parts.training)
     held_out = _held_out_groups(parts, Counter(groups), config, seed)
 
     def of(wanted: HeldOut | None) -> tuple[Record, ...]:
@@ -107,8 +123,8 @@ def limit(client: ClientData, config: DataConfig, seed: int) -> ClientData:
 def leaks(clients: Sequence[ClientData]) -> tuple[Leak, ...]:
     """What of the held-out parts also occurs in training: within each client, then in other clients.
 
-    Within a client by exact text, instruction and concept; across clients, for test alone, by exact text and
-    concept, because sites may well ask the same question. Only what occurs is listed.
+    Within a client by exact text, question (instruction and context) and concept; across clients, for test alone, by
+    exact text and concept, because sites may well ask the same question. Only what occurs is listed.
     """
     training = {client.name: _keys(client.training) for client in clients}
     validation = {client.name: _keys(client.validation) for client in clients}
@@ -126,9 +142,24 @@ def leaks(clients: Sequence[ClientData]) -> tuple[Leak, ...]:
         for name, other in product(training, training)
         if name != other
         for leak in _leaks(name, "test", test[name], other, training[other])
-        if leak.kind != "instruction"
+        if leak.kind != "question"
     )
     return (*within, *across)
+
+
+def _group_keys(records: Sequence[Record]) -> list[tuple[str, ...]]:
+    """What ties each record to others: its concept, if it has one, and its question."""
+    asked = [(normalised(record.instruction), normalised(record.context)) for record in records]
+    num_contexts = Counter(instruction for instruction, _ in set(asked))
+    keys = []
+    for record, (instruction, context) in zip(records, asked, strict=True):
+        question = (
+            ("instruction", instruction, context) if num_contexts[instruction] > 1 else ("instruction", instruction)
+        )
+        concept = normalised(record.concept)
+        tied = [("concept", concept), question] if concept else [question]
+        keys.append(tuple("\x1f".join(each) for each in tied))
+    return keys
 
 
 def _held_out_groups(parts: Parts, sizes: Counter[str], config: DataConfig, seed: int) -> dict[str, HeldOut]:
@@ -167,7 +198,7 @@ def _too_few_groups(client: str, number: int, parts: Sequence[HeldOut]) -> DataE
         return DataError(f"client '{client}': no training records, expected at least one")
     knobs = " and ".join(f"data.{part}_fraction = 0" for part in parts)
     return DataError(
-        f"client '{client}': distinct instructions or concepts in its training records: {number}, "
+        f"client '{client}': distinct questions or concepts in its training records: {number}, "
         f"expected at least {len(parts) + 1} to split off {' and '.join(parts)}",
         f"Give the client its own {' and '.join(parts)} records, set {knobs}, or let data.fields.concept "
         "name a field that tells what a record is about",
@@ -182,10 +213,10 @@ def _drawn(records: tuple[Record, ...], most: int, generator: np.random.Generato
 
 
 def _keys(records: Sequence[Record]) -> KeyCounts:
-    """How often each text, instruction and concept occurs; a record without a concept has none to count."""
+    """How often each text, question and concept occurs; a record without a concept has none to count."""
     key_of: dict[LeakKind, Callable[[Record], str]] = {
         "text": canonical_text,
-        "instruction": lambda record: normalised(record.instruction),
+        "question": lambda record: normalised(f"{record.instruction} {record.context}"),
         "concept": lambda record: normalised(record.concept),
     }
     return {kind: Counter(key for key in map(of, records) if key) for kind, of in key_of.items()}

@@ -11,7 +11,7 @@ from fedmide.records import ClientData, Record, client_data
 from fedmide.sections import DataConfig
 from fedmide.sources import load
 from fedmide.sources.changes import noisy, pieces
-from fedmide.split import group
+from fedmide.split import grouped
 
 
 def client(name: str, number: int, repeats: int = 1) -> ClientData:
@@ -32,8 +32,9 @@ def test_pieces_hold_every_record_once_and_keep_groups_whole(number: int, size: 
     for part in ("training", "validation", "test"):
         texts = Counter(record.response for each in dealt for record in getattr(each, part))
         assert texts == Counter(record.response for record in getattr(whole, part))
-    homes = [{group(record) for record in each.training} for each in dealt]
-    assert sum(map(len, homes)) == len(set[str]().union(*homes))
+    homes = [(place, record) for place, each in enumerate(dealt) for record in each.training]
+    names = grouped([record for _, record in homes])
+    assert len({(name, place) for name, (place, _) in zip(names, homes, strict=True)}) == len(set(names))
     sizes = [len(each.training) for each in dealt]
     assert max(sizes) - min(sizes) <= repeats
 

@@ -22,7 +22,6 @@ from fedmide.sources.partition import (
     counts,
     deal,
     dirichlet_shares,
-    grouped,
     parse_rule,
     read_labelled,
     write,
@@ -66,14 +65,6 @@ def slow_groups(records: list[Record]) -> set[frozenset[int]]:
             group = more
         groups.append(frozenset(group))
     return set(groups)
-
-
-@given(st.lists(labelled, max_size=40))
-def test_groups_are_what_hangs_together(rows: list[Labelled]) -> None:
-    records = [each.record for each in rows]
-    names = grouped(records)
-    found = {frozenset(n for n, name in enumerate(names) if name == each) for each in set(names)}
-    assert found == slow_groups(records)
 
 
 @given(st.lists(labelled, min_size=12, max_size=80), rules, st.integers(1, 4), st.integers(0, 3))
@@ -194,7 +185,7 @@ def test_held_out_parts_have_their_fractions() -> None:
     ],
 )
 def test_too_few_groups_are_refused(rows: list[Labelled], rule: Rule, clients: int) -> None:
-    with pytest.raises(DataError, match=r"distinct instructions or concepts: \d+, expected at least"):
+    with pytest.raises(DataError, match=r"distinct questions or concepts: \d+, expected at least"):
         deal(rows, rule, clients, 0, HELD_OUT)
 
 

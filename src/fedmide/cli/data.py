@@ -130,7 +130,7 @@ def partition(
 ) -> None:
     """Make clients out of one data set, as a folder that fedmide run reads.
 
-    Records that share an instruction or a concept stay together.
+    Records that share a question or a concept stay together.
     """
     from rich.console import Console
 

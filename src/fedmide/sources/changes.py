@@ -7,26 +7,29 @@ are noisy at a larger one.
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 from fedmide.errors import DataError
 from fedmide.records import ClientData, Record, client_data
 from fedmide.seeds import entropy, stream
-from fedmide.split import group
+from fedmide.split import grouped
 
 
 def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]:
     """So many clients in place of one, each with about as many of the records of every part.
 
-    Groups of records (see `split.group`) stay whole and within their part. A `DataError` where they are too few for
+    Groups of records (`split.grouped`) stay whole and within their part. A `DataError` where they are too few for
     every piece to have training records.
     """
     if number == 1:
         return (client,)
     parts = {"training": client.training, "validation": client.validation, "test": client.test}
+    names = iter(grouped([record for records in parts.values() for record in records]))
+    groups = {part: list(islice(names, len(records))) for part, records in parts.items()}
     sizes = {part: Counter(dict.fromkeys(range(number), 0)) for part in parts}
     home: dict[str, int] = {}
-    for part, records in parts.items():
-        members = Counter(map(group, records))
+    for part in parts:
+        members = Counter(groups[part])
         for name in sorted(members, key=lambda each: (-members[each], entropy(seed, "pieces", client=each))):
             home.setdefault(name, min(range(number), key=lambda piece: (sizes[part][piece], piece)))
             sizes[part][home[name]] += members[name]
@@ -37,12 +40,11 @@ def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]
             "Set a smaller data.pieces",
         )
 
-    def of(piece: int, records: Sequence[Record]) -> list[Record]:
-        return [record for record in records if home[group(record)] == piece]
+    def of(piece: int, part: str) -> list[Record]:
+        return [record for record, name in zip(parts[part], groups[part], strict=True) if home[name] == piece]
 
     return tuple(
-        client_data(f"{client.name}-{piece + 1}", *(of(piece, records) for records in parts.values()))
-        for piece in range(number)
+        client_data(f"{client.name}-{piece + 1}", *(of(piece, part) for part in parts)) for piece in range(number)
     )
 
 

@@ -1,7 +1,7 @@
 """Clients made out of one data set: by a field, evenly, by Dirichlet shares of a field's values, or of skewed sizes.
 
-What is dealt are groups of records: those that share an instruction or a concept, or are tied by others that do. So no
-concept and no duplicate is ever in two clients, nor in two parts of one. Partitioners of libraries (flwr-datasets) deal
+What is dealt are groups of records (`split.grouped`), so no concept and no duplicate is ever in two clients, nor in two
+parts of one. Partitioners of libraries (flwr-datasets) deal
 rows and bring 28 packages, for what takes a few lines a rule here.
 
 Reference: T.-M. H. Hsu et al., Measuring the effects of non-identical data distribution, arXiv 1909.06335 (Dirichlet).
@@ -22,7 +22,7 @@ from fedmide.records import Record
 from fedmide.sections import FieldNames
 from fedmide.seeds import entropy, stream
 from fedmide.sources.files import NEEDED, Part, Reading, Row, checked_record, gathered, rows_of, sound
-from fedmide.split import normalised
+from fedmide.split import grouped
 
 FIELDS = ("instruction", "context", "response", "category", "concept")
 RULES = "Expected iid, field:NAME, dirichlet:ALPHA:NAME (such as dirichlet:0.5:category) or size:EXPONENT (size:1.5)"
@@ -93,7 +93,7 @@ def deal(
     parts: list[Part] = [part for part, fraction in held_out.items() if fraction > 0]
     sizes, least = Counter(groups), 1 + len(parts)
     if len(sizes) < len(names) * least:
-        raise _too_few(f"distinct instructions or concepts: {len(sizes)}", len(names) * least)
+        raise _too_few(f"distinct questions or concepts: {len(sizes)}", len(names) * least)
     owners = _owners(rule, names, labels, sizes, seed)
     if rule.kind != "field":
         owners = _filled(owners, names, sizes, least)
@@ -101,35 +101,11 @@ def deal(
     for name in names:
         own = {group: sizes[group] for group in sizes if owners[group] == name}
         if len(own) < least:
-            raise _too_few(f"{name}: distinct instructions or concepts: {len(own)}", least)
+            raise _too_few(f"{name}: distinct questions or concepts: {len(own)}", least)
         part_of = _held_out(own, {part: held_out[part] for part in parts}, seed)
         placed = [(part_of[group], each) for each, group in zip(records, groups, strict=True) if group in own]
         dealt[name] = {part: tuple(each for place, each in placed if place == part) for part in ("training", *parts)}
     return dealt
-
-
-def grouped(records: Sequence[Record]) -> list[str]:
-    """For each record the name of its group: records that share an instruction or a concept, directly or by others.
-
-    Case, spacing and Unicode form don't count.
-
-    >>> grouped([Record("What?", "x", concept="J45"), Record("what? ", "y"), Record("Why?", "z", concept="j45")])
-    ['concept j45', 'concept j45', 'concept j45']
-    """
-    parent: dict[str, str] = {}
-
-    def root(key: str) -> str:
-        while parent.setdefault(key, key) != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
-    keys = [_keys(record) for record in records]
-    for first, *others in keys:
-        for other in others:
-            low, high = sorted((root(first), root(other)))
-            parent[high] = low
-    return [root(first) for first, *_ in keys]
 
 
 def write(dealt: Dealt, out: Path, picture: str) -> None:
@@ -234,11 +210,6 @@ def _held_out(sizes: Mapping[str, int], fractions: Mapping[Part, float], seed: i
 def _order(groups: Iterable[str], seed: int, purpose: str) -> list[str]:
     """A random order that follows from the seed and each group alone."""
     return sorted(groups, key=lambda group: (entropy(seed, purpose, client=group), group))
-
-
-def _keys(record: Record) -> tuple[str, ...]:
-    concept, instruction = normalised(record.concept), f"instruction {normalised(record.instruction)}"
-    return (f"concept {concept}", instruction) if concept else (instruction,)
 
 
 def _labels(records: Sequence[Labelled], groups: Sequence[str]) -> dict[str, str]:
