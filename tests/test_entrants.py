@@ -113,6 +113,7 @@ def test_rates_change_together() -> None:
     [
         ({}, ["fedmidi"], "'fedmidi' is no method, nor a variant"),
         ({"fedavg": {}}, ["fedavg"], "variants.fedavg: the name of a method"),
+        ({"base": {}}, ["base"], "variants.base: the name of the base model's row"),
         ({"../x": {}}, ["../x"], r"variants.../x: expected letters"),
         ({"x": {"method": "fedx"}}, ["x"], "variants.x: there is no method 'fedx'"),
         ({"x": {"federation": {"rounds": 2}}}, ["x"], "variants.x: federation.rounds is the same for all"),

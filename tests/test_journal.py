@@ -5,14 +5,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from fedmide import journal
+from fedmide import atomic, journal
 from fedmide.client import ClientState
 from fedmide.config import Config, apply_overrides, parse
 from fedmide.errors import ModelError, RunFolderError
@@ -89,6 +89,31 @@ def test_a_gap_ends_what_counts(folder: journal.RunFolder) -> None:
     commit(folder, -2, -1, 0, 1)
     shutil.rmtree(folder.path / "server" / "round-000")
     assert folder.last_round(BEGIN).round == 0
+
+
+@pytest.mark.parametrize("kept", range(4))
+def test_rounds_taken_over_count_once_all_are_there(
+    folder: journal.RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
+) -> None:
+    """Stopped before, the taking over begins anew: rounds without what the sites kept of them could not be resumed."""
+    commit(folder, -2, -1, 0, 1)
+    other = journal.create(tmp_path / "other", config(), {"status": "started", "seconds": {}})
+    written = []
+
+    def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+        if len(written) == kept:
+            raise KeyboardInterrupt
+        written.append(path)
+        atomic.write_folder(path, files)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(journal, "write_folder", write_folder)
+        other.take_rounds(folder, "ab")
+    assert len(written) == kept
+    assert not other.has_rounds
+    other.take_rounds(folder, "ab")
+    assert other.last_round(BEGIN).round == 2
+    assert told(other) == told(folder)
 
 
 def test_a_round_left_aside_does_not_count(folder: journal.RunFolder) -> None:

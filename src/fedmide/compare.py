@@ -26,7 +26,7 @@ import numpy as np
 from fedmide import __version__, methods, opening, stages
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config, fingerprint
-from fedmide.entrants import Budget, Entrant, entrants
+from fedmide.entrants import BASE, Budget, Entrant, entrants
 from fedmide.errors import RunFolderError, UsageError
 from fedmide.evaluation.comparison import Outcome, compare
 from fedmide.evaluation.measure import Measured
@@ -37,9 +37,6 @@ from fedmide.journal import RunFolder, locked, reopen
 from fedmide.progress import Progress, silent
 from fedmide.resident import Kept
 from fedmide.sections import PersonalizationConfig
-
-BASE = "base"
-"""The row of the model without an adapter."""
 
 AGAINST = ("fedavg-ft", "fedmide")
 """Whom all others are held against if nobody says."""

@@ -28,6 +28,9 @@ SECOND = ("ditto.epochs", "ditto.max_steps", "feddpa.max_steps")
 DECIDED = (*BUDGET, *SECOND, "seed", "data", "model", "prompt", "evaluation")
 """What a variant can't set: what the budget decides, and what must be the same for records to be compared."""
 
+BASE = "base"
+"""The row of the model without an adapter, which no entrant can be named like."""
+
 RATES = ("training.learning_rate", "personalization.learning_rate", "scaffold.learning_rate")
 """The rates that go up and down together."""
 
@@ -164,6 +167,7 @@ def _problems(given: Any, names: Sequence[str]) -> list[str]:
         return [f"'{VARIANTS}' is no table of tables: expected [{VARIANTS}.NAME]"]
     known = get_args(MethodName)
     problems = [f"{VARIANTS}.{name}: the name of a method" for name in given if name in known]
+    problems += [f"{VARIANTS}.{name}: the name of the base model's row" for name in given if name == BASE]
     problems += [f"{VARIANTS}.{name}: expected letters, digits, . _ + -" for name in given if not _NAME.fullmatch(name)]
     for name, each in given.items():
         if each.get("method", "fedmide") not in known:

@@ -96,7 +96,7 @@ class RunFolder:
         for client in clients:
             for path in filter(Path.exists, [other.site(client) / "ledger.jsonl", *other._memories(client)]):
                 write_file(self.path / path.relative_to(other.path), path.read_bytes())
-        for path in other._round_folders():
+        for path in reversed(other._round_folders()):  # the first one last: before that there are no rounds here
             files = {each.name: each.read_bytes() for each in path.iterdir()}
             write_folder(self.path / path.relative_to(other.path), files)
         self.rebuild_events(clients)
