@@ -69,7 +69,7 @@ def run_federation(
 ) -> RunFederation:
     """What runs a federation by its method, on so many clients, and personalises them.
 
-    `failing`: (round, client) that give no reply. `model`: made from the configuration.
+    `failing`: (round, client) that can't be reached; `lost`: those that train, but whose reply does not arrive.
     """
     opened: dict[str, Resident] = {}
 
@@ -84,6 +84,7 @@ def run_federation(
         *overrides: str,
         sizes: Sequence[int] = SIZES,
         failing: Sequence[tuple[int, str]] = (),
+        lost: Sequence[tuple[int, str]] = (),
     ) -> Federation:
         config = parse(apply_overrides({**SMALL, "method": method}, overrides))
         resident = resident_of(config)
@@ -101,6 +102,8 @@ def run_federation(
                     delivery = Delivery(task.client, None, "the site can't be reached")
                 else:
                     (delivery,) = runtime([task])
+                    if (task.round, task.client) in lost:
+                        delivery = replace(delivery, reply=None, problem="no reply arrived")
                 federation.deliveries.append(delivery)
                 yield delivery
 

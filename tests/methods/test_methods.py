@@ -78,6 +78,17 @@ def test_it_survives_a_client_that_fails_and_sampled_participation(run_federatio
 
 
 @pytest.mark.parametrize("name", ALL)
+def test_it_survives_a_client_that_trained_and_whose_reply_was_lost(run_federation: Any, name: str) -> None:
+    done = run_federation(name, "federation.rounds=3", lost=[(0, "a"), (1, "a"), (1, "b")])
+    assert adapters.is_finite(done.adapter)
+    for client in "abc":
+        held_out = done.sites[client].validation
+        assert all(np.isfinite(nll.sum) for nll in done.resident.nll(done.own(client), held_out, "all"))
+    refused = {row.refused for summary in done.summaries for row in summary.clients}
+    assert refused == {"", "no reply arrived"}
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_it_survives_being_alone(run_federation: Any, name: str) -> None:
     done = run_federation(name, sizes=(7,))
     assert adapters.is_finite(done.adapter) and adapters.is_finite(done.own("a"))

@@ -45,7 +45,7 @@ def test_the_variates_are_mean_gradients(run_federation: Any, distance: Distance
     settings = done.config.training.model_copy(update={"learning_rate": 0.1})
     c_k: dict[str, Adapter] = {}
     for number in (0, 1):
-        start, c = done.states[number].adapter, done.states[number].memory
+        start, c = done.states[number].adapter, under("control", done.states[number].memory)
         for name, reply in done.replies(number).items():
             rates = sum(rate_at(step, steps[name], settings) for step in range(steps[name]))
             moved = {key: (start[key] - array) / rates for key, array in under("adapter", reply).items()}
@@ -53,17 +53,35 @@ def test_the_variates_are_mean_gradients(run_federation: Any, distance: Distance
             at_server = c or {key: np.zeros_like(array) for key, array in start.items()}
             c_k[name] = {key: before[key] - at_server[key] + moved[key] for key in moved}
             kept = done.sites[name].memory[number].arrays
-            assert distance(kept, c_k[name]) < 1e-5
+            assert distance(under("after", kept), c_k[name]) < 1e-5
         mean = {key: sum(c_k[name][key] for name in "abc") / 3 for key in start}
-        assert distance(done.states[number + 1].memory, mean) < 1e-5
+        assert distance(under("control", done.states[number + 1].memory), mean) < 1e-5
 
 
 def test_clients_that_sit_out_keep_their_variate(run_federation: Any, distance: Distance) -> None:
     """One of three answers: c moves by a third of its change."""
     done = run_federation("scaffold", "federation.rounds=1", failing=[(0, "a"), (0, "b")])
-    own = done.sites["c"].memory[0].arrays
-    assert distance(done.states[1].memory, {key: array / 3 for key, array in own.items()}) < 1e-7
+    own = under("after", done.sites["c"].memory[0].arrays)
+    assert distance(under("control", done.states[1].memory), {key: array / 3 for key, array in own.items()}) < 1e-7
     assert done.sites["a"].memory == ()
+
+
+@pytest.mark.parametrize(
+    "lost", [[(0, "a")], [(1, "a")], [(0, "a"), (1, "a")], [(0, "a"), (1, "b"), (2, "a")]], ids=str
+)
+def test_the_server_keeps_the_mean_of_the_variates_though_answers_are_lost(
+    run_federation: Any, distance: Distance, lost: list[tuple[int, str]]
+) -> None:
+    """The c_k are summed up from the changes that arrived, which is what the sites go on from."""
+    done = run_federation("scaffold", "federation.rounds=4", lost=lost)
+    c_k = {name: {key: np.zeros_like(array) for key, array in done.adapter.items()} for name in "abc"}
+    for number in range(4):
+        for name, reply in done.replies(number).items():
+            c_k[name] = {key: c_k[name][key] + array for key, array in under("control", reply).items()}
+        mean = {key: sum(c_k[name][key] for name in "abc") / 3 for key in done.adapter}
+        assert distance(under("control", done.states[number + 1].memory), mean) < 1e-5
+    for name in "abc":  # the last round's arrived
+        assert distance(under("after", done.sites[name].memory[-1].arrays), c_k[name]) < 1e-5
 
 
 def test_twice_the_arrays_travel(run_federation: Any) -> None:

@@ -7,6 +7,11 @@
 Karimireddy et al. 2020, arXiv:1910.06378, Algorithm 1, option II. N counts all clients. Only SGD makes the change of
 theta a sum of gradients, so AdamW is not offered. Gradients are clipped before they are corrected: so c_k' is the mean
 of what the client's steps were made of.
+
+c stays the mean of the c_k only where both sides agree on which changes count. An answer may be lost, late or refused
+after the client has trained, so with c comes the round of the client's last answer that did count, and of what the
+client kept of its last round it takes c_k' or what stood before it. (A change that `replies.max_update_norm` shortens
+counts as whole.)
 """
 
 from collections.abc import Iterable
@@ -20,10 +25,15 @@ from fedmide.config import Config
 from fedmide.localmodel import Adapter, LocalModel, Terms, rate_at
 from fedmide.methods.method import Answer, Common, Method, Trained, Visit, learn
 
+COUNTED = "counted"
+"""An array beside the variates, (1,): the round of the client's last answer that counted, -1 before there is any."""
+
+_ROUND = "round"
+
 
 def _local(visit: Visit, model: LocalModel) -> Trained:
     start, c = under("adapter", visit.received), under("control", visit.received)
-    c_k = visit.memory or {name: np.zeros_like(array) for name, array in start.items()}
+    c_k = _variate(visit) or {name: np.zeros_like(array) for name, array in start.items()}
     push = {name: c[name] - c_k[name] for name in c}
     rate = visit.config.scaffold.learning_rate
     work = learn(visit, model, start, Terms(push=push, optimizer="sgd"), learning_rate=rate)
@@ -31,15 +41,25 @@ def _local(visit: Visit, model: LocalModel) -> Trained:
     rates = sum(rate_at(step, work.steps, settings) for step in range(work.steps))
     after = {name: (start[name] - work.adapter[name]) / np.float32(rates) - push[name] for name in c}
     change = {name: after[name] - c_k[name] for name in c}
-    return Trained({**prefixed("adapter", work.adapter), **prefixed("control", change)}, work, after)
+    kept = {**prefixed("before", c_k), **prefixed("after", after), _ROUND: np.array([visit.round], np.float32)}
+    return Trained({**prefixed("adapter", work.adapter), **prefixed("control", change)}, work, kept)
+
+
+def _variate(visit: Visit) -> Adapter:
+    """c_k as the server knows it; empty before the first round."""
+    if not visit.memory:
+        return {}
+    has_counted = np.array_equal(visit.memory[_ROUND], visit.received[COUNTED])
+    return under("after" if has_counted else "before", visit.memory)
 
 
 def _down(common: Common, client: str, config: Config) -> Adapter:
-    return {**prefixed("adapter", common.adapter), **prefixed("control", _control(common))}
+    counted = common.memory.get(_name(client), np.array([-1], np.float32))
+    return {**prefixed("adapter", common.adapter), **prefixed("control", _control(common)), COUNTED: counted}
 
 
 def _up(common: Common, client: str, config: Config) -> Shapes:
-    return shapes(_down(common, client, config))
+    return shapes({**prefixed("adapter", common.adapter), **prefixed("control", common.adapter)})
 
 
 def _before_training(common: Common, client: str, config: Config) -> Adapter:
@@ -57,11 +77,16 @@ def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Commo
     part, rate = np.float32(len(given) / len(common.clients)), np.float32(config.scaffold.server_rate)
     control = {name: array + part * change[name] for name, array in _control(common).items()}
     adapter = {name: array + rate * (mean[name] - array) for name, array in common.adapter.items()}
-    return replace(common, adapter=adapter, memory=control)
+    counted = {_name(answer.client): np.array([common.round], np.float32) for answer in given}
+    return replace(common, adapter=adapter, memory={**common.memory, **prefixed("control", control), **counted})
 
 
 def _control(common: Common) -> Adapter:
-    return common.memory or {name: np.zeros_like(array) for name, array in common.adapter.items()}
+    return under("control", common.memory) or {name: np.zeros_like(array) for name, array in common.adapter.items()}
+
+
+def _name(client: str) -> str:
+    return f"{COUNTED} {client}"
 
 
 def _own(visit: Visit, model: LocalModel) -> Adapter:
