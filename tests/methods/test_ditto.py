@@ -24,6 +24,16 @@ def test_a_client_ends_with_its_personal_adapter(run_federation: Any, distance: 
         assert all(distance(done.own(name), reply) > 1e-4 for reply in done.replies(1).values()), "and keeps it"
 
 
+def test_without_a_pull_the_personal_adapter_is_training_alone(run_federation: Any, distance: Distance) -> None:
+    """It goes on from where it stood, whatever the common one does meanwhile."""
+    whole = ("training.batch_size=8", "federation.rounds=3")
+    done = run_federation("ditto", "ditto.lam=0", *whole)
+    alone = run_federation("local", "personalization.epochs=0", *whole)
+    for name in "abc":
+        assert distance(done.own(name), alone.own(name)) < 1e-5
+        assert distance(done.own(name), done.adapter) > 1e-3
+
+
 def test_the_pull_holds_it_near_the_common_one(run_federation: Any, distance: Distance) -> None:
     near, far = (run_federation("ditto", f"ditto.lam={lam}") for lam in (1000, 0))
 

@@ -61,6 +61,49 @@ def test_the_first_round_trains_no_local_adapter_and_later_ones_do(run_federatio
     assert distance(first.arrays, second.arrays) > 1e-3
 
 
+def test_the_local_adapter_trains_as_it_is_written(
+    run_federation: Any, trained_by_hand: Callable[..., None], distance: Distance
+) -> None:
+    """Against plain torch, one client: L from G of round 0, then from where it stood, beside the received G."""
+    knobs = ("training.batch_size=8", "training.epochs=3", "federation.rounds=3", "feddpa.references=7")
+    done = run_federation("feddpa-t", *knobs, "feddpa.weight=0.3", sizes=(7,))
+    site, names = done.sites["a"], adapters.layers(done.adapter)
+    common = {name: torch.from_numpy(array.copy()) for name, array in done.states[0].adapter.items()}
+
+    def output(adapter: dict[str, torch.Tensor], layer: str, x: torch.Tensor) -> torch.Tensor:
+        return 2 * (x @ adapter[f"{layer}.lora_A.weight"].T @ adapter[f"{layer}.lora_B.weight"].T)  # alpha / r is 2
+
+    def copied(adapter: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: tensor.detach().clone().requires_grad_() for name, tensor in adapter.items()}
+
+    def train_common() -> dict[str, torch.Tensor]:
+        after = copied(common)
+        trained_by_hand(list(after.values()), lambda layer, x: output(after, layer, x), names, site)
+        return {name: tensor.detach() for name, tensor in after.items()}
+
+    common = train_common()
+    own = copied(common)
+    for _ in range(2):
+        received = common
+        trained_by_hand(
+            list(own.values()),
+            lambda layer, x, other=received: 0.3 * output(own, layer, x) + 0.7 * output(other, layer, x),
+            names,
+            site,
+        )
+        common = train_common()
+    expected = {name: tensor.detach().numpy() for name, tensor in own.items()}
+    assert distance(done.adapter, {name: tensor.numpy() for name, tensor in common.items()}) < 1e-4
+    assert distance(site.memory[-1].arrays, expected) < 1e-4
+    assert distance(expected, done.adapter) > 1e-3
+    kept = done.own("a")
+    assert distance(under(OWN, kept), site.memory[-1].arrays) < 1e-6
+    states = done.resident.states(under(OWN, kept), list(site.training.values()))
+    assert np.allclose(kept[REFERENCES], states, atol=1e-5)
+    under_the_common_one = done.resident.states(done.adapter, list(site.training.values()))
+    assert not np.allclose(kept[REFERENCES], under_the_common_one, atol=1e-4)
+
+
 def test_variant_f_tunes_and_keeps_the_best_epoch(run_federation: Any) -> None:
     done = run_federation("feddpa-f")
     assert [d.reply.metrics["steps"] for d in done.deliveries[-3:]] == [Metric(4), Metric(2), Metric(4)]
