@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from fedmide import adapters, atomic, journal, opening, progress, stages
+from fedmide import adapters, atomic, inputs, journal, opening, progress, stages
 from fedmide.config import Config, load
 from fedmide.errors import RunFolderError, UserError
 from fedmide.inputs import changed
@@ -630,6 +630,20 @@ def test_other_versions_are_told_and_another_device_is_refused(copied: Path) -> 
     was = "the device was cuda when the run began and is cpu now"
     with pytest.raises(RunFolderError, match=was), opening.resume(copied):
         pass
+
+
+def test_the_commits_that_a_run_is_gone_on_with_are_noted(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = json.loads((copied / "manifest.json").read_text())["commit"]
+    said: list[str] = []
+    for commit in (first, "later", "later", "latest"):
+        monkeypatch.setattr(inputs, "_commit", lambda commit=commit: commit)
+        with opening.resume(copied, tell=said.append) as run:
+            pass
+    assert run.folder.commits == (str(first), "later", "latest")
+    assert [line for line in said if "at commit" in line] == [
+        f"fedmide was at commit {first} when the run began and is at {commit} now: from here on bytes may differ"
+        for commit in ("later", "later", "latest")
+    ]
 
 
 def test_events_stay_in_the_clients_order_when_a_run_goes_on(

@@ -8,7 +8,6 @@ import hashlib
 import importlib.metadata
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from fedmide import llama
+from fedmide import hub, llama
 from fedmide.errors import ModelError, did_you_mean
 
 Progress = Callable[[str], None]
@@ -33,7 +32,6 @@ DOWNLOAD_SECONDS = 900
 _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
 
 
@@ -60,7 +58,7 @@ def locate(name: str, cache: Path | None = None, progress: Progress = lambda mes
     folder = Path(name).expanduser()
     if folder.is_dir():
         return _checked(folder)
-    if _HUB_ID.fullmatch(name):
+    if hub.HUB_ID.fullmatch(name):
         progress(f"looking up {name} on the hub")
         return _checked(_from_hub(name))
     raise ModelError(
@@ -165,18 +163,13 @@ def _check_room(folder: Path, bytes_needed: int) -> None:
 
 
 def _from_hub(name: str) -> Path:
-    """The hub's snapshot of a model, in the hub client's own cache; pickled weights are never fetched."""
-    import huggingface_hub
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, as the client has it
-
+    """The hub's snapshot of a model; pickled weights are never fetched."""
     try:
         # some repositories keep the same weights a second time, in folders or as consolidated files
-        ignored = ["*/*", "consolidated*"]
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=_HUB_FILES, ignore_patterns=ignored))
-    except (OSError, ValueError, httpx.HTTPError) as error:
-        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return hub.snapshot(name, "model", _HUB_FILES, ["*/*", "consolidated*"])
+    except hub.HubError as error:
         raise ModelError(
-            f"model.name = {name!r}: no such folder here, and the hub didn't give it: {reason}",
+            f"model.name = {name!r}: no such folder here, and the hub didn't give it: {error}",
             "Give a folder that holds the model, or smollm2-135m, which comes out of a package",
         ) from error
 

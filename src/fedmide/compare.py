@@ -136,7 +136,8 @@ class Work:
             return
         other = reopen(path)
         ours, theirs = run.folder.read_manifest(), other.read_manifest()
-        if all(ours[what] == theirs[what] for what in (*SAME_INPUTS, "threads", "commit")):
+        same = all(ours[what] == theirs[what] for what in (*SAME_INPUTS, "threads"))
+        if same and other.commits == run.folder.commits:
             self.tell(f"the rounds are those of {path}")
             run.folder.take_rounds(other, list(run.inputs.clients))
             run.folder.update_manifest(
@@ -313,7 +314,7 @@ def _figures(
             "all methods, after averaging a record over seeds; *_of_all: of clients and seeds too; of the other "
             "figures the least and the greatest over seeds",
         },
-        "commits": sorted({str(each.read_manifest()["commit"]) for runs in folders.values() for each in runs.values()}),
+        "commits": sorted({commit for runs in folders.values() for each in runs.values() for commit in each.commits}),
         "runs": {
             name: {str(seed): str(each.path.relative_to(plan.out)) for seed, each in runs.items()}
             for name, runs in folders.items()

@@ -269,7 +269,7 @@ def methods_table(methods: Iterable["Method"]) -> Table:
     table.add_column("what it does")
     table.add_column("source")
     for method in methods:
-        table.add_row(method.name, method.summary, method.source)
+        table.add_row(method.name, f"{method.summary}. Travels: {method.traffic}", method.source)
     return table
 
 

@@ -168,7 +168,10 @@ def now() -> str:
 
 
 def other_versions(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """Which libraries are not of the versions that the run began with."""
+    """Which libraries, and whether fedmide itself, are not of the versions that the run began with."""
+    commits = [each["commit"] for each in (earlier, present)]
+    if commits[0] != commits[1]:
+        yield f"fedmide was at commit {commits[0]} when the run began and is at {commits[1]} now"
     for name, version in earlier["versions"].items():
         if present["versions"].get(name) != version:
             yield f"{name} was {version} when the run began and is {present['versions'].get(name)} now"

@@ -55,6 +55,12 @@ class RunFolder:
         return "site" in self.read_manifest()
 
     @property
+    def commits(self) -> tuple[str, ...]:
+        """What code it began with, and with what it was gone on."""
+        manifest = self.read_manifest()
+        return tuple(dict.fromkeys(map(str, (manifest["commit"], *manifest.get("later_commits", ())))))
+
+    @property
     def adapter(self) -> Path:
         """The PEFT folder of the last aggregated adapter."""
         return self.path / "adapter"

@@ -98,6 +98,9 @@ def resume(
             raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
         for difference in other_versions(earlier, inputs.manifest):
             tell(f"{difference}: from here on bytes may differ")
+        later = dict.fromkeys([*earlier.get("later_commits", []), inputs.manifest["commit"]])
+        if any(commit != earlier["commit"] for commit in later):
+            folder.update_manifest(later_commits=list(later))
         folder.rebuild_events(list(inputs.clients))
         run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
         if not elsewhere:  # sites that are elsewhere are asked by who reaches them

@@ -11,6 +11,7 @@ from fedmide.evaluation.tables import sheets, to_html, to_markdown
 
 RESAMPLES = 500
 PROTOCOL = {
+    "commits": ["a" * 40],
     "learning_rates": {"mine": {"rate": 0.1}},
     "protocol": {
         "seeds": [0, 1],
@@ -158,6 +159,9 @@ def test_a_record_that_is_no_number_anywhere_is_left_out_everywhere() -> None:
     figures = compare(runs, ["fedavg-ft"], RESAMPLES, 0)
     assert figures["num_left_out"]["response_nll"] == 1
     assert figures["clients"]["fedavg-ft"]["response_nll"] == pytest.approx({"a": 2.0, "b": 4.0})
+    text = to_markdown(sheets({**figures, **PROTOCOL, "commits": ["a" * 40, "b" * 40]}))
+    assert "without a number under one of them: 1 test records." in text
+    assert "Runs of several commits: aaaaaaa, bbbbbbb." in text
 
 
 def test_a_method_that_ran_off_takes_no_record_from_the_others() -> None:
@@ -222,6 +226,7 @@ def test_tables_show_every_method_and_escape_what_they_show() -> None:
     assert "| mine | 0.1 | 3.1250 [" in text
     assert "-0.6250 [" in text
     assert "of more than 64 tokens, and cut: 1." in text
+    assert "Left out for all" not in text and "commits" not in text
     page = to_html(tables, "<svg></svg>")
     assert page.count("<table>") == 4
     assert "<svg></svg>" in page

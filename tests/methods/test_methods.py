@@ -29,7 +29,7 @@ def test_every_method_says_what_it_is() -> None:
     assert tuple(methods.METHODS) == get_args(MethodName)
     for name, method in methods.METHODS.items():
         assert method.name == name
-        assert method.summary and method.source and len(method.summary) < 110
+        assert method.summary and method.source and method.traffic and len(method.summary) < 110
 
 
 def test_every_method_has_its_box_in_the_documents() -> None:

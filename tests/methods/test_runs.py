@@ -148,6 +148,7 @@ def test_one_client_in_one_place_is_a_federation_of_one(small_input: Any, tmp_pa
         ("ffa-lora", 192, 0),
         ("ditto", 896, 0),
         ("feddpa-t", 896, 896),
+        ("feddpa-f", 448, 896),
         ("fedalt", 448 + 256, 896 + 256),
         ("flora", 448, 0),
         ("flexlora", 448, 0),

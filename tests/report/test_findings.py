@@ -71,7 +71,7 @@ def test_cautions_name_what_went_wrong(facts: RunFacts) -> None:
     turns = (replace(facts.turns[0], refused="it came too late", warnings=1), *facts.turns[1:])
     sets = {**facts.outcomes[0].sets, "not_finite": 2, "spearman_score_tokens": -0.75}
     data = {"a": {**facts.manifest["data"]["a"], "truncated": 3}, "b": facts.manifest["data"]["b"]}
-    manifest = {**facts.manifest, "data": data, "commit": "abc-dirty"}
+    manifest = {**facts.manifest, "data": data, "commit": "abc", "later_commits": ["de-dirty"]}
     outcomes = (replace(facts.outcomes[0], sets=sets), *facts.outcomes[1:])
     told = " ".join(cautions(replace(facts, turns=turns, outcomes=outcomes, manifest=manifest)))
     for part in (
@@ -81,6 +81,7 @@ def test_cautions_name_what_went_wrong(facts: RunFacts) -> None:
         "cut at 64 tokens: a 3",
         "a −0.75",
         "changed after its commit",
+        "It began with commit abc and was gone on with de-dirty.",
         "2 clients have under 50 test records",
         "one run with seed",
     ):

@@ -137,6 +137,58 @@ def test_a_folder_without_one_test_part_is_refused(files: list[str], tmp_path: P
         read_questions("medqa", tmp_path)
 
 
+@pytest.fixture
+def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a snapshot of owner/name that the hub client has in its cache."""
+    repository, commit = tmp_path / "hub" / "datasets--owner--name", "0" * 40
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit, encoding="utf-8")
+    (repository / "snapshots" / commit / "data").mkdir(parents=True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return repository / "snapshots" / commit / "data"
+
+
+def test_a_hub_id_is_the_snapshot_that_the_client_has(offline_hub: Path) -> None:
+    write(offline_hub / "test-00000-of-00001.jsonl", [MEDQA])
+    said: list[str] = []
+    found = read_questions("medqa", Path("owner/name"), said.append)
+    assert found == read_questions("medqa", offline_hub.parent)
+    assert said == ["looking up owner/name on the hub"]
+
+
+def test_of_a_repository_only_the_test_part_is_fetched(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from huggingface_hub.utils import filter_repo_objects
+
+    kept = {}
+    offered = [
+        *("README.md", "train-00000-of-00001.parquet", "data/validation-00000-of-00001.parquet", "dev.json"),
+        *("pqa_labeled/train-00000-of-00001.parquet", "pqa_artificial/train-00000-of-00001.parquet"),
+        *("en/CareQA_en.json", "es/CareQA_es.json", "data/test-00000-of-00001.parquet", "weights_test.bin"),
+    ]
+
+    def download(name: str, repo_type: str, allow_patterns: list[str], ignore_patterns: list[str]) -> str:
+        kept[name] = (repo_type, list(filter_repo_objects(offered, allow_patterns=allow_patterns)))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    for name in SETS:
+        with pytest.raises(DataError, match="found none"):
+            read_questions(name, Path(f"owner/{name}"))
+    test = "data/test-00000-of-00001.parquet"
+    assert kept == {
+        "owner/medqa": ("dataset", [test]),
+        "owner/medmcqa": ("dataset", ["data/validation-00000-of-00001.parquet", "dev.json"]),
+        "owner/pubmedqa": ("dataset", ["pqa_labeled/train-00000-of-00001.parquet", test]),
+        "owner/careqa": ("dataset", ["en/CareQA_en.json", test]),
+    }
+
+
+def test_what_the_hub_does_not_give_is_refused(offline_hub: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder here, and the hub didn't give it: "):
+        read_questions("medqa", Path("owner/other"))
+
+
 def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder"):
         read_questions("medqa", tmp_path / "none.json")

@@ -20,7 +20,8 @@ def list_methods(as_json: AsJson = False) -> None:
     from fedmide.methods import METHODS
 
     if as_json:
-        print_json({name: {"summary": each.summary, "source": each.source} for name, each in METHODS.items()})
+        told = ("summary", "traffic", "source")
+        print_json({name: {key: getattr(each, key) for key in told} for name, each in METHODS.items()})
     else:
         Console().print(methods_table(METHODS.values()))
 

@@ -94,7 +94,8 @@ def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
 def evaluate(
     path: RunFolderPath,
     choice: Annotated[
-        list[str], typer.Option("--choice", help="Also SET:PATH, your copy of medqa, medmcqa, pubmedqa or careqa.")
+        list[str],
+        typer.Option("--choice", help="Also SET:PATH, your copy of medqa, medmcqa, pubmedqa or careqa, or its hub id."),
     ] = [],  # noqa: B006
     max_questions: Annotated[int, typer.Option(min=0, help="At most so many questions of a set, drawn; 0: all.")] = 0,
     as_json: AsJson = False,

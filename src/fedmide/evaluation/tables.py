@@ -109,6 +109,8 @@ def _likelihoods(figures: Figures) -> Sheet:
     data, cutoff = figures["protocol"]["data"].values(), figures["protocol"]["cutoff"]
     if cut := sum(each["truncated"] for each in data):
         note += f" Records of more than {cutoff} tokens, and cut: {cut:,}."
+    if left_out := figures["num_left_out"].get("response_nll"):
+        note += f" Left out for all, without a number under one of them: {left_out:,} test records."
     if figures["run_off"]:
         note += " No number: a client of a run had no likelihood that was one; try a lower rate."
     return Sheet("Response NLL", (*header, "choice accuracy")[: len(header) + has_choice], tuple(rows), note)
@@ -192,6 +194,8 @@ def _costs(figures: Figures) -> Iterator[Sheet]:
         "Seconds of rounds and tuning, evaluation left out. Where no "
         "adapter would travel but records, no bytes."
     )
+    if len(figures["commits"]) > 1:
+        note += f" Runs of several commits: {', '.join(each[:7] for each in figures['commits'])}."
     model_note = "Means over seeds. Extra at inference: values that can't be merged into the base weights."
     for title, costs, about in (("Cost", COSTS[:NUM_OF_RUN], note), ("Model", COSTS[NUM_OF_RUN:], model_note)):
         shown = [cost for cost in costs if any(cost[0] in each for each in methods.values())]

@@ -72,30 +72,37 @@ def _for_records(visit: Visit, model: LocalModel, stack: Adapter) -> Adapter:
     }
 
 
-def _both_kept(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
-    """A weight for each record can't be merged."""
+def _both_in_turn(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
+    """Both train in a round; a weight for each record can't be merged."""
     return Sizes(2 * num_values(adapter), 2 * num_values(adapter))
+
+
+def _one_after_the_other(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
+    """The common one trains in the rounds, the local one afterwards."""
+    return Sizes(num_values(adapter), 2 * num_values(adapter))
 
 
 FEDDPA_T = Method(
     "feddpa-t",
     "a common and a local adapter, trained in turn in each round, weighted for each record at inference",
     "Yang et al. 2024, arXiv:2403.19211",
+    "A and B of the common adapter, each way",
     local=_local_then_common,
     trainings=2,
     remembers=True,
     own=_mixed,
     finish=_for_records,
-    sizes=_both_kept,
+    sizes=_both_in_turn,
     rank=twice_the_rank,
 )
 FEDDPA_F = Method(
     "feddpa-f",
     "fedavg, then a local adapter beside the common one, weighted for each record at inference",
     "Yang et al. 2024, arXiv:2403.19211",
+    "A and B of the common adapter, each way",
     own=_mixed,
     tuning=_tuning,
     finish=_for_records,
-    sizes=_both_kept,
+    sizes=_one_after_the_other,
     rank=twice_the_rank,
 )

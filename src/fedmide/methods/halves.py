@@ -72,8 +72,9 @@ def _mean_a(common: Common, answers: Iterable[Answer], config: Config) -> Common
 
 FFA_LORA = Method(
     "ffa-lora",
-    "A is frozen, B is trained and averaged: the mean is exact, half of the traffic",
+    "A is frozen, B is trained and averaged: the mean is exact",
     "Sun et al. 2024, arXiv:2403.12313",
+    "B, each way",
     local=_train_b,
     sizes=lambda adapter, clients, config: Sizes(num_values(named(adapter, B))),
     own=_with_received,
@@ -83,8 +84,9 @@ FFA_LORA = Method(
 )
 FEDSA_LORA = Method(
     "fedsa-lora",
-    "A is averaged, each client keeps its own B: half of the traffic",
+    "A is averaged, each client keeps its own B",
     "Guo et al. 2025, arXiv:2410.01463",
+    "A, each way",
     local=_train_both,
     remembers=True,
     own=_with_own_b,

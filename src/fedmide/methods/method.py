@@ -167,6 +167,8 @@ class Method:
     """One line: what it does."""
     source: str
     """Where it was published."""
+    traffic: str = "A and B, each way"
+    """What travels in a round, in words."""
     local: Callable[[Visit, LocalModel], Trained] = train_received
     """A site's round; never called without records."""
     remembers: bool = False

@@ -95,8 +95,9 @@ def _own(visit: Visit, model: LocalModel) -> Adapter:
 
 SCAFFOLD = Method(
     "scaffold",
-    "fedavg by SGD, with control variates against client drift: twice the traffic",
+    "fedavg by SGD, with control variates against client drift",
     "Karimireddy et al. 2020, arXiv:1910.06378",
+    "A, B and a control variate as large, each way",
     local=_local,
     remembers=True,
     own=_own,

@@ -129,8 +129,11 @@ def _troubles(facts: RunFacts) -> Iterator[str]:
     cut = {name: each["truncated"] for name, each in facts.manifest["data"].items() if each.get("truncated")}
     if cut:
         yield f"Records that were cut at {facts.config.model.cutoff} tokens: {_counts(cut)}."
-    if str(facts.manifest.get("commit") or "").endswith("-dirty"):
+    later = facts.manifest.get("later_commits", [])
+    if any(str(each).endswith("-dirty") for each in (facts.manifest.get("commit"), *later)):
         yield "The code was changed after its commit, so the commit does not say what ran."
+    if later:
+        yield f"It began with commit {facts.manifest['commit']} and was gone on with {', '.join(map(str, later))}."
 
 
 def _limits(facts: RunFacts) -> Iterator[str]:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from fedmide import hub
 from fedmide.errors import DataError
 from fedmide.sources.files import SUFFIXES, Reading, Row, gathered, kind, rows_of, sound, text_fault
 
@@ -83,11 +84,11 @@ class Asked:
 def read_questions(
     name: SetName, path: Path, tell: Callable[[str], None] = lambda message: None
 ) -> tuple[Question, ...]:
-    """The questions in a file, or in the test part of a folder; all problems as one `DataError`.
+    """The questions in a file, or in the test part of a folder or a hub id; all problems as one `DataError`.
 
     A row whose question is null is left out, and `tell` hears how many are: CareQA has one.
     """
-    found = gathered(_rows(file, FORMS[name].columns) for file in _files(name, path))
+    found = gathered(_rows(file, FORMS[name].columns) for file in _files(name, _here(name, path, tell)))
     rows = Reading(tuple(row for row in found.values if not _is_blank(row)), found.problems)
     if blank := len(found.values) - len(rows.values):
         tell(f"{path}: {blank} of {len(found.values)} rows have no question and are left out")
@@ -121,6 +122,21 @@ def _first_number(path: Path, answers: Sequence[int]) -> int:
             f"{path}: 'cop' runs from {lowest} to {highest}, expected 0 to 3 or 1 to 4: it is not clear where it begins"
         )
     return 0 if lowest == 0 else 1
+
+
+def _here(name: SetName, path: Path, tell: Callable[[str], None]) -> Path:
+    """The path itself; where there is none and it reads like a hub id, what the hub has of the set's test part."""
+    if path.exists() or not hub.HUB_ID.fullmatch(str(path)):
+        return path
+    tell(f"looking up {path} on the hub")
+    files = [f"{folder}{part}{suffix}" for folder in ("", "*/") for part in FORMS[name].parts for suffix in SUFFIXES]
+    try:
+        return hub.snapshot(str(path), "dataset", files)
+    except hub.HubError as error:
+        raise DataError(
+            f"{path}: no such file or folder here, and the hub didn't give it: {error}",
+            f"Give your own copy of {name}",
+        ) from error
 
 
 def _files(name: SetName, path: Path) -> tuple[Path, ...]:
