@@ -95,7 +95,7 @@ def test_a_gap_ends_what_counts(folder: journal.RunFolder) -> None:
 def test_rounds_taken_over_count_once_all_are_there(
     folder: journal.RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    """Stopped before, the taking over begins anew: rounds without what the sites kept of them could not be resumed."""
+    """Stopped before, the taking over begins anew."""
     commit(folder, -2, -1, 0, 1)
     other = journal.create(tmp_path / "other", config(), {"status": "started", "seconds": {}})
     written = []

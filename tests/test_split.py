@@ -76,7 +76,7 @@ def test_an_instruction_with_many_contexts_is_as_many_questions() -> None:
     assert len(set(grouped([*found, Record("sum up  the REPORT.", "nothing")]))) == 31
     client = split(Parts("a", tuple(found)), DataConfig(test_fraction=0.2, validation_fraction=0.1), seed=0)
     assert [len(client.test), len(client.validation), len(client.training)] == [12, 6, 42]
-    assert not any(leak.kind == "text" for leak in leaks([client]))
+    assert leaks([client]) == ()
 
 
 def slow_split(given_records: list[Record], config: DataConfig, seed: int) -> dict[str, list[Record]]:
@@ -179,7 +179,7 @@ def test_too_few_groups_name_the_client_and_what_to_do() -> None:
     assert "client 'north'" in caught.value.problems[0]
     assert "2, expected at least 3" in caught.value.problems[0]
     assert "data.test_fraction = 0 and data.validation_fraction = 0" in caught.value.remedy
-    assert "data.fields.concept" in caught.value.remedy
+    assert "data.fields.context" in caught.value.remedy
     assert split(Parts("north", two), DataConfig(validation_fraction=0.0), seed=0).test
 
 

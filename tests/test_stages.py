@@ -640,8 +640,9 @@ def test_the_commits_that_a_run_is_gone_on_with_are_noted(copied: Path, monkeypa
         with opening.resume(copied, tell=said.append) as run:
             pass
     assert run.folder.commits == (str(first), "later", "latest")
-    assert [line for line in said if "at commit" in line] == [
-        f"fedmide was at commit {first} when the run began and is at {commit} now: from here on bytes may differ"
+    assert [line for line in said if line.startswith("fedmide was")] == [
+        f"fedmide was 0.1.0, commit {first} when the run began and is 0.1.0, commit {commit} now: "
+        "from here on bytes may differ"
         for commit in ("later", "later", "latest")
     ]
 

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from fedmide.errors import FedMIDEError
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class HubError(Exception):
+class HubError(FedMIDEError):
     """The hub did not give it; the text is its reason, in a line."""
 
 

@@ -158,8 +158,12 @@ def changed_records(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> I
 
 def _unless(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str:
     """Another fedmide may read other knobs out of the same file."""
-    first, second = (f"{each['fedmide']}, commit {each['commit'] or 'unknown'}" for each in (earlier, present))
+    first, second = _code(earlier), _code(present)
     return "" if first == second else f", or fedmide {first}, which began it, had other knobs than {second}"
+
+
+def _code(manifest: Mapping[str, Any]) -> str:
+    return f"{manifest['fedmide']}, commit {manifest['commit'] or 'unknown'}"
 
 
 def now() -> str:
@@ -169,9 +173,9 @@ def now() -> str:
 
 def other_versions(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
     """Which libraries, and whether fedmide itself, are not of the versions that the run began with."""
-    commits = [each["commit"] for each in (earlier, present)]
-    if commits[0] != commits[1]:
-        yield f"fedmide was at commit {commits[0]} when the run began and is at {commits[1]} now"
+    was, now_is = _code(earlier), _code(present)
+    if was != now_is:
+        yield f"fedmide was {was} when the run began and is {now_is} now"
     for name, version in earlier["versions"].items():
         if present["versions"].get(name) != version:
             yield f"{name} was {version} when the run began and is {present['versions'].get(name)} now"

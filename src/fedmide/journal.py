@@ -20,6 +20,7 @@ bytes.
 
 import fcntl
 import json
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -102,9 +103,11 @@ class RunFolder:
         for client in clients:
             for path in filter(Path.exists, [other.site(client) / "ledger.jsonl", *other._memories(client)]):
                 write_file(self.path / path.relative_to(other.path), path.read_bytes())
-        for path in reversed(other._round_folders()):  # the first one last: before that there are no rounds here
-            files = {each.name: each.read_bytes() for each in path.iterdir()}
-            write_folder(self.path / path.relative_to(other.path), files)
+        aside = self.path / ".server.partial"
+        shutil.rmtree(aside, ignore_errors=True)
+        for path in other._round_folders():
+            write_folder(aside / path.name, {each.name: each.read_bytes() for each in path.iterdir()})
+        aside.replace(self.path / "server")  # all at once: without what the sites kept of them, some could not go on
         self.rebuild_events(clients)
 
     def round_adapters(self) -> Iterator[tuple[int, Adapter]]:

@@ -59,7 +59,7 @@ def start(
     reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
     inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    num_adapters += 2 * len(inputs.clients) if keeps_memory(config) else 0
+    num_adapters += 4 * len(inputs.clients) if keeps_memory(config) else 0  # two rounds' memory of at most two adapters
     common = server.begin("", inputs.clients, inputs.fresh_adapter(), config).adapter
     check_room(path, num_adapters * len(adapters.encode(common)))
     with locked(path):
@@ -98,15 +98,15 @@ def resume(
             raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
         for difference in other_versions(earlier, inputs.manifest):
             tell(f"{difference}: from here on bytes may differ")
-        later = dict.fromkeys([*earlier.get("later_commits", []), inputs.manifest["commit"]])
-        if any(commit != earlier["commit"] for commit in later):
-            folder.update_manifest(later_commits=list(later))
         folder.rebuild_events(list(inputs.clients))
         run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
         if not elsewhere:  # sites that are elsewhere are asked by who reaches them
             next_round = folder.last_round(begin(run)).round
             _check_ledgers(run, next_round)
             _check_memories(run, next_round)
+        later = dict.fromkeys([*earlier.get("later_commits", []), inputs.manifest["commit"]])
+        if any(commit != earlier["commit"] for commit in later):
+            folder.update_manifest(later_commits=list(later))
         yield run
 
 

@@ -2,8 +2,8 @@
 
 Records of one group are never split over two parts: those that share a concept or a question, or are tied by others
 that do. An instruction that comes with several contexts, such as "Sum up the report", is as many questions. The order
-in which groups are held out follows from the seed and the group alone, so sites that share a concept tend to hold it
-out together.
+in which groups are held out follows from the seed and their names (concept, instruction) alone, so sites that share a
+concept tend to hold it out together.
 """
 
 from collections import Counter
@@ -152,6 +152,7 @@ def _group_keys(records: Sequence[Record]) -> list[tuple[str, ...]]:
     asked = [(normalised(record.instruction), normalised(record.context)) for record in records]
     num_contexts = Counter(instruction for instruction, _ in set(asked))
     keys = []
+    # An instruction with one context is named without it: the name decides when the group is held out.
     for record, (instruction, context) in zip(records, asked, strict=True):
         question = (
             ("instruction", instruction, context) if num_contexts[instruction] > 1 else ("instruction", instruction)
@@ -198,10 +199,10 @@ def _too_few_groups(client: str, number: int, parts: Sequence[HeldOut]) -> DataE
         return DataError(f"client '{client}': no training records, expected at least one")
     knobs = " and ".join(f"data.{part}_fraction = 0" for part in parts)
     return DataError(
-        f"client '{client}': distinct questions or concepts in its training records: {number}, "
+        f"client '{client}': groups of training records that share no question and no concept: {number}, "
         f"expected at least {len(parts) + 1} to split off {' and '.join(parts)}",
-        f"Give the client its own {' and '.join(parts)} records, set {knobs}, or let data.fields.concept "
-        "name a field that tells what a record is about",
+        f"Give the client its own {' and '.join(parts)} records, set {knobs}, or let data.fields.context "
+        "name a field that tells records of one instruction apart",
     )
 
 
@@ -216,7 +217,7 @@ def _keys(records: Sequence[Record]) -> KeyCounts:
     """How often each text, question and concept occurs; a record without a concept has none to count."""
     key_of: dict[LeakKind, Callable[[Record], str]] = {
         "text": canonical_text,
-        "question": lambda record: normalised(f"{record.instruction} {record.context}"),
+        "question": lambda record: f"{normalised(record.instruction)}\x1f{normalised(record.context)}",
         "concept": lambda record: normalised(record.concept),
     }
     return {kind: Counter(key for key in map(of, records) if key) for kind, of in key_of.items()}

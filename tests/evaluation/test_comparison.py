@@ -159,9 +159,9 @@ def test_a_record_that_is_no_number_anywhere_is_left_out_everywhere() -> None:
     figures = compare(runs, ["fedavg-ft"], RESAMPLES, 0)
     assert figures["num_left_out"]["response_nll"] == 1
     assert figures["clients"]["fedavg-ft"]["response_nll"] == pytest.approx({"a": 2.0, "b": 4.0})
-    text = to_markdown(sheets({**figures, **PROTOCOL, "commits": ["a" * 40, "b" * 40]}))
+    text = to_markdown(sheets({**figures, **PROTOCOL, "commits": ["a" * 40, "a" * 40 + "-dirty"]}))
     assert "without a number under one of them: 1 test records." in text
-    assert "Runs of several commits: aaaaaaa, bbbbbbb." in text
+    assert "Runs of several commits: aaaaaaa, aaaaaaa-dirty." in text
 
 
 def test_a_method_that_ran_off_takes_no_record_from_the_others() -> None:

@@ -125,7 +125,7 @@ def test_only_the_local_half_trains(run_federation: Any, distance: Distance) -> 
 def test_a_mixture_is_what_peft_makes_of_two_adapters(
     run_federation: Any, tiny_folder: Path, random_examples: Callable[..., Any]
 ) -> None:
-    """Forward pass and gradient of the local half against two PEFT adapters whose outputs are added."""
+    """The forward pass, against two PEFT adapters whose outputs are added."""
     import warnings
 
     import peft

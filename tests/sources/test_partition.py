@@ -185,7 +185,9 @@ def test_held_out_parts_have_their_fractions() -> None:
     ],
 )
 def test_too_few_groups_are_refused(rows: list[Labelled], rule: Rule, clients: int) -> None:
-    with pytest.raises(DataError, match=r"distinct questions or concepts: \d+, expected at least"):
+    with pytest.raises(
+        DataError, match=r"groups of records that share no question and no concept: \d+, expected at least"
+    ):
         deal(rows, rule, clients, 0, HELD_OUT)
 
 

@@ -189,9 +189,11 @@ def test_what_the_hub_does_not_give_is_refused(offline_hub: Path) -> None:
         read_questions("medqa", Path("owner/other"))
 
 
-def test_a_path_that_is_not_there_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("path", ["none.json", "copies/none.jsonl", "/nowhere/medqa", "a/b/c"])
+def test_a_path_that_is_not_there_is_refused_and_no_hub_is_asked(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedmide.hub.snapshot", lambda *given: pytest.fail("the hub was asked"))
     with pytest.raises(DataError, match="no such file or folder"):
-        read_questions("medqa", tmp_path / "none.json")
+        read_questions("medqa", Path(path))
 
 
 @pytest.mark.parametrize(

@@ -195,7 +195,7 @@ def _costs(figures: Figures) -> Iterator[Sheet]:
         "adapter would travel but records, no bytes."
     )
     if len(figures["commits"]) > 1:
-        note += f" Runs of several commits: {', '.join(each[:7] for each in figures['commits'])}."
+        note += f" Runs of several commits: {', '.join(map(_short, figures['commits']))}."
     model_note = "Means over seeds. Extra at inference: values that can't be merged into the base weights."
     for title, costs, about in (("Cost", COSTS[:NUM_OF_RUN], note), ("Model", COSTS[NUM_OF_RUN:], model_note)):
         shown = [cost for cost in costs if any(cost[0] in each for each in methods.values())]
@@ -205,6 +205,10 @@ def _costs(figures: Figures) -> Iterator[Sheet]:
         )
         if shown:
             yield Sheet(title, ("method", *(name for _, name, _ in shown)), rows, about)
+
+
+def _short(commit: str) -> str:
+    return commit[:7] + ("-dirty" if commit.endswith("-dirty") else "")
 
 
 def _interval(row: Figures) -> str:

@@ -38,7 +38,7 @@ LOCAL = Method(
     "local",
     "each client trains alone, for as many rounds, then tunes on",
     "the baseline that a federation must beat",
-    "nothing",
+    traffic="nothing",
     local=_alone,
     remembers=True,
     own=_own,
@@ -52,7 +52,7 @@ CENTRAL = Method(
     "central",
     "one adapter trained on all clients' records in one place: an oracle, for research only",
     "the bound that no federation may use",
-    "the records themselves would have to",
+    traffic="the records themselves would have to",
     in_one_place=True,
 )
 

@@ -27,7 +27,7 @@ DITTO = Method(
     "ditto",
     "fedavg, and beside it a personal adapter that is pulled to the common one: twice the steps",
     "Li et al. 2021, arXiv:2012.04221",
-    "A and B of the common adapter, each way",
+    traffic="A and B of the common adapter, each way",
     local=_local,
     trainings=2,
     remembers=True,

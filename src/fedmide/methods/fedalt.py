@@ -84,7 +84,7 @@ FEDALT = Method(
     "fedalt",
     "an own adapter beside one of the rest of the world, mixed per token by a router that is trained",
     "Bian et al. 2026, arXiv:2503.11880",
-    "up the own A and B, down the mean of all others'",
+    traffic="up the own A and B, down the mean of all others'",
     local=_local,
     remembers=True,
     own=_routed,

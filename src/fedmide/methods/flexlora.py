@@ -87,7 +87,7 @@ FLEXLORA = Method(
     "flexlora",
     "each client has its own rank; the mean of the products is cut to it by singular values",
     "Bai et al. 2024, arXiv:2402.11505",
-    "A and B of the client's rank, each way",
+    traffic="A and B of the client's rank, each way",
     begin=_begin,
     rank=highest_rank,
     sizes=_sizes,

@@ -167,8 +167,6 @@ class Method:
     """One line: what it does."""
     source: str
     """Where it was published."""
-    traffic: str = "A and B, each way"
-    """What travels in a round, in words."""
     local: Callable[[Visit, LocalModel], Trained] = train_received
     """A site's round; never called without records."""
     remembers: bool = False
@@ -200,3 +198,5 @@ class Method:
     """The rank that the network's layers need to have."""
     in_one_place: bool = False
     """Whether it trains on all clients' records together, which no federation could: for research only."""
+    traffic: str = "A and B, each way"
+    """What travels in a round, in words: for people."""

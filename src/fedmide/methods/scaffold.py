@@ -10,8 +10,8 @@ of what the client's steps were made of.
 
 c stays the mean of the c_k only where both sides agree on which changes count. An answer may be lost, late or refused
 after the client has trained, so with c comes the round of the client's last answer that did count, and of what the
-client kept of its last round it takes c_k' or what stood before it. (A change that `replies.max_update_norm` shortens
-counts as whole.)
+client kept of its last round it takes c_k' or what stood before it. Only where `replies.max_update_norm` shortens a
+change does the client keep the whole of it, and c is not quite the mean.
 """
 
 from collections.abc import Iterable
@@ -47,7 +47,7 @@ def _local(visit: Visit, model: LocalModel) -> Trained:
 
 def _variate(visit: Visit) -> Adapter:
     """c_k as the server knows it; empty before the first round."""
-    if not visit.memory:
+    if _ROUND not in visit.memory:
         return {}
     has_counted = np.array_equal(visit.memory[_ROUND], visit.received[COUNTED])
     return under("after" if has_counted else "before", visit.memory)
@@ -97,7 +97,7 @@ SCAFFOLD = Method(
     "scaffold",
     "fedavg by SGD, with control variates against client drift",
     "Karimireddy et al. 2020, arXiv:1910.06378",
-    "A, B and a control variate as large, each way",
+    traffic="A, B and a control variate as large, each way",
     local=_local,
     remembers=True,
     own=_own,

@@ -133,7 +133,8 @@ def _troubles(facts: RunFacts) -> Iterator[str]:
     if any(str(each).endswith("-dirty") for each in (facts.manifest.get("commit"), *later)):
         yield "The code was changed after its commit, so the commit does not say what ran."
     if later:
-        yield f"It began with commit {facts.manifest['commit']} and was gone on with {', '.join(map(str, later))}."
+        first, *others = (each or "unknown" for each in (facts.manifest["commit"], *later))
+        yield f"It began with commit {first} and was gone on with {', '.join(others)}."
 
 
 def _limits(facts: RunFacts) -> Iterator[str]:

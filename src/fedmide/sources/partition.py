@@ -93,7 +93,7 @@ def deal(
     parts: list[Part] = [part for part, fraction in held_out.items() if fraction > 0]
     sizes, least = Counter(groups), 1 + len(parts)
     if len(sizes) < len(names) * least:
-        raise _too_few(f"distinct questions or concepts: {len(sizes)}", len(names) * least)
+        raise _too_few(f"groups of records that share no question and no concept: {len(sizes)}", len(names) * least)
     owners = _owners(rule, names, labels, sizes, seed)
     if rule.kind != "field":
         owners = _filled(owners, names, sizes, least)
@@ -101,7 +101,7 @@ def deal(
     for name in names:
         own = {group: sizes[group] for group in sizes if owners[group] == name}
         if len(own) < least:
-            raise _too_few(f"{name}: distinct questions or concepts: {len(own)}", least)
+            raise _too_few(f"{name}: groups of records that share no question and no concept: {len(own)}", least)
         part_of = _held_out(own, {part: held_out[part] for part in parts}, seed)
         placed = [(part_of[group], each) for each, group in zip(records, groups, strict=True) if group in own]
         dealt[name] = {part: tuple(each for place, each in placed if place == part) for part in ("training", *parts)}

@@ -126,7 +126,8 @@ def _first_number(path: Path, answers: Sequence[int]) -> int:
 
 def _here(name: SetName, path: Path, tell: Callable[[str], None]) -> Path:
     """The path itself; where there is none and it reads like a hub id, what the hub has of the set's test part."""
-    if path.exists() or not hub.HUB_ID.fullmatch(str(path)):
+    is_file = path.suffix.lower() in SUFFIXES  # a name that is mistyped is nothing to ask the hub for
+    if path.exists() or is_file or not hub.HUB_ID.fullmatch(str(path)):
         return path
     tell(f"looking up {path} on the hub")
     files = [f"{folder}{part}{suffix}" for folder in ("", "*/") for part in FORMS[name].parts for suffix in SUFFIXES]
