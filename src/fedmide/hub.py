@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from fedmide.errors import FedMIDEError
-
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class HubError(FedMIDEError):
-    """The hub did not give it; the text is its reason, in a line."""
+class HubError(Exception):
+    """The hub did not give it; the text is its reason, in a line. Who asked says what that means to the user."""
 
 
 def snapshot(name: str, kind: Literal["model", "dataset"], files: Sequence[str], without: Sequence[str] = ()) -> Path:
