@@ -164,14 +164,15 @@ def _check_room(folder: Path, bytes_needed: int) -> None:
 
 def _from_hub(name: str) -> Path:
     """The hub's snapshot of a model; pickled weights are never fetched."""
-    try:
-        # some repositories keep the same weights a second time, in folders or as consolidated files
-        return hub.snapshot(name, "model", _HUB_FILES, ["*/*", "consolidated*"])
-    except hub.HubError as error:
-        raise ModelError(
-            f"model.name = {name!r}: no such folder here, and the hub didn't give it: {error}",
+
+    def refused(reason: str) -> ModelError:
+        return ModelError(
+            f"model.name = {name!r}: no such folder here, and the hub didn't give it: {reason}",
             "Give a folder that holds the model, or smollm2-135m, which comes out of a package",
-        ) from error
+        )
+
+    # some repositories keep the same weights a second time, in folders or as consolidated files
+    return hub.snapshot(name, "model", _HUB_FILES, refused, without=["*/*", "consolidated*"])
 
 
 def _write_smollm2(folder: Path, scratch: Path, progress: Progress) -> None:

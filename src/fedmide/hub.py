@@ -1,19 +1,26 @@
 """What the hub gives by an id such as owner/name: a snapshot in the hub client's own cache."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
+
+from fedmide.errors import UserError
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 
-class HubError(Exception):
-    """The hub did not give it; the text is its reason, in a line. Who asked says what that means to the user."""
+def snapshot(
+    name: str,
+    kind: Literal["model", "dataset"],
+    files: Sequence[str],
+    refused: Callable[[str], UserError],
+    without: Sequence[str] = (),
+) -> Path:
+    """The folder with those files of a repository that patterns name.
 
-
-def snapshot(name: str, kind: Literal["model", "dataset"], files: Sequence[str], without: Sequence[str] = ()) -> Path:
-    """The folder with those files of a repository that patterns name; raises `HubError`."""
+    Where the hub does not give it, raises what `refused` makes of its reason, a line.
+    """
     import huggingface_hub
     from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, as the client has it
 
@@ -24,6 +31,5 @@ def snapshot(name: str, kind: Literal["model", "dataset"], files: Sequence[str],
             )
         )
     except (OSError, ValueError, httpx.HTTPError) as error:
-        raise HubError(
-            next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        ) from error
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise refused(reason) from error

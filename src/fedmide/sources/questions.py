@@ -131,13 +131,14 @@ def _here(name: SetName, path: Path, tell: Callable[[str], None]) -> Path:
         return path
     tell(f"looking up {path} on the hub")
     files = [f"{folder}{part}{suffix}" for folder in ("", "*/") for part in FORMS[name].parts for suffix in SUFFIXES]
-    try:
-        return hub.snapshot(str(path), "dataset", files)
-    except hub.HubError as error:
-        raise DataError(
-            f"{path}: no such file or folder here, and the hub didn't give it: {error}",
+
+    def refused(reason: str) -> DataError:
+        return DataError(
+            f"{path}: no such file or folder here, and the hub didn't give it: {reason}",
             f"Give your own copy of {name}",
-        ) from error
+        )
+
+    return hub.snapshot(str(path), "dataset", files, refused)
 
 
 def _files(name: SetName, path: Path) -> tuple[Path, ...]:
