@@ -103,11 +103,12 @@ class RunFolder:
         for client in clients:
             for path in filter(Path.exists, [other.site(client) / "ledger.jsonl", *other._memories(client)]):
                 write_file(self.path / path.relative_to(other.path), path.read_bytes())
-        aside = self.path / ".server.partial"
-        shutil.rmtree(aside, ignore_errors=True)
+        aside, place = self.path / ".server.partial", self.path / "server"
+        for left in (aside, place):  # a round that was only being written may lie there
+            shutil.rmtree(left, ignore_errors=True)
         for path in other._round_folders():
             write_folder(aside / path.name, {each.name: each.read_bytes() for each in path.iterdir()})
-        aside.replace(self.path / "server")  # all at once: without what the sites kept of them, some could not go on
+        aside.replace(place)  # all at once: without what the sites kept of them, some could not go on
         self.rebuild_events(clients)
 
     def round_adapters(self) -> Iterator[tuple[int, Adapter]]:

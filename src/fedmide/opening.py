@@ -104,9 +104,9 @@ def resume(
             next_round = folder.last_round(begin(run)).round
             _check_ledgers(run, next_round)
             _check_memories(run, next_round)
-        later = dict.fromkeys([*earlier.get("later_commits", []), inputs.manifest["commit"]])
-        if any(commit != earlier["commit"] for commit in later):
-            folder.update_manifest(later_commits=list(later))
+        commit = inputs.manifest["commit"]
+        if str(commit) not in folder.commits:
+            folder.update_manifest(later_commits=[*earlier.get("later_commits", []), commit])
         yield run
 
 

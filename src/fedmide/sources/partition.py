@@ -1,8 +1,8 @@
 """Clients made out of one data set: by a field, evenly, by Dirichlet shares of a field's values, or of skewed sizes.
 
 What is dealt are groups of records (`split.grouped`), so no concept and no duplicate is ever in two clients, nor in two
-parts of one. Partitioners of libraries (flwr-datasets) deal
-rows and bring 28 packages, for what takes a few lines a rule here.
+parts of one. Partitioners of libraries (flwr-datasets) deal rows and bring 28 packages, for what takes a few lines a
+rule here.
 
 Reference: T.-M. H. Hsu et al., Measuring the effects of non-identical data distribution, arXiv 1909.06335 (Dirichlet).
 """
