@@ -432,6 +432,18 @@ def test_public_questions_are_asked_once_and_stay_in_the_metrics(
     assert fewer["questions"]["medqa"]["protocol"]["questions"] != second["protocol"]["questions"]
 
 
+def test_public_questions_are_drawn_by_the_seed_of_the_data(
+    fedmide: Callable[..., Outcome], small_input: Any, medqa: Path
+) -> None:
+    def asked(seed: int) -> Any:
+        settings = [word for each in (*QUICK, "data.seed=7", f"seed={seed}") for word in ("--set", each)]
+        assert fedmide("train", small_input.config, *settings, "--out", f"run-{seed}").code == 0
+        choice = ("--choice", f"medqa:{medqa}", "--max-questions", 3)
+        return fedmide("evaluate", f"run-{seed}", *choice, "--json").json["questions"]["medqa"]["protocol"]["questions"]
+
+    assert asked(0) == asked(1) == asked(2)
+
+
 @pytest.mark.parametrize(
     ("choices", "told"),
     [
@@ -800,6 +812,18 @@ def test_records_are_shown_as_the_model_sees_them(
         "--client c: no such client. Known: a, b"
         in fedmide("data", "show", small_input.config, "--client", "c").refusal
     )
+
+
+def test_records_are_shown_in_the_split_that_trains(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
+    def shown(*overrides: str) -> list[Any]:
+        settings = [word for each in overrides for word in ("--set", each)]
+        found = fedmide("data", "show", small_input.config, "--count", 9, "--json", *settings).json
+        return [each["pieces"] for each in found["records"]]
+
+    assert shown("data.seed=7", "seed=0") == shown("data.seed=7", "seed=1") == shown("seed=7")
+    assert shown("data.seed=7") != shown()
 
 
 def test_a_check_warns_of_what_looks_like_a_person(

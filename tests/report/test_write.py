@@ -4,7 +4,7 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -75,6 +75,12 @@ def test_with_records_the_page_is_marked_and_has_texts_but_no_ids(
     ids = {str(each.record_id) for client in "ab" for each in run_folder.read_ledger(client)}
     assert [record for record in ids if record in page] == []
     assert sum(text in page for text in texts if text not in ids) > 20
+
+
+def test_records_are_searched_in_the_split_of_the_run(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+    folder = reopen(finished_run(tmp_path, ["data.seed=7"]))
+    page = written(folder, tmp_path / "page.html", with_records=True)
+    assert page.count("<article") == 2 * (9 + 3), "every trained record and every prediction is found"
 
 
 def test_texts_are_only_texts(copied: Path, tmp_path: Path) -> None:

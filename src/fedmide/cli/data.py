@@ -34,7 +34,7 @@ def check(
 
     as_given = {"path": str(path), "source": detect(path), "validation_fraction": 0.0, "test_fraction": 0.0}
     config = parse(apply_overrides({"data": as_given}, overrides))
-    report = check.check(load(config.data, config.seed))
+    report = check.check(load(config.data, config.data_seed))
     if as_json:
         print_json(asdict(report))
     else:
@@ -68,7 +68,7 @@ def show(
         config = load(path, overrides)
     else:
         config = parse(apply_overrides({"data": {"path": str(path), "source": detect(path)}}, overrides))
-    clients = load_data(config.data, config.seed)
+    clients = load_data(config.data, config.data_seed)
     if client and client not in [each.name for each in clients]:
         raise UsageError(f"--client {client}: no such client", f"Known: {', '.join(each.name for each in clients)}")
     chosen = [

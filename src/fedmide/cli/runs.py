@@ -172,7 +172,7 @@ def _reached(run: "Run", runtime: RuntimeName) -> AbstractContextManager["Run"]:
 
 
 def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
-    """The public questions that the command line names as SET:PATH, of each set at most so many, by the run's seed."""
+    """The public questions named as SET:PATH, at most `most` per set, drawn by `data.seed`."""
     if not wanted:
         if most:
             raise UsageError(f"--max-questions {most}: there are no questions", "Say --choice SET:PATH too")
@@ -182,7 +182,7 @@ def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
     from fedmide.journal import reopen
     from fedmide.sources.questions import SETS, read_questions
 
-    seed, found = reopen(run).config.seed, {}
+    seed, found = reopen(run).config.data_seed, {}
     for each in wanted:
         name, _, path = each.partition(":")
         known = next((known for known in SETS if known == name), None)

@@ -36,7 +36,7 @@ def passages(folder: RunFolder, facts: RunFacts) -> tuple[Passage, ...]:
     The records are read from where the configuration points; raises `DataError` where they are not there any more.
     """
     found: list[Passage] = []
-    for client in load(folder.config.data, folder.config.seed):
+    for client in load(folder.config.data, folder.config.data_seed):
         if client.name in facts.clients:
             found += _extremes(client, folder.read_ledger(client.name))
             found += _predictions(client, folder)
