@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -129,6 +130,13 @@ def test_the_manifest_tells_of_versions_inputs_and_times(reference: tuple[Any, P
     for client in CLIENTS:
         sizes = {part: manifest["data"][client][part] for part in ("training", "validation", "test", "truncated")}
         assert sizes == {"training": 9, "validation": 1, "test": 3, "truncated": 0}
+
+
+@pytest.mark.needs("git")
+def test_the_manifest_names_the_commit_of_this_checkout(reference: tuple[Any, Path]) -> None:
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    assert journal.reopen(reference[1]).read_manifest()["commit"].removesuffix("-dirty") == commit
 
 
 def test_predictions_stand_beside_their_references(reference: tuple[Any, Path]) -> None:

@@ -6,11 +6,11 @@ looked up when they are used, so that importing the package costs nothing.
 
 from typing import TYPE_CHECKING, Any
 
+from fedmide.version import __version__
+
 if TYPE_CHECKING:
     from fedmide.api import Results, read_run, run
     from fedmide.methods import register
-
-__version__ = "0.1.0"
 __all__ = ["Results", "__version__", "read_run", "register", "run"]
 
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from fedmide import __version__, methods, opening, stages
+from fedmide import methods, opening, stages
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config, fingerprint
 from fedmide.entrants import BASE, Budget, Entrant, entrants
@@ -37,6 +37,7 @@ from fedmide.journal import RunFolder, locked, reopen
 from fedmide.progress import Progress, silent
 from fedmide.resident import Kept
 from fedmide.sections import PersonalizationConfig
+from fedmide.version import __version__
 
 AGAINST = ("fedavg-ft", "fedmide")
 """Whom all others are held against if nobody says."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from fedmide import __version__
+from fedmide import version
 from fedmide.checkpoints import fingerprint as model_fingerprint
 from fedmide.checkpoints import locate
 from fedmide.config import Config, agreed
@@ -27,6 +27,7 @@ from fedmide.resident import Opener, Resident, open_model
 from fedmide.sections import DataConfig, ModelConfig
 from fedmide.sources import load as load_data
 from fedmide.tokens import Encoder, Example, encode_all, encoder
+from fedmide.version import __version__
 
 T = TypeVar("T")
 
@@ -176,9 +177,9 @@ def other_versions(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> It
     was, now_is = _code(earlier), _code(present)
     if was != now_is:
         yield f"fedmide was {was} when the run began and is {now_is} now"
-    for name, version in earlier["versions"].items():
-        if present["versions"].get(name) != version:
-            yield f"{name} was {version} when the run began and is {present['versions'].get(name)} now"
+    for name, first in earlier["versions"].items():
+        if present["versions"].get(name) != first:
+            yield f"{name} was {first} when the run began and is {present['versions'].get(name)} now"
 
 
 def _check_positions(model: ModelConfig, num_positions: int | None) -> None:
@@ -270,7 +271,7 @@ def _data_fingerprint(client: ClientData) -> str:
 
 def _commit() -> str | None:
     """The commit that this code stands at, "-dirty" where it was changed since; None outside a checkout."""
-    checkout = Path(__file__).resolve().parents[2]
+    checkout = Path(version.__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return None
     command = [

@@ -11,10 +11,10 @@ from typing import Annotated
 import click
 import typer
 
-from fedmide import __version__
 from fedmide.cli import data, flower, reference, results, runs, studies
 from fedmide.cli.shared import print_json
 from fedmide.errors import UserError
+from fedmide.version import __version__
 
 app = typer.Typer(
     help="Federated instruction tuning on records that never leave their owner, personalised by data alone.",

@@ -6,8 +6,8 @@ So a site runs the code that it has installed, whatever a server submits under t
 import json
 from pathlib import Path
 
-from fedmide import __version__
 from fedmide.atomic import write_file
+from fedmide.version import __version__
 
 _PROJECT = """[build-system]
 requires = ["hatchling"]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from cryptography.hazmat.primitives.serialization import Encoding
 
-from fedmide import __version__
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config, to_toml
 from fedmide.errors import UsageError
@@ -17,6 +16,7 @@ from fedmide.flower.serverfolder import ServerFolder
 from fedmide.flower.sitefolder import SiteFolder
 from fedmide.inputs import Tell, read, without_records
 from fedmide.messages import Facts
+from fedmide.version import __version__
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")

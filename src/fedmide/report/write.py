@@ -10,7 +10,6 @@ from typing import Any
 
 import jinja2
 
-from fedmide import __version__
 from fedmide.atomic import without_nan, write_file
 from fedmide.errors import UsageError
 from fedmide.journal import RunFolder
@@ -18,6 +17,7 @@ from fedmide.report import compared, findings, flow, outcome, score_figures, set
 from fedmide.report.facts import RunFacts, read
 from fedmide.report.figure import Figure, Table
 from fedmide.report.records import Passage, passages
+from fedmide.version import __version__
 
 OUTCOME = (outcome.gain_figure, outcome.nll_figure)
 ROUNDS = (flow.enrollment_figure, flow.shared_part_figure, flow.loss_figure, flow.convergence_figure)
