@@ -6,6 +6,7 @@ from collections.abc import Iterator
 import click
 import pytest
 import typer
+from typer import rich_utils
 
 from fedmide import cli
 from fedmide.config import apply_overrides, parse
@@ -57,3 +58,15 @@ def test_an_example_that_would_be_refused_is_found() -> None:
 def test_a_command_says_what_it_does_in_a_line(words: tuple[str, ...]) -> None:
     first = (COMMANDS[words].help or "").split("\n\n")[0]
     assert first.endswith(".") and len(first) <= 120
+
+
+@BY_NAME
+def test_the_printed_help_has_the_text_of_every_argument_and_option(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(rich_utils, "MAX_WIDTH", 1000)
+    with pytest.raises(SystemExit):
+        COMMANDS[words].main(["--help"], prog_name="fedmide")
+    printed = " ".join(capsys.readouterr().out.split())
+    texts = [getattr(each, "help", None) or "" for each in COMMANDS[words].params]
+    assert [text for text in texts if " ".join(text.split()) not in printed] == []
