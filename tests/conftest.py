@@ -22,6 +22,7 @@ from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan, total
 from fedmide.records import RecordId
 from fedmide.sections import Positions
 from fedmide.tokens import Example
+from tests.needs import NEEDS, find_chromium
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
 settings.load_profile("untimed")
@@ -50,22 +51,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
 """Architectures, and what makes a small one show its peculiarities on texts of a few dozen tokens."""
-HOW_TO_INSTALL = (
-    "no Chromium to test pages with: apt-get install chromium (Debian, Ubuntu), or set FEDMIDE_CHROMIUM to the "
-    "path of a Chromium or Chrome"
-)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skips a test where something that it needs is missing; fails it where all of it must be there."""
+    for marker in item.iter_markers("needs"):
+        for name in marker.args:
+            find, remedy = NEEDS[name]
+            if not find():
+                stop = pytest.fail if os.environ.get("FEDMIDE_TEST_EVERYTHING") else pytest.skip
+                stop(f"this test needs {remedy}")
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
     """Chromium without a window and without a network."""
-    path = os.environ.get("FEDMIDE_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
-    if path is None:
-        pytest.fail(HOW_TO_INSTALL)
     from playwright.sync_api import sync_playwright
 
+    options = ["--no-sandbox", "--disable-dev-shm-usage"]
     with sync_playwright() as playwright:
-        started = playwright.chromium.launch(executable_path=path, args=["--no-sandbox", "--disable-dev-shm-usage"])
+        started = playwright.chromium.launch(executable_path=find_chromium(), args=options)
         yield started
         started.close()
 

@@ -33,6 +33,7 @@ def test_every_shell_has_a_script_and_completes_a_command(shell: str, tmp_path: 
     assert "run" in completed and "sweep" not in completed
 
 
+@pytest.mark.needs("bash")
 def test_bash_completes_once_it_is_installed(tmp_path: Path) -> None:
     assert "_fedmide_completion" in told(tmp_path, "bash", "-c", "fedmide --show-completion; true")
     told(tmp_path, "bash", "-c", "fedmide --install-completion; true")

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.needs("git")
+
 ROOT = Path(__file__).resolve().parents[1]
 PRIVATE = (
     "runs/a/clients/b/ledger.jsonl",

@@ -67,6 +67,7 @@ def address(site: Path) -> Iterator[str]:
 
 
 @pytest.mark.browser
+@pytest.mark.needs("chromium")
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_browser_asks_nobody_else_and_draws_the_picture(browser: Browser, address: str, scheme: str) -> None:

@@ -33,10 +33,9 @@ from fedmide.flower.sitefolder import SiteFolder
 from fedmide.flower.supervision import superexec_command, supernode_command
 from fedmide.journal import reopen
 from tests.flower.waiting import until
+from tests.needs import find_nginx
 
 pytestmark = pytest.mark.flower
-
-NGINX = os.environ.get("FEDMIDE_NGINX") or shutil.which("nginx")
 
 
 @pytest.fixture(autouse=True)
@@ -325,7 +324,7 @@ def test_the_check_of_a_site_says_what_is_wrong(consortium: Any, stranger: SiteF
     assert "does not take this site's key" in problems["node"]
 
 
-@pytest.mark.skipif(NGINX is None, reason="nginx is not installed")
+@pytest.mark.needs("nginx")
 def test_through_the_proxy_sites_reach_the_fleet_and_nothing_else(
     server: ServerFolder, stranger: SiteFolder, tmp_path: Path
 ) -> None:
@@ -341,7 +340,15 @@ def test_through_the_proxy_sites_reach_the_fleet_and_nothing_else(
         f"events {{}} http {{ access_log off; {temporary} {made} }}"
     )
     flwr(server, "supernode", "register", str(stranger.path / "keys" / "node-key.pub"), "fedmide", "--name", "late")
-    command = [str(NGINX), "-p", str(tmp_path), "-c", str(tmp_path / "nginx.conf"), "-e", str(tmp_path / "error")]
+    command = [
+        str(find_nginx()),
+        "-p",
+        str(tmp_path),
+        "-c",
+        str(tmp_path / "nginx.conf"),
+        "-e",
+        str(tmp_path / "error"),
+    ]
     with started(command, environment(tmp_path), tmp_path / "nginx.log"):
         assert answer_of(server, server.port, "/v1/control/list-nodes") != 404, "the SuperLink itself has it"
         time.sleep(1)

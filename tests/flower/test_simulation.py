@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.flower
+pytestmark = [pytest.mark.flower, pytest.mark.needs("namespaces")]
 
 COMMAND = [sys.executable, "-m", "fedmide", "run"]
 

@@ -13,7 +13,7 @@ from playwright.sync_api import Browser, Page
 from fedmide import report
 from fedmide.journal import RunFolder, reopen
 
-pytestmark = pytest.mark.browser
+pytestmark = [pytest.mark.browser, pytest.mark.needs("chromium")]
 
 SHOWN = """key => [...document.querySelectorAll(`#figure-${key} .drawing`)].filter(each => each.offsetParent)"""
 

@@ -27,14 +27,14 @@ _LOOPBACK = "import sys; from fedmide.flower.simulation import host; host(*sys.a
 def simulation(run: Path, num_sites: int, threads: int, gpus: float = 0.0) -> Iterator[Exchange]:
     """An exchange with simulated nodes, one a site, for a run folder that exists; each works on so many threads."""
     check_installed()
-    namespace = _namespace()
+    isolated = namespace()
     with ExitStack() as stack:
         home = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="fedmide-")))
         listener = stack.enter_context(listening(home / "link"))
         log = home / "log"
         variables = environment(home, **{LINK: str(home / "link"), RUN: str(run.resolve()), "RAY_TMPDIR": str(home)})
         size = f"num-supernodes={num_sites} client-resources-num-cpus={threads} client-resources-num-gpus={gpus}"
-        command = [*namespace, sys.executable, "-c", _LOOPBACK, str(home), size]
+        command = [*isolated, sys.executable, "-c", _LOOPBACK, str(home), size]
         process = stack.enter_context(started(command, variables, log))
         connection = accepted(listener, lambda: process.poll() is None)
         if connection is None:
@@ -69,8 +69,11 @@ def host(home: str, size: str) -> None:
             process.wait()
 
 
-def _namespace() -> tuple[str, ...]:
-    """What starts a command in a namespace that has only loopback; nothing where this one has no more."""
+def namespace() -> tuple[str, ...]:
+    """The command that starts another one in a network namespace with loopback only; empty if this one has no more.
+
+    Raises `UsageError` if this user may not make one.
+    """
     if [name for _, name in socket.if_nameindex() if name != "lo"] == []:
         return ()
     for command in _NAMESPACES:
