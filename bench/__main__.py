@@ -26,15 +26,16 @@ from bench.ours import Federation, timed_work
 from bench.stock import Stock
 from bench.timing import alternating, figure, once, ratios, seconds
 from bench.workload import Workload, workload
-from fedmide import adapters, devices, generation, opening, scoring, stages, training
-from fedmide.checkpoints import locate
-from fedmide.client import handle
+from fedmide.data.tokens import Example
 from fedmide.evaluation.measure import measure
-from fedmide.localmodel import TrainingPlan
-from fedmide.messages import ClientTask
-from fedmide.model import load
-from fedmide.resident import Kept
-from fedmide.tokens import Example
+from fedmide.federation.client import handle
+from fedmide.federation.messages import ClientTask
+from fedmide.model import adapters, devices, generation, scoring, training
+from fedmide.model.interface import TrainingPlan
+from fedmide.model.lora import load
+from fedmide.model.pretrained.locate import locate
+from fedmide.runs import opening, stages
+from fedmide.runs.resident import Kept
 
 ROUNDS = 3
 """How often a whole round is repeated; the stock one takes most of the time."""

@@ -19,12 +19,13 @@ from typing import Any
 from bench.tiny import CONFIG
 from fedmide.atomic import write_file
 from fedmide.config import apply_overrides, load, parse, to_toml
+from fedmide.federation.codec import encode_hello
+from fedmide.federation.messages import Hello
 from fedmide.flower.asking import ask
 from fedmide.flower.consortium import Consortium, create
 from fedmide.flower.processes import environment, free_port, started
-from fedmide.flower.sitefolder import SiteFolder
-from fedmide.journal import reopen
-from fedmide.messages import Hello, encode_hello
+from fedmide.flower.site_folder import SiteFolder
+from fedmide.journal.creation import reopen
 
 ROUNDS, MANY = 3, 100
 """With many clients there is one round: it is long."""

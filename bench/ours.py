@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 from bench.workload import Workload
-from fedmide import server
-from fedmide.client import ClientState
-from fedmide.config import fingerprint
-from fedmide.ledger import Entry
-from fedmide.runtimes.inprocess import InProcess
+from fedmide.config.knobs import fingerprint
+from fedmide.federation import server
+from fedmide.federation.client_state import ClientState
+from fedmide.federation.ledger import Entry
+from fedmide.federation.runtimes.inprocess import InProcess
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from fedmide.config import Config
-from fedmide.prompts import ALPACA, render
-from fedmide.records import Record
+from fedmide.data.prompts import ALPACA, render
+from fedmide.data.records import Record
 
 MICRO_BATCH, ACCUMULATION = 4, 8
 LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -6,8 +6,8 @@ import time
 from pathlib import Path
 
 from bench.ours import timed_work
-from fedmide import opening, stages
 from fedmide.config import load
+from fedmide.runs import opening, stages
 
 CONFIG = """
 [data]

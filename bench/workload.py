@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmide.config import Config, apply_overrides, parse
-from fedmide.inputs import Inputs, read
-from fedmide.threads import available_cores
+from fedmide.model.threads import available_cores
+from fedmide.runs.inputs import Inputs, read
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "fedmide-data"
 SHORT = 24

@@ -10,7 +10,8 @@ import numpy as np
 
 import fedmide
 from fedmide.config import Config, load
-from fedmide.methods.method import Answer, Common, Method, plain
+from fedmide.methods import Method
+from fedmide.methods.method import Answer, Common, plain
 
 
 def median(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:

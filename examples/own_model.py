@@ -6,7 +6,7 @@ from pathlib import Path
 
 import fedmide
 from fedmide.config import load
-from fedmide.llama import write_tiny_random
+from fedmide.model.pretrained.llama import write_tiny_random
 
 work = Path(tempfile.mkdtemp())
 model = work / "model"

@@ -14,14 +14,15 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
-from fedmide import adapters, opening, stages
-from fedmide.checkpoints import locate
-from fedmide.client import ClientState
 from fedmide.config import Config, apply_overrides, load, parse
-from fedmide.localmodel import Adapter, Epoch, Nll, TrainingPlan, total
-from fedmide.records import RecordId
-from fedmide.sections import Positions
-from fedmide.tokens import Example
+from fedmide.config.sections import Positions
+from fedmide.data.records import RecordId
+from fedmide.data.tokens import Example
+from fedmide.federation.client_state import ClientState
+from fedmide.model import adapters
+from fedmide.model.interface import Adapter, Epoch, Nll, TrainingPlan, total
+from fedmide.model.pretrained.locate import locate
+from fedmide.runs import opening, stages
 from tests.needs import NEEDS, find_chromium
 
 settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
@@ -99,13 +100,13 @@ def shape_folder(
 
     torch.manual_seed(0)
     config = AutoConfig.for_model(request.param, **{**SMALL, **SHAPES[request.param]})
-    model = AutoModelForCausalLM.from_config(config)
+    lora = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in lora.parameters():
             if parameter.ndim == 2:
                 parameter.normal_(std=SMALL["hidden_size"] ** -0.5)  # wide enough for likelihoods that differ
     folder = tmp_path_factory.mktemp("shapes") / request.param
-    model.save_pretrained(folder)
+    lora.save_pretrained(folder)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(tiny_folder / name, folder / name)
     return folder
@@ -114,11 +115,11 @@ def shape_folder(
 @pytest.fixture(scope="session")
 def shape_model(shape_folder: Path) -> Any:
     """The model in `shape_folder` in float32 under adapters on all its linear layers; a test puts in its own."""
-    from fedmide import model
-    from fedmide.sections import LoraConfig, ModelConfig
+    from fedmide.config.sections import LoraConfig, ModelConfig
+    from fedmide.model import lora
 
     config = ModelConfig(name="small", dtype="float32", device="cpu")
-    return model.load(shape_folder, config, LoraConfig(targets="all-linear", dropout=0.5))
+    return lora.load(shape_folder, config, LoraConfig(targets="all-linear", dropout=0.5))
 
 
 @pytest.fixture(scope="session")

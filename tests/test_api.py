@@ -14,11 +14,11 @@ import pandas
 import pytest
 
 import fedmide
-from fedmide import methods
 from fedmide.config import load, parse, to_toml
 from fedmide.errors import ConfigError, RunFolderError, UsageError
-from fedmide.journal import reopen
-from fedmide.methods import FEDAVG, FEDMIDE
+from fedmide.journal.creation import reopen
+from fedmide.methods import registry
+from fedmide.methods.registry import FEDAVG, FEDMIDE
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_the_package_is_light_to_import() -> None:
 def test_a_method_from_outside_runs_and_is_told_by_its_name(
     small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods, "_OWN", {})
+    monkeypatch.setattr(registry, "_OWN", {})
     config = load(small_input.config, ["method=own:mine", "generation.enabled=false", "federation.rounds=1"])
     assert load_again(config, tmp_path) == config and config.warmup.rounds == 0
     with pytest.raises(ConfigError, match=r"method = 'own:mine' is not known to this process\. Call fedmide\.register"):
@@ -134,7 +134,7 @@ def test_a_method_from_outside_runs_and_is_told_by_its_name(
     theirs = fedmide.run(config.model_copy(update={"method": "fedavg"}), tmp_path / "fedavg", quiet=True)
     assert ours.metrics["clients"] == theirs.metrics["clients"]
     assert ours.metrics["method"]["name"] == "own:mine"
-    monkeypatch.setattr(methods, "_OWN", {})
+    monkeypatch.setattr(registry, "_OWN", {})
     assert fedmide.read_run(ours.path).config.method == "own:mine"  # who only reads needs no method
 
 

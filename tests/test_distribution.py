@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import ROOT
+
 pytestmark = pytest.mark.needs("git")
 
-ROOT = Path(__file__).resolve().parents[1]
 PRIVATE = (
     "runs/a/clients/b/ledger.jsonl",
     "consortium/site-a/site.key",

@@ -8,9 +8,10 @@ import pytest
 import typer
 
 from fedmide import cli
-from fedmide.config import Config, knobs, load, read_toml
+from fedmide.config import Config, load, read_toml
+from fedmide.config.knobs import knobs
+from tests.needs import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
 DOCUMENTS = {path.name: path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]}
 
@@ -21,7 +22,7 @@ def test_examples_parse(path: Path) -> None:
 
 
 def test_the_demo_of_the_examples_is_the_commands() -> None:
-    shipped = ROOT / "src" / "fedmide" / "presets" / "demo.toml"
+    shipped = ROOT / "src" / "fedmide" / "cli" / "presets" / "demo.toml"
     assert (ROOT / "examples" / "demo.toml").read_bytes() == shipped.read_bytes()
 
 

@@ -15,7 +15,8 @@ from urllib.parse import urlsplit
 import pytest
 from playwright.sync_api import Browser
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.needs import ROOT
+
 LOADED = re.compile(r"<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=[\"']?([^\"' >]+)")
 """What a page loads by itself, in contrast to what a reader may follow."""
 

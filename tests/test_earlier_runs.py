@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedmide import journal, opening, report, stages
+from fedmide import report
+from fedmide.journal import creation
+from fedmide.runs import opening, stages
 
 EARLIER = Path(__file__).parent / "earlier_runs"
 STAGES = (stages.train, stages.personalize, stages.generate, stages.evaluate)
@@ -48,7 +50,7 @@ def test_an_interrupted_run_ends_where_its_own_code_ended(earlier: Path, method:
 
 
 def test_a_finished_run_is_reported(earlier: Path) -> None:
-    folder = journal.reopen(earlier / "finished")
+    folder = creation.reopen(earlier / "finished")
     page = report.write(folder).read_text("utf-8")
     assert "SmolLM" not in page and "tiny-random" in page
     assert "d0e5f1bb312081f39c46f42b1b44cc267ee27125" in page

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+from tests.needs import ROOT
+
+EXAMPLES = ROOT / "examples"
 TELLS = {
     "own_data": ["north {'training': 9, 'validation': 1, 'test': 2}", "south   personalized  "],
     "own_model": ["'model.safetensors'", "values trained over weights in ", "rank 4, on down_proj, q_proj, v_proj"],

@@ -4,7 +4,8 @@ import pytest
 import typer
 
 from fedmide import cli
-from fedmide.config import Config, knobs
+from fedmide.config import Config
+from fedmide.config.knobs import knobs
 from tools import references
 
 

@@ -21,7 +21,10 @@ MOST_WORDS = 30
 QUESTION = re.compile(r"(What|How|Whether|Which|Where|Why|Who|Whom|Whose|When)\b")
 """First words of a docstring that promise a question and give no noun."""
 
-UNITS = "nats? tokens? records? files? steps? rounds? clients? sites? columns? rows? lines? folders? figures? values? bytes MB masks? objects?"
+UNITS = (
+    "nats? tokens? records? files? steps? rounds? clients? sites? columns? rows? lines? folders? figures? values? "
+    "bytes MB masks? objects?"
+)
 PER = "token client site second round record block run step seed core week day line value method pass batch minute"
 
 IDIOMS: dict[str, str] = {
@@ -205,10 +208,7 @@ def _wrapping(line: str, number: int) -> Iterator[Finding]:
 def of_file(path: Path) -> list[Finding]:
     """Stumbling places of a file, by line. Pages that are generated keep the lines of their sources."""
     text = path.read_text("utf-8")
-    if path.suffix == ".md":
-        found = of_markdown(text, wrapped=path.name not in GENERATED)
-    else:
-        found = of_python(text)
+    found = of_markdown(text, wrapped=path.name not in GENERATED) if path.suffix == ".md" else of_python(text)
     return sorted(set(found), key=lambda each: (each.line, each.problem))
 
 

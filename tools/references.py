@@ -14,7 +14,8 @@ import click
 import typer
 from pydantic import BaseModel
 
-from fedmide import cli, explanations
+from fedmide import cli
+from fedmide.cli import explanations
 from fedmide.config import Config
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 
 from fedmide.config import Config, load, parse
 from fedmide.errors import RunFolderError, UsageError
-from fedmide.journal import RUNS, RunFolder, free_folder, reopen
+from fedmide.journal.creation import RUNS, free_folder, reopen
+from fedmide.journal.folder import RunFolder
 from fedmide.report.facts import turns
 
 if TYPE_CHECKING:
     import pandas
+
 
 Row = dict[str, Any]
 
@@ -110,9 +112,9 @@ def run(config: Config | Mapping[str, Any] | str | Path, out: str | Path = "", q
     configuration it goes on, and what is done is not done again. Progress goes to stderr unless `quiet`. Raises
     `fedmide.errors.UserError`, whose text says what to do.
     """
-    from fedmide import opening, stages
-    from fedmide.console import bars, tell
     from fedmide.progress import silent
+    from fedmide.runs import opening, stages
+    from fedmide.terminal import bars, tell
 
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     chosen, path = _chosen(config), Path(out) if out else free_folder(RUNS, name)

@@ -9,9 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from fedmide.config import Config
-from fedmide.localmodel import Adapter
-from fedmide.resident import Resident, open_model
-from fedmide.sections import ModelConfig, RuntimeConfig
+from fedmide.config.sections import ModelConfig, RuntimeConfig
+from fedmide.model.interface import Adapter
+from fedmide.runs.resident import Resident, open_model
 
 
 @pytest.fixture(scope="module")

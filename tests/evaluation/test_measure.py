@@ -11,15 +11,15 @@ import torch
 
 from fedmide.atomic import to_json
 from fedmide.config import Config
+from fedmide.config.sections import EvaluationConfig, ModelConfig, PromptConfig, RuntimeConfig
+from fedmide.data.prompts import ALPACA, Template, render
+from fedmide.data.records import ClientData, Record, client_data
+from fedmide.data.tokens import Encoder, encoder
 from fedmide.evaluation.choice import choice_accuracy, draw_choices
 from fedmide.evaluation.measure import Measured, measure
 from fedmide.evaluation.summary import stage_figures
-from fedmide.localmodel import Adapter
-from fedmide.prompts import ALPACA, Template, render
-from fedmide.records import ClientData, Record, client_data
-from fedmide.resident import Resident
-from fedmide.sections import EvaluationConfig, ModelConfig, PromptConfig, RuntimeConfig
-from fedmide.tokens import Encoder, encoder
+from fedmide.model.interface import Adapter
+from fedmide.runs.resident import Resident
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -1,18 +1,17 @@
 """Which records list options, and which of them the reference names."""
 
 import json
-from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedmide.data.records import Record
 from fedmide.evaluation.options import listed
-from fedmide.records import Record
+from tests.needs import PUBLISHED
 
 ORGANS = ("Heart", "Liver", "Bile duct", "Duct")
 ASKED = "Which organ makes bile?\nA. Heart\nB. Liver\nC. Bile duct\nD. Duct"
-PUBLISHED = Path(__file__).resolve().parents[2].parent / "shared" / "fedmide-data" / "8" / "local_test_4.json"
 
 
 @pytest.mark.parametrize(
@@ -73,9 +72,9 @@ def test_any_text_is_read(instruction: str, context: str, response: str) -> None
     assert found is None or (len(found.texts) >= 2 and (found.answer is None or found.answer < len(found.texts)))
 
 
-@pytest.mark.skipif(not PUBLISHED.exists(), reason="the published data are not here")
+@pytest.mark.needs("published")
 def test_of_the_published_records_46_list_options_and_each_names_one() -> None:
-    rows = json.loads(PUBLISHED.read_text("utf-8"))
+    rows = json.loads((PUBLISHED / "8" / "local_test_4.json").read_text("utf-8"))
     records = [Record(row["instruction"], row["response"], row["context"]) for row in rows]
     found = [options for record in records if (options := listed(record))]
     assert len(found) == 46

@@ -10,12 +10,12 @@ import torch
 
 from fedmide.atomic import to_json
 from fedmide.config import Config
+from fedmide.config.sections import ModelConfig, RuntimeConfig
+from fedmide.data.questions import FORMS, Question, fingerprint
+from fedmide.data.tokens import encoder
 from fedmide.evaluation.questions import Scored, draw_questions, score_questions, set_figures
-from fedmide.localmodel import Adapter
-from fedmide.resident import Resident
-from fedmide.sections import ModelConfig, RuntimeConfig
-from fedmide.sources.questions import FORMS, Question, fingerprint
-from fedmide.tokens import encoder
+from fedmide.model.interface import Adapter
+from fedmide.runs.resident import Resident
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

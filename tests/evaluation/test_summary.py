@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from fedmide.config import Config, parse
-from fedmide.enrollment import Reason, SetName
+from fedmide.data.records import RecordId
 from fedmide.evaluation.measure import Measured
 from fedmide.evaluation.summary import (
     TEXT_METRICS,
@@ -18,8 +18,8 @@ from fedmide.evaluation.summary import (
     summarize,
     text_figures,
 )
-from fedmide.ledger import Entry
-from fedmide.records import RecordId
+from fedmide.federation.enrollment import Reason, SetName
+from fedmide.federation.ledger import Entry
 
 CONFIG = parse({"evaluation": {"bootstrap": 100}})
 NO_RECORDS = Measured((), (), (), (), (), 0)

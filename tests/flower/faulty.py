@@ -10,11 +10,14 @@ from typing import Any
 
 import numpy as np
 
-from fedmide import atomic, inputs, messages
-from fedmide import site as sites
+from fedmide import atomic
+from fedmide.federation import codec
+from fedmide.federation.codec import decode_reply, decode_request, encode_reply
+from fedmide.federation.messages import Hello
 from fedmide.flower import worker
-from fedmide.messages import Hello, decode_reply, decode_request, encode_reply
-from fedmide.site import Site
+from fedmide.runs import inputs
+from fedmide.runs import site as sites
+from fedmide.runs.site import Site
 
 SECRET = "Maria Musterfrau, born 1961, carcinoma of the colon"
 original = Site.answer
@@ -79,7 +82,7 @@ def other_version(site: Site, frame: bytes) -> bytes:
 
 def other_schema(site: Site, frame: bytes) -> bytes:
     answered = original(site, frame)
-    assert answered.startswith(messages.MAGIC)
+    assert answered.startswith(codec.MAGIC)
     return b"FMD9" + answered[4:]
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, RecordDict
 
+from fedmide.federation.codec import decode_answer, encode_hello, encode_task, parts
+from fedmide.federation.messages import ClientTask, Hello, Trouble
+from fedmide.federation.runtimes.link import Answered
 from fedmide.flower import apps
 from fedmide.flower.apps import GridExchange, frame_of, records_of
-from fedmide.messages import ClientTask, Hello, Trouble, decode_answer, encode_hello, encode_task, parts
-from fedmide.runtimes.link import Answered
 
 
 def test_what_is_started_for_each_message_loads_no_model_s_libraries() -> None:

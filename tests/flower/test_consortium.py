@@ -16,8 +16,8 @@ from fedmide.config import load, to_toml
 from fedmide.errors import UsageError
 from fedmide.flower import deployment, texts
 from fedmide.flower.consortium import Consortium, create, named
-from fedmide.flower.serverfolder import ServerFolder
-from fedmide.flower.sitefolder import SiteFolder
+from fedmide.flower.server_folder import ServerFolder
+from fedmide.flower.site_folder import SiteFolder
 from fedmide.flower.supervision import superlink_command, supernode_command
 
 

@@ -25,13 +25,13 @@ from cryptography.hazmat.primitives.serialization import Encoding
 
 from fedmide.flower import keys, texts
 from fedmide.flower.check import check
+from fedmide.flower.commands import flwr
 from fedmide.flower.deployment import status
-from fedmide.flower.flowercli import flwr
 from fedmide.flower.processes import environment, free_port, started
-from fedmide.flower.serverfolder import ServerFolder
-from fedmide.flower.sitefolder import SiteFolder
+from fedmide.flower.server_folder import ServerFolder
+from fedmide.flower.site_folder import SiteFolder
 from fedmide.flower.supervision import superexec_command, supernode_command
-from fedmide.journal import reopen
+from fedmide.journal.creation import reopen
 from tests.flower.waiting import until
 from tests.needs import find_nginx
 

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from fedmide.errors import DataError
+from fedmide.federation.codec import decode_answer
+from fedmide.federation.messages import Trouble
 from fedmide.flower import worker
-from fedmide.flower.sitefolder import SiteFolder
-from fedmide.messages import Trouble, decode_answer
+from fedmide.flower.site_folder import SiteFolder
 
 SECRET = "records of Maria M."
 

@@ -8,16 +8,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmide import methods, server
-from fedmide.client import ClientState
+from fedmide import methods
 from fedmide.config import Config, apply_overrides, parse
-from fedmide.localmodel import Adapter, Epoch, TrainingPlan, rate_at
-from fedmide.messages import ClientTask
-from fedmide.resident import Resident, open_model
-from fedmide.rounds import run
-from fedmide.runtimes.inprocess import InProcess
-from fedmide.server import Delivery, RoundSummary, ServerState
-from fedmide.tokens import Example
+from fedmide.data.tokens import Example
+from fedmide.federation import server
+from fedmide.federation.client_state import ClientState
+from fedmide.federation.messages import ClientTask
+from fedmide.federation.rounds import run
+from fedmide.federation.runtimes.inprocess import InProcess
+from fedmide.federation.server import Delivery, RoundSummary, ServerState
+from fedmide.model.interface import Adapter, Epoch, TrainingPlan, rate_at
+from fedmide.runs.resident import Resident, open_model
 
 SMALL: dict[str, Any] = {
     "seed": 3,

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
-from fedmide.localmodel import Adapter
-from fedmide.messages import Metric
+from fedmide.federation.messages import Metric
+from fedmide.model.interface import Adapter
 
 Distance = Callable[[Adapter, Adapter], float]
 

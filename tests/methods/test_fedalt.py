@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 import torch
 
-from fedmide.adapters import ROUTER, encode, layers, prefixed, stacked, under, unstacked
-from fedmide.localmodel import Adapter, Terms, TrainingPlan
+from fedmide.data.batches import batches
 from fedmide.methods.feddpa import own_share
-from fedmide.routing import routed
-from fedmide.tokens import batches
+from fedmide.model.adapters import ROUTER, encode, layers, prefixed, stacked, under, unstacked
+from fedmide.model.interface import Adapter, Terms, TrainingPlan
+from fedmide.model.routing import routed
 
 Distance = Callable[[Adapter, Adapter], float]
 
@@ -32,7 +32,7 @@ def test_the_rest_of_the_world_is_the_others_mean(run_federation: Any, distance:
     replies = {number: done.replies(number) for number in range(3)}
     downs = {(d.reply.client, d.reply.round): d for d in done.deliveries if d.reply}
     assert downs["a", 0].bytes_down < 300, "nobody has answered yet"
-    from fedmide import server
+    from fedmide.federation import server
 
     for state, others in (
         (done.states[1], {"b": replies[0]["b"], "c": replies[0]["c"]}),

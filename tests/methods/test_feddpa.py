@@ -10,12 +10,12 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide import adapters
-from fedmide.adapters import COMMON, MOST, OWN, REFERENCES, stacked, under, unstacked
-from fedmide.localmodel import Adapter, Terms, TrainingPlan
-from fedmide.messages import Metric
+from fedmide.federation.messages import Metric
 from fedmide.methods.feddpa import own_share
-from fedmide.resident import likeness
+from fedmide.model import adapters
+from fedmide.model.adapters import COMMON, MOST, OWN, REFERENCES, stacked, under, unstacked
+from fedmide.model.interface import Adapter, Terms, TrainingPlan
+from fedmide.runs.resident import likeness
 
 Distance = Callable[[Adapter, Adapter], float]
 Product = Callable[[Adapter], dict[str, Any]]

@@ -5,11 +5,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmide import methods, server
-from fedmide.localmodel import Adapter
-from fedmide.messages import encode_task
+from fedmide import methods
+from fedmide.federation import server
+from fedmide.federation.codec import encode_task
 from fedmide.methods.fedmide import BEHIND, without_own
 from fedmide.methods.method import Answer, Common
+from fedmide.model.interface import Adapter
 
 FEDMIDE = methods.METHODS["fedmide"]
 

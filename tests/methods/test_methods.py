@@ -11,15 +11,19 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from fedmide import adapters, methods, server
-from fedmide.client import handle
-from fedmide.config import METHOD_TABLES, Config, apply_overrides, flat, for_method, parse
-from fedmide.entrants import budget_of, within
+from fedmide import methods
+from fedmide.config import Config, apply_overrides, parse
+from fedmide.config.config import METHOD_TABLES
+from fedmide.config.knobs import flat, for_method
+from fedmide.config.sections import MethodName
 from fedmide.errors import ConfigError
-from fedmide.messages import ClientReply
+from fedmide.federation import server
+from fedmide.federation.client import handle
+from fedmide.federation.messages import ClientReply
+from fedmide.federation.server import Delivery
 from fedmide.methods.method import Answer
-from fedmide.sections import MethodName
-from fedmide.server import Delivery
+from fedmide.model import adapters
+from fedmide.studies.entrants import budget_of, within
 
 BUDGETED = ("training.", "federation.", "warmup.", "personalization.", "ditto.", "feddpa.")
 ALL = [name for name in get_args(MethodName) if name != "central"]

@@ -8,12 +8,13 @@ from typing import Any, get_args
 
 import pytest
 
-from fedmide import adapters, opening, stages
 from fedmide.config import apply_overrides, load, read_toml
-from fedmide.entrants import entrants
+from fedmide.config.sections import MethodName
 from fedmide.errors import RunFolderError
 from fedmide.methods import METHODS
-from fedmide.sections import MethodName
+from fedmide.model import adapters
+from fedmide.runs import opening, stages
+from fedmide.studies.entrants import entrants
 
 QUICK = ("generation.enabled=false", "data.max_test_records=2", "lora.blocks=top:1", "data.validation_fraction=0.2")
 

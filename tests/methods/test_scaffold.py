@@ -6,9 +6,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fedmide.adapters import encode, prefixed, shapes, under
-from fedmide.aggregation import weighted_mean
-from fedmide.localmodel import Adapter, Terms, TrainingPlan, rate_at
+from fedmide.methods.aggregation import weighted_mean
+from fedmide.model.adapters import encode, prefixed, shapes, under
+from fedmide.model.interface import Adapter, Terms, TrainingPlan, rate_at
 
 Distance = Callable[[Adapter, Adapter], float]
 

@@ -7,16 +7,19 @@ from typing import Any, get_args
 import numpy as np
 import pytest
 
-from fedmide import adapters, methods, server
-from fedmide.adapters import encode
+from fedmide import methods
 from fedmide.config import Config, parse
+from fedmide.config.sections import MethodName
 from fedmide.errors import ConfigError
-from fedmide.localmodel import Adapter, TrainingPlan
-from fedmide.messages import ClientReply
-from fedmide.methods.method import Answer, Common, Method
-from fedmide.resident import Resident
-from fedmide.sections import MethodName
-from fedmide.server import Delivery, RoundSummary, ServerState
+from fedmide.federation import server
+from fedmide.federation.messages import ClientReply
+from fedmide.federation.server import Delivery, RoundSummary, ServerState
+from fedmide.methods import Method, registry
+from fedmide.methods.method import Answer, Common
+from fedmide.model import adapters
+from fedmide.model.adapters import encode
+from fedmide.model.interface import Adapter, TrainingPlan
+from fedmide.runs.resident import Resident
 
 TRAVELLING = [name for name in get_args(MethodName) if methods.METHODS[name].travels]
 OPTIONS = {"flexlora": ["flexlora.ranks=[4, 1, 2]"]}
@@ -104,7 +107,7 @@ def test_a_limit_that_nobody_reaches_changes_nothing(seen: Seen) -> None:
 def test_a_method_that_does_not_say_what_an_update_is_measured_from_goes_without_a_limit(
     fakes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(methods, "_OWN", {})
+    monkeypatch.setattr(registry, "_OWN", {})
     silent = Method("own:silent", "sends what it never got", "nowhere", down=lambda common, client, config: {})
     methods.register(silent)
     plain = parse({"method": "own:silent"})

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmide.journal import RunFolder, reopen
+from fedmide.journal.creation import reopen
+from fedmide.journal.folder import RunFolder
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import Browser, Page
 
 from fedmide import report
-from fedmide.journal import RunFolder, reopen
+from fedmide.journal.creation import reopen
+from fedmide.journal.folder import RunFolder
 
 pytestmark = [pytest.mark.browser, pytest.mark.needs("chromium")]
 

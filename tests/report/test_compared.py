@@ -8,7 +8,8 @@ import pytest
 
 from fedmide import report
 from fedmide.errors import UsageError
-from fedmide.journal import RunFolder, reopen
+from fedmide.journal.creation import reopen
+from fedmide.journal.folder import RunFolder
 from fedmide.report import compared
 from fedmide.report.facts import RunFacts, read
 

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from fedmide import opening, stages
 from fedmide.config import load
 from fedmide.errors import RunFolderError
-from fedmide.journal import RunFolder, reopen
+from fedmide.journal.creation import reopen
+from fedmide.journal.folder import RunFolder
 from fedmide.report.facts import read
+from fedmide.runs import opening, stages
 
 
 def test_turns_are_the_events(run_folder: RunFolder) -> None:

@@ -5,8 +5,8 @@ from typing import Any
 import plotly.graph_objects as go
 import pytest
 
-from fedmide.journal import RunFolder
-from fedmide.report import compared, flow, outcome, score_figures
+from fedmide.journal.folder import RunFolder
+from fedmide.report import compared, outcome_figures, round_figures, score_figures
 from fedmide.report.facts import RunFacts, read
 from fedmide.report.figure import Figure, number, ranged, seconds, span, style
 from fedmide.report.write import COST, OUTCOME, ROUNDS, SCORES
@@ -50,7 +50,7 @@ def test_plotly_would_refuse_a_wrong_one() -> None:
 
 
 def test_the_gains_are_drawn_with_their_intervals(facts: RunFacts) -> None:
-    figure = outcome.gain_figure(facts)
+    figure = outcome_figures.gain_figure(facts)
     assert figure is not None
     mean, clients = figure.plots[0].data
     gains = {each.client: each.gain for each in facts.outcomes}
@@ -64,7 +64,7 @@ def test_the_gains_are_drawn_with_their_intervals(facts: RunFacts) -> None:
 
 
 def test_enrollment_adds_up_to_all_records(facts: RunFacts) -> None:
-    figure = flow.enrollment_figure(facts)
+    figure = round_figures.enrollment_figure(facts)
     assert figure is not None
     for title in facts.titles:
         for client in facts.clients:

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 
 from fedmide.evaluation.intervals import Interval
-from fedmide.journal import RunFolder
+from fedmide.journal.folder import RunFolder
 from fedmide.report.facts import Outcome, RunFacts, read
 from fedmide.report.findings import cautions, headline, numbers
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide.ledger import Entry, Ledger
-from fedmide.records import RecordId
+from fedmide.data.records import RecordId
+from fedmide.federation.ledger import Entry, Ledger
 from fedmide.report.scores import ScoreRound, edges, grid, histogram, score_rounds
 
 

@@ -12,7 +12,8 @@ import pytest
 
 from fedmide import report
 from fedmide.errors import DataError
-from fedmide.journal import RunFolder, reopen
+from fedmide.journal.creation import reopen
+from fedmide.journal.folder import RunFolder
 
 MAX_BYTES = 6_000_000
 

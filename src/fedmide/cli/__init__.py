@@ -21,12 +21,21 @@ app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
+
+
 for part in (runs, studies, results, reference):
     app.add_typer(part.app)
+
+
 app.add_typer(data.app, name="data")
+
+
 app.add_typer(flower.app, name="flower")
 
+
 EXIT_USER_ERROR = 2
+
+
 EXIT_INTERRUPTED = 130
 
 

@@ -11,6 +11,7 @@ from fedmide.errors import UsageError
 
 app = typer.Typer(help="Look at records, or make some.", no_args_is_help=True)
 
+
 Part = Literal["training", "validation", "test"]
 
 
@@ -28,9 +29,9 @@ def check(
 
     from rich.console import Console
 
+    from fedmide.cli.tables import category_lines, check_table, identifier_lines, leak_lines
     from fedmide.config import apply_overrides, parse
-    from fedmide.console import category_lines, check_table, identifier_lines, leak_lines
-    from fedmide.sources import check, detect, load
+    from fedmide.data import check, detect, load
 
     as_given = {"path": str(path), "source": detect(path), "validation_fraction": 0.0, "test_fraction": 0.0}
     config = parse(apply_overrides({"data": as_given}, overrides))
@@ -61,8 +62,8 @@ def show(
     from rich.console import Console
 
     from fedmide.config import apply_overrides, load, parse
-    from fedmide.sources import detect
-    from fedmide.sources import load as load_data
+    from fedmide.data import detect
+    from fedmide.data import load as load_data
 
     if path.suffix == ".toml":
         config = load(path, overrides)
@@ -79,10 +80,10 @@ def show(
     ]
     if not chosen:
         raise UsageError(f"no {part} records", "Give another --part")
-    from fedmide.checkpoints import locate
-    from fedmide.console import tell
-    from fedmide.pretrained import load_tokenizer
-    from fedmide.showing import render, see
+    from fedmide.cli.record_view import render, see
+    from fedmide.model.pretrained.hf import load_tokenizer
+    from fedmide.model.pretrained.locate import locate
+    from fedmide.terminal import tell
 
     seen = list(see(load_tokenizer(locate(config.model.name, progress=tell)), config, chosen))
     if as_json:
@@ -102,7 +103,7 @@ def build(
     as_json: AsJson = False,
 ) -> None:
     """Write the medical sites as JSON lines that anyone can read."""
-    from fedmide.sources import medical
+    from fedmide.data.medical import sites as medical
 
     sites = medical.build(seed, clients, training, validation, test)
     medical.write(sites, out)
@@ -134,9 +135,9 @@ def partition(
     """
     from rich.console import Console
 
+    from fedmide.cli.tables import partition_table
     from fedmide.config import apply_overrides, parse
-    from fedmide.console import partition_table
-    from fedmide.sources import partition, picture
+    from fedmide.data import partition, partition_svg
 
     rule = partition.parse_rule(by)
     if clients == 0 and rule.kind != "field":
@@ -148,7 +149,7 @@ def partition(
     records = partition.read_labelled(path, fields, rule.field or fields.category)
     dealt = partition.deal(records, rule, clients, seed, {"test": test_fraction, "validation": validation_fraction})
     title = f"{path.name}: {len(records)} records, {by}, seed {seed}"
-    partition.write(dealt, out, picture.bars_svg(partition.counts(dealt), title))
+    partition.write(dealt, out, partition_svg.bars_svg(partition.counts(dealt), title))
     if as_json:
         parts = {name: {part: len(each) for part, each in parts.items()} for name, parts in dealt.items()}
         print_json({"folder": str(out), "by": by, "seed": seed, "clients": parts, "values": partition.counts(dealt)})

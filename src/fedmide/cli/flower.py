@@ -11,13 +11,26 @@ from fedmide.cli.shared import AsJson, print_json, tell_results
 from fedmide.errors import UsageError
 
 app = typer.Typer(help="Many hospitals: set up, check, run over Flower.", no_args_is_help=True)
+
+
 server_app = typer.Typer(help="The consortium's server.", no_args_is_help=True)
+
+
 site_app = typer.Typer(help="One site.", no_args_is_help=True)
+
+
 app.add_typer(server_app, name="server")
+
+
 app.add_typer(site_app, name="site")
 
+
 ServerPath = Annotated[Path, typer.Argument(help="The server's folder.")]
+
+
 SitePath = Annotated[Path, typer.Argument(help="The site's folder.")]
+
+
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, of what each party sets for itself.")]
 
 
@@ -33,8 +46,8 @@ def init(
     """Write certificates, keys, scripts and configurations of a consortium."""
     _check_installed()
     from fedmide.config import load
-    from fedmide.console import tell
     from fedmide.flower.consortium import Consortium, create, named
+    from fedmide.terminal import tell
 
     create(Consortium(path, named(sites), address, port, plain), load(config), tell)
     sys.stdout.write(f"{path}: read CHECKLIST.md there\n")
@@ -44,9 +57,9 @@ def init(
 def server_start(path: ServerPath) -> None:
     """Run the SuperLink and its executor, in the foreground."""
     _check_installed()
-    from fedmide.console import tell
-    from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.flower.server_folder import ServerFolder
     from fedmide.flower.supervision import server
+    from fedmide.terminal import tell
 
     server(ServerFolder.read(path), tell)
 
@@ -55,9 +68,9 @@ def server_start(path: ServerPath) -> None:
 def site_start(path: SitePath) -> None:
     """Run the site's SuperNode, executor and worker, in the foreground."""
     _check_installed()
-    from fedmide.console import tell
-    from fedmide.flower.sitefolder import SiteFolder
+    from fedmide.flower.site_folder import SiteFolder
     from fedmide.flower.supervision import site
+    from fedmide.terminal import tell
 
     site(SiteFolder.read(path), tell)
 
@@ -65,7 +78,7 @@ def site_start(path: SitePath) -> None:
 @server_app.command("unit", epilog="Example: fedmide flower server unit consortium/server")
 def server_unit(path: ServerPath) -> None:
     """Print a systemd unit that keeps the server running: as the folder's owner, with this Python."""
-    from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.flower.server_folder import ServerFolder
     from fedmide.flower.texts import unit
 
     sys.stdout.write(unit("server", ServerFolder.read(path).path))
@@ -74,7 +87,7 @@ def server_unit(path: ServerPath) -> None:
 @site_app.command("unit", epilog="Example: fedmide flower site unit consortium/site-north")
 def site_unit(path: SitePath) -> None:
     """Print a systemd unit that keeps the site running: as the folder's owner, with this Python."""
-    from fedmide.flower.sitefolder import SiteFolder
+    from fedmide.flower.site_folder import SiteFolder
     from fedmide.flower.texts import unit
 
     folder = SiteFolder.read(path)
@@ -85,9 +98,9 @@ def site_unit(path: SitePath) -> None:
 def site_check(path: SitePath, as_json: AsJson = False) -> None:
     """Tell whether data, model, version, key and connection are right."""
     _check_installed()
-    from fedmide.console import tell
     from fedmide.flower.check import check
-    from fedmide.flower.sitefolder import SiteFolder
+    from fedmide.flower.site_folder import SiteFolder
+    from fedmide.terminal import tell
 
     findings = check(SiteFolder.read(path), tell)
     problems = [finding.problem for finding in findings if finding.problem]
@@ -110,9 +123,9 @@ def site_evaluate(
     Under the base model, the aggregated adapter and its personalised one. Responses, figures and the report are in the
     site's run folder; nothing leaves the site.
     """
-    from fedmide import stages
-    from fedmide.console import bars, tell
-    from fedmide.flower.sitefolder import SiteFolder
+    from fedmide.flower.site_folder import SiteFolder
+    from fedmide.runs import stages
+    from fedmide.terminal import bars, tell
 
     with SiteFolder.read(path).personalized(run, tell) as opened:
         stages.generate(opened, bars)
@@ -131,10 +144,10 @@ def run_(
 ) -> None:
     """Rounds and personalisation at all sites; each then measures for itself: fedmide flower site evaluate."""
     _check_installed()
-    from fedmide.console import tell
-    from fedmide.flower.serverfolder import ServerFolder
-    from fedmide.journal import free_folder
-    from fedmide.opening import start
+    from fedmide.flower.server_folder import ServerFolder
+    from fedmide.journal.creation import free_folder
+    from fedmide.runs.opening import start
+    from fedmide.terminal import tell
 
     folder = ServerFolder.read(path)
     loaded = folder.configuration(config, overrides)
@@ -147,9 +160,9 @@ def resume(
 ) -> None:
     """Go on with a run from its last whole round."""
     _check_installed()
-    from fedmide.console import tell
-    from fedmide.flower.serverfolder import ServerFolder
-    from fedmide.opening import resume as resume_run
+    from fedmide.flower.server_folder import ServerFolder
+    from fedmide.runs.opening import resume as resume_run
+    from fedmide.terminal import tell
 
     folder = ServerFolder.read(path)
     _work(folder, resume_run(run, None, tell, elsewhere=folder.sites), as_json)
@@ -160,7 +173,7 @@ def status(path: ServerPath, as_json: AsJson = False) -> None:
     """Tell who is connected and how far the run is."""
     _check_installed()
     from fedmide.flower.deployment import status as status_of
-    from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.flower.server_folder import ServerFolder
 
     facts = status_of(ServerFolder.read(path))
     if as_json:
@@ -175,15 +188,15 @@ def status(path: ServerPath, as_json: AsJson = False) -> None:
 def stop(path: ServerPath) -> None:
     """End the run that is going on; it can be gone on with."""
     from fedmide.flower.deployment import stop as stop_run
-    from fedmide.flower.serverfolder import ServerFolder
+    from fedmide.flower.server_folder import ServerFolder
 
     sys.stdout.write(f"{stop_run(ServerFolder.read(path))}\n")
 
 
 def _work(folder: Any, opening: Any, as_json: bool) -> None:
-    from fedmide import stages
-    from fedmide.console import bars
     from fedmide.flower.deployment import deployed
+    from fedmide.runs import stages
+    from fedmide.terminal import bars
 
     with opening as opened:
         with deployed(opened, folder) as run:

@@ -16,7 +16,7 @@ def list_methods(as_json: AsJson = False) -> None:
     """List the federated methods that a configuration can choose."""
     from rich.console import Console
 
-    from fedmide.console import methods_table
+    from fedmide.cli.tables import methods_table
     from fedmide.methods import METHODS
 
     if as_json:
@@ -31,7 +31,7 @@ def explain(
     name: Annotated[str, typer.Argument(help="The name that a message ends with.")], as_json: AsJson = False
 ) -> None:
     """Say what an error means and what to do about it."""
-    from fedmide.explanations import PAGE, explanation, sections
+    from fedmide.cli.explanations import PAGE, explanation, sections
 
     text = explanation(name)
     if not text:

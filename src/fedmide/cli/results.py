@@ -11,7 +11,10 @@ from fedmide.errors import UsageError
 
 app = typer.Typer()
 
+
 Beside = Literal["aggregated", "base", "both", "nobody"]
+
+
 Rule = Literal[  # those of config, which takes long to import
     "otsu-256", "otsu-exact", "otsu-log", "lower-quartile", "median", "upper-quartile", "natural"
 ]
@@ -33,7 +36,7 @@ def report(
     One file that needs no network: open RUN/report.html from disk.
     """
     from fedmide import report as pages
-    from fedmide.journal import reopen
+    from fedmide.journal.creation import reopen
 
     folders = [reopen(path) for path in paths]
     if len(folders) > 1 and with_records:
@@ -66,7 +69,7 @@ def track(
 
     Giving it again brings the entry up to date.
     """
-    from fedmide.journal import reopen
+    from fedmide.journal.creation import reopen
 
     folder = reopen(path)
     where = track_run(folder, tracker, place)
@@ -91,10 +94,10 @@ def export(
     """Write a run's model for use elsewhere: a PEFT folder, or merged."""
     from dataclasses import asdict
 
-    from fedmide.journal import reopen
+    from fedmide.journal.creation import reopen
 
     folder = reopen(path)
-    from fedmide import export as exports
+    from fedmide.runs import export as exports
 
     written = exports.export(folder, out, client, merge, dtype, gguf)
     commands = exports.serving(folder, written)
@@ -126,15 +129,16 @@ def chat(
     Each question stands alone, the form that the model was trained in: it knows nothing of the questions before. /quit
     or control-D ends it.
     """
-    from fedmide.journal import reopen
+    from fedmide.journal.creation import reopen
 
     if as_json and not ask:
         raise UsageError("--json needs --ask", "Give one question")
     folder = reopen(path)
     about = "" if context is None else _text(context)
-    from fedmide import chat as chats
-    from fedmide.console import converse, talk, tell
-    from fedmide.showing import harmless
+    from fedmide.cli.chat_view import converse, talk
+    from fedmide.cli.record_view import harmless
+    from fedmide.runs import chat as chats
+    from fedmide.terminal import tell
 
     others = [voice for voice in chats.OTHERS if beside in (voice, "both")]
     begun = chats.begin(folder, client, others, max_new_tokens, tell)
@@ -160,8 +164,8 @@ def watch(
     from dataclasses import asdict
     from datetime import UTC, datetime
 
-    from fedmide.journal import reopen
-    from fedmide.watch import follow, look
+    from fedmide.cli.run_view import follow, look
+    from fedmide.journal.creation import reopen
 
     folder = reopen(path)
     if as_json:
@@ -178,7 +182,7 @@ def split(
     as_json: AsJson = False,
 ) -> None:
     """Tell shared records from personal ones by their scores."""
-    from fedmide.sources.scored import split_file
+    from fedmide.studies.given_scores import split_file
 
     result = split_file(path, rule, out)
     if failed := result.pop("not_finite"):

@@ -12,25 +12,42 @@ from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, TrackerName, pr
 from fedmide.errors import UsageError
 
 if TYPE_CHECKING:
-    from fedmide.opening import Run
-    from fedmide.stages import Sets
+    from fedmide.runs.opening import Run
+    from fedmide.runs.stages import Sets
+
 
 app = typer.Typer()
 
+
 ConfigOrRun = Annotated[Path | None, typer.Argument(help="A configuration (TOML), or a run folder to go on with.")]
+
+
 Out = Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NAME-NNN.")]
+
+
 Resume = Annotated[Path | None, typer.Option(help="A run folder to go on with.")]
+
+
 RuntimeName = Literal["inprocess", "flower-simulation", "flower"]
+
+
 RuntimeOption = Annotated[
     RuntimeName,
     typer.Option(
         "--runtime", help="Where the clients are: here, in processes that Ray starts, or at a consortium's sites."
     ),
 ]
+
+
 ServerFolder = Annotated[Path | None, typer.Option("--server", help="With --runtime flower: the server's folder.")]
 
+
 StageVerb = Literal["train", "personalize", "generate", "evaluate"]
+
+
 BY_SITES = ("train", "personalize")
+
+
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
 
 
@@ -117,8 +134,8 @@ def _work(
 ) -> None:
     """Does stages of a run, then tells of them; `questions` are for the evaluation."""
     with opening as opened:
-        from fedmide import stages
-        from fedmide.console import bars
+        from fedmide.runs import stages
+        from fedmide.terminal import bars
 
         if names == ["generate"] and not opened.config.generation.enabled:
             raise UsageError(
@@ -131,7 +148,7 @@ def _work(
         results += [getattr(stages, name)(opened, bars, **more) for name in names if name not in BY_SITES]
         tell_results(opened, as_json, results[-1])
         if tracker is not None:
-            from fedmide.console import tell
+            from fedmide.terminal import tell
 
             tell(track_run(opened.folder, tracker))
 
@@ -139,7 +156,7 @@ def _work(
 def _check_tracker(tracker: TrackerName | None) -> None:
     """Refuses a tracker that is not installed, before anything that takes long."""
     if tracker is not None:
-        from fedmide.tracking import check_installed
+        from fedmide.runs.tracking import check_installed
 
         check_installed(tracker)
 
@@ -166,7 +183,7 @@ def _reached(run: "Run", runtime: RuntimeName) -> AbstractContextManager["Run"]:
         return nullcontext(run)
     if runtime == "flower":
         raise UsageError("train has no --runtime flower", "Use fedmide flower run")
-    from fedmide.flower.runs import simulated
+    from fedmide.flower.remote_runs import simulated
 
     return simulated(run)
 
@@ -177,10 +194,10 @@ def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
         if most:
             raise UsageError(f"--max-questions {most}: there are no questions", "Say --choice SET:PATH too")
         return {}
-    from fedmide.console import tell
+    from fedmide.data.questions import SETS, read_questions
     from fedmide.evaluation.questions import draw_questions
-    from fedmide.journal import reopen
-    from fedmide.sources.questions import SETS, read_questions
+    from fedmide.journal.creation import reopen
+    from fedmide.terminal import tell
 
     seed, found = reopen(run).config.data_seed, {}
     for each in wanted:
@@ -214,12 +231,12 @@ def _opened(
 def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractContextManager["Run"]:
     """A new run."""
     from fedmide.config import load
-    from fedmide.journal import RUNS, check_new, free_folder
+    from fedmide.journal.creation import RUNS, check_new, free_folder
 
     path, loaded = out or free_folder(RUNS, config.stem), load(config, overrides)
     check_new(path, loaded)  # a mistake is told before anything that takes long to import
-    from fedmide import opening
-    from fedmide.console import tell
+    from fedmide.runs import opening
+    from fedmide.terminal import tell
 
     return opening.start(loaded, path, tell)
 
@@ -227,13 +244,13 @@ def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractCont
 def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> AbstractContextManager["Run"]:
     """An earlier run; a configuration beside it must be its own."""
     from fedmide.config import load
-    from fedmide.journal import reopen
+    from fedmide.journal.creation import reopen
 
     if config is None and overrides:
         raise UsageError("--set can't change a run that has begun", "Start a new run with CONFIG and --set")
     loaded = None if config is None else load(config, overrides)
     reopen(path, loaded)
-    from fedmide import opening
-    from fedmide.console import tell
+    from fedmide.runs import opening
+    from fedmide.terminal import tell
 
     return opening.resume(path, loaded, tell)

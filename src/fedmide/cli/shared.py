@@ -11,24 +11,31 @@ import typer
 from fedmide.atomic import without_nan
 
 if TYPE_CHECKING:
-    from fedmide.journal import RunFolder
-    from fedmide.opening import Run
+    from fedmide.journal.folder import RunFolder
+    from fedmide.runs.opening import Run
+
 
 RunFolderPath = Annotated[Path, typer.Argument(help="A run folder.")]
+
+
 Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the configuration's own.")]
+
+
 TrackerName = Literal["mlflow", "tensorboard"]  # those of tracking
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
 
 
 def preset(name: str) -> Path:
     """The file of a configuration that comes with the package."""
-    return Path(__file__).parents[1] / "presets" / f"{name}.toml"
+    return Path(__file__).parent / "presets" / f"{name}.toml"
 
 
 def track_run(folder: "RunFolder", tracker: TrackerName, place: str = "") -> str:
     """Where the run is tracked now; what was left out is told."""
-    from fedmide.console import tell
-    from fedmide.tracking import track
+    from fedmide.runs.tracking import track
+    from fedmide.terminal import tell
 
     where, withheld = track(folder, tracker, place)
     if withheld:
@@ -45,7 +52,7 @@ def tell_results(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None
     """What a run command ends with: where the folder lies, and the table where there is one."""
     from rich.console import Console
 
-    from fedmide.console import questions_table, results_table
+    from fedmide.cli.tables import questions_table, results_table
 
     manifest = opened.folder.read_manifest()
     if as_json:

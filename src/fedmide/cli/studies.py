@@ -12,6 +12,7 @@ from fedmide.errors import UsageError
 
 app = typer.Typer()
 
+
 WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
 
 
@@ -37,9 +38,10 @@ def identify(
     if out is not None and out.exists():
         raise UsageError(f"{out} exists already", "Give another --out")
     loaded = load(config or preset("identify"), overrides)
-    from fedmide import identify as bench
-    from fedmide.console import bars, rivals_table, sets_table, tell
-    from fedmide.sources.identification import SCENARIOS
+    from fedmide.cli.tables import rivals_table, sets_table
+    from fedmide.studies import identify as bench
+    from fedmide.studies.known_sites import SCENARIOS
+    from fedmide.terminal import bars, tell
 
     sizes = bench.Sizes(clients, records, match_lengths)
     wanted = [name for name in SCENARIOS if scenario in (name, "both")]
@@ -83,9 +85,10 @@ def compare(
     values = apply_overrides(read_toml(config), overrides)
     numbers = [int(each) for each in _listed("seeds", seeds, str.isdecimal)]
     rates = [float(each) for each in _listed("learning-rates", learning_rates, _is_number)]
-    from fedmide import compare as comparing
-    from fedmide.console import bars, sheet_table, tell
-    from fedmide.evaluation.tables import sheets, validation_sheet
+    from fedmide.cli.tables import sheet_table
+    from fedmide.studies import compare as comparing
+    from fedmide.studies.tables import sheets, validation_sheet
+    from fedmide.terminal import bars, tell
 
     folder = out or Path("comparisons") / config.stem
     plan = comparing.planned(values, _names(methods), numbers, folder, rates, _names(against) or None, validation)
@@ -120,8 +123,9 @@ def sweep(
 
     values = apply_overrides(read_toml(config), overrides)
     numbers = [int(each) for each in _listed("seeds", seeds, str.isdecimal)]
-    from fedmide import sweep as sweeping
-    from fedmide.console import bars, sweep_table, tell
+    from fedmide.cli.tables import sweep_table
+    from fedmide.studies import sweep as sweeping
+    from fedmide.terminal import bars, tell
 
     names = _names(methods) or [str(values.get("method", "fedmide"))]
     folder = out or Path("sweeps") / config.stem

@@ -14,9 +14,14 @@ import numpy.typing as npt
 from fedmide.seeds import stream
 
 FloatArray = npt.NDArray[np.float64]
+
+
 Draws = npt.NDArray[np.int64]
 
+
 PERCENTILES = (2.5, 97.5)
+
+
 DRAWS_AT_ONCE = 1 << 20
 """Indices held in memory at a time: 8 MiB."""
 

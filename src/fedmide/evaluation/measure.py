@@ -10,11 +10,11 @@ from itertools import chain
 from typing import Any
 
 from fedmide.config import Config
+from fedmide.data.records import ClientData, Record
+from fedmide.data.tokens import Encoder, Example
 from fedmide.evaluation.choice import draw_choices
 from fedmide.evaluation.options import Options, listed
-from fedmide.localmodel import Adapter, LocalModel
-from fedmide.records import ClientData, Record
-from fedmide.tokens import Encoder, Example
+from fedmide.model.interface import Adapter, LocalModel
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,17 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from fedmide.records import Record
+from fedmide.data.records import Record
 
 _OPTION = re.compile(r"^[ \t]*\(?([A-H])[.):][ \t]*(\S.*?)[ \t]*$", re.MULTILINE)
+
+
 _WORD = re.compile(r"[^\W_]+")
+
+
 _LETTER = re.compile(r"[\W_]*([A-H])[\W_]*")
+
+
 _NAMED = re.compile(r"\b(?:[Oo]ption|[Aa]nswer(?:[ ]is)?:?|[Cc]hoice)[ ]*[*(]*([A-H])\b|(?:^|[\s(*\"])([A-H])[.):]")
 
 

@@ -10,13 +10,13 @@ from itertools import chain
 from typing import Any
 
 from fedmide.config import Config
-from fedmide.evaluation.clients import over_clients
+from fedmide.data.questions import FORMS, Question, SetName, fingerprint
+from fedmide.data.tokens import Encoder
 from fedmide.evaluation.measure import sums_from_json
+from fedmide.evaluation.over_clients import over_clients
 from fedmide.evaluation.summary import Figures, StageName, choice_figures
-from fedmide.localmodel import Adapter, LocalModel
+from fedmide.model.interface import Adapter, LocalModel
 from fedmide.seeds import stream
-from fedmide.sources.questions import FORMS, Question, SetName, fingerprint
-from fedmide.tokens import Encoder
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,23 @@ from typing import Any, Literal
 import numpy as np
 
 from fedmide.config import Config
+from fedmide.data.records import RecordId
 from fedmide.evaluation.choice import choice_accuracy, standard_error
-from fedmide.evaluation.clients import over_clients, spearman
 from fedmide.evaluation.intervals import bootstrap_mean, bootstrap_ratio
 from fedmide.evaluation.measure import Measured
+from fedmide.evaluation.over_clients import over_clients, spearman
 from fedmide.evaluation.text import score_texts
-from fedmide.ledger import Ledger, standing
-from fedmide.records import RecordId
+from fedmide.federation.ledger import Ledger, standing
 
 StageName = Literal["base", "aggregated", "personalized"]
+
+
 STAGES: tuple[StageName, ...] = ("base", "aggregated", "personalized")
+
+
 TEXT_METRICS = ("rouge1", "rouge2", "rouge_l", "exact_match", "token_f1", "bleu", "chrf")
 """Of a client's generated responses: means over records; the last two belong to all of its records together."""
+
 
 Figures = dict[str, Any]
 

@@ -25,6 +25,7 @@ from fedmide.evaluation.intervals import Interval, draws, ends
 
 FloatArray = npt.NDArray[np.float64]
 
+
 ARTICLES = frozenset({"a", "an", "the"})
 
 

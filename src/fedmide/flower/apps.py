@@ -17,14 +17,20 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedmide.errors import MessageError
-from fedmide.flower.places import LINK, RUN, SITE
-from fedmide.messages import Trouble, encode_trouble, parts
-from fedmide.runtimes.link import Answered, connected, serve
+from fedmide.federation.codec import encode_trouble, parts
+from fedmide.federation.messages import Trouble
+from fedmide.federation.runtimes.link import Answered, connected, serve
+from fedmide.flower.variables import LINK, RUN, SITE
 
 _PAUSE_SECONDS = 0.25
+
+
 _CONNECT_SECONDS = 60.0
 
+
 server_app = ServerApp()
+
+
 client_app = ClientApp()
 
 
@@ -118,6 +124,6 @@ def _worked(frame: bytes, context: Context) -> bytes:
         from fedmide.flower.asking import ask
 
         return ask(Path(site), frame)
-    from fedmide.flower.simulated import site_of
+    from fedmide.flower.simulated_site import site_of
 
     return site_of(Path(os.environ[RUN]), int(context.node_config["partition-id"])).answer(frame)

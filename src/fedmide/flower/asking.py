@@ -3,7 +3,7 @@
 from contextlib import closing
 from pathlib import Path
 
-from fedmide.runtimes.link import connected, socket_path
+from fedmide.federation.runtimes.link import connected, socket_path
 
 _WAIT_SECONDS = 60.0
 """How long a node waits for a worker that is being started."""

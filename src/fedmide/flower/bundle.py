@@ -34,6 +34,8 @@ clientapp = "fedmide.flower.apps:client_app"
 
 [tool.flwr.app.config]
 """
+
+
 _LICENSE = "Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0\n"
 
 

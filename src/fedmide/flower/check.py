@@ -10,13 +10,13 @@ from contextlib import closing
 from dataclasses import dataclass
 
 from fedmide.errors import UserError
+from fedmide.federation.messages import Facts
+from fedmide.federation.runtimes.link import socket_path
+from fedmide.federation.runtimes.remote import differences
 from fedmide.flower.processes import environment, free_port, last_words, started
-from fedmide.flower.sitefolder import SiteFolder
+from fedmide.flower.site_folder import SiteFolder
 from fedmide.flower.supervision import supernode_command
-from fedmide.inputs import Tell
-from fedmide.messages import Facts
-from fedmide.runtimes.link import socket_path
-from fedmide.runtimes.remote import differences
+from fedmide.progress import Tell
 
 _CONNECT_SECONDS = 30.0
 

@@ -10,15 +10,18 @@ from cryptography.hazmat.primitives.serialization import Encoding
 from fedmide.atomic import to_json, write_file
 from fedmide.config import Config, to_toml
 from fedmide.errors import UsageError
+from fedmide.federation.messages import Facts
 from fedmide.flower import keys, texts
 from fedmide.flower.bundle import write_bundle
-from fedmide.flower.serverfolder import ServerFolder
-from fedmide.flower.sitefolder import SiteFolder
-from fedmide.inputs import Tell, read, without_records
-from fedmide.messages import Facts
+from fedmide.flower.server_folder import ServerFolder
+from fedmide.flower.site_folder import SiteFolder
+from fedmide.progress import Tell
+from fedmide.runs.inputs import read, without_records
 from fedmide.version import __version__
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,31}")
+
+
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 

@@ -11,15 +11,17 @@ from pathlib import Path
 from socket import socket
 
 from fedmide.errors import UsageError
-from fedmide.flower.flowercli import FlowerCommandError, flwr, nodes
-from fedmide.flower.runs import remote
-from fedmide.flower.serverfolder import ServerFolder
+from fedmide.federation.runtimes.link import Linked, LinkLostError, accepted, listening, socket_path
+from fedmide.flower.commands import FlowerCommandError, flwr, nodes
+from fedmide.flower.remote_runs import remote
+from fedmide.flower.server_folder import ServerFolder
 from fedmide.flower.supervision import alive
-from fedmide.inputs import Tell
-from fedmide.opening import Run
-from fedmide.runtimes.link import Linked, LinkLostError, accepted, listening, socket_path
+from fedmide.progress import Tell
+from fedmide.runs.opening import Run
 
 _COME_UP_SECONDS = 60.0
+
+
 _RETRY_SECONDS = 3.0
 
 

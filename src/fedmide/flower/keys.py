@@ -17,6 +17,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedmide.atomic import write_file
 
 _CA_DAYS, _SERVER_DAYS = 3650, 825
+
+
 _CLOCKS_DIFFER = timedelta(hours=1)
 
 

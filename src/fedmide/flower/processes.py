@@ -12,9 +12,11 @@ from pathlib import Path
 import psutil
 
 from fedmide.errors import UserError
-from fedmide.flower.places import QUIET
+from fedmide.flower.variables import QUIET
 
 _GRACE_SECONDS = 10.0
+
+
 _PROMPT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
 """How often an executor looks for work, in seconds; left alone it is 1."""
 

@@ -14,12 +14,14 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from fedmide.errors import UsageError, UserError
+from fedmide.federation.runtimes.link import Exchange, Linked, accepted, listening
 from fedmide.flower.bundle import write_bundle, write_connection
-from fedmide.flower.places import LINK, RUN
 from fedmide.flower.processes import environment, free_port, last_words, start, started, wait_for_port
-from fedmide.runtimes.link import Exchange, Linked, accepted, listening
+from fedmide.flower.variables import LINK, RUN
 
 _NAMESPACES = (("unshare", "--map-root-user", "--net"), ("unshare", "--net"))
+
+
 _LOOPBACK = "import sys; from fedmide.flower.simulation import host; host(*sys.argv[1:])"
 
 

@@ -15,20 +15,25 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
+from fedmide.federation.runtimes.link import socket_path
 from fedmide.flower.bundle import write_bundle, write_connection
-from fedmide.flower.flowercli import register
-from fedmide.flower.places import LINK, SITE
+from fedmide.flower.commands import register
 from fedmide.flower.processes import end, environment, free_port, start, wait_for_port
-from fedmide.flower.serverfolder import ServerFolder
-from fedmide.flower.sitefolder import SiteFolder
-from fedmide.journal import locked
-from fedmide.runtimes.link import socket_path
+from fedmide.flower.server_folder import ServerFolder
+from fedmide.flower.site_folder import SiteFolder
+from fedmide.flower.variables import LINK, SITE
+from fedmide.journal.creation import locked
 
-if TYPE_CHECKING:  # it needs no model's libraries
-    from fedmide.inputs import Tell
+if TYPE_CHECKING:
+    from fedmide.progress import Tell
+
 
 _RESTART_SECONDS = 3.0
+
+
 _LOOK_SECONDS = 0.2
+
+
 _WORKER = "import sys; from pathlib import Path; from fedmide.flower.worker import work; work(Path(sys.argv[1]))"
 
 

@@ -9,6 +9,7 @@ _START = """#!/bin/sh
 exec "${{FEDMIDE_PYTHON:-python3}}" -m fedmide flower {verb} start "$(dirname "$0")"
 """
 
+
 _UNIT = """[Unit]
 Description=fedmide {what}
 After=network-online.target
@@ -30,6 +31,7 @@ ProtectSystem=full
 [Install]
 WantedBy=multi-user.target
 """
+
 
 _PROXY = """# Lets sites reach /v1/fleet/ and nothing else: the Control API asks nobody for a password.
 server {{
@@ -55,6 +57,7 @@ server {{
     }}
 }}
 """
+
 
 _CHECKLIST = """# Checklist of the consortium
 

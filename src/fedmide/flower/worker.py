@@ -9,12 +9,13 @@ from contextlib import closing, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from fedmide import console
+from fedmide import terminal
 from fedmide.errors import UserError
-from fedmide.flower.sitefolder import SiteFolder
-from fedmide.messages import Trouble, encode_trouble
-from fedmide.runtimes.link import accepted, listening, socket_path
-from fedmide.site import Site
+from fedmide.federation.codec import encode_trouble
+from fedmide.federation.messages import Trouble
+from fedmide.federation.runtimes.link import accepted, listening, socket_path
+from fedmide.flower.site_folder import SiteFolder
+from fedmide.runs.site import Site
 
 
 def work(folder: Path) -> None:
@@ -52,4 +53,4 @@ def _open(opened: SiteFolder) -> Site | None:
 
 def tell(message: str) -> None:
     """Says something in the site's own log."""
-    console.tell(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} worker: {message}")
+    terminal.tell(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} worker: {message}")

@@ -1,60 +1,6 @@
-"""FedMIDE and the methods it is compared with; each is a `Method` in a short module."""
+"""FedMIDE and the methods that it is compared with; each is a `Method` in a short module."""
 
-from collections.abc import Mapping
-from types import MappingProxyType
-from typing import get_args
-
-from fedmide.config import Config
-from fedmide.errors import ConfigError
-from fedmide.methods.adaptive import FEDADAGRAD, FEDADAM, FEDAVGM, FEDYOGI
-from fedmide.methods.averaging import CENTRAL, FEDAVG, FEDAVG_FT, FEDPROX, LOCAL
-from fedmide.methods.ditto import DITTO
-from fedmide.methods.fedalt import FEDALT
-from fedmide.methods.feddpa import FEDDPA_F, FEDDPA_T
-from fedmide.methods.fedmide import FEDMIDE
-from fedmide.methods.flexlora import FLEXLORA
-from fedmide.methods.halves import FEDSA_LORA, FFA_LORA
 from fedmide.methods.method import Method
-from fedmide.methods.scaffold import SCAFFOLD
-from fedmide.methods.stacking import FEDEX_LORA, FLORA
-from fedmide.sections import OWN_METHOD, MethodName
+from fedmide.methods.registry import METHODS, of, register
 
-_ALL = (
-    *(FEDMIDE, LOCAL, CENTRAL, FEDAVG, FEDAVG_FT, FEDPROX),
-    SCAFFOLD,
-    *(FEDAVGM, FEDADAGRAD, FEDADAM, FEDYOGI),
-    *(FFA_LORA, FEDSA_LORA),
-    DITTO,
-    *(FLORA, FEDEX_LORA, FLEXLORA),
-    *(FEDDPA_T, FEDDPA_F),
-    FEDALT,
-)
-
-METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method in _ALL})
-"""The methods by their names in the configuration."""
-
-assert tuple(METHODS) == get_args(MethodName), "a method is named in the configuration and not here, or the reverse"
-
-_OWN: dict[str, Method] = {}
-"""Methods that this process was told of: a configuration holds names alone, and no code is read from a name."""
-
-
-def register(method: Method) -> None:
-    """Makes a method of your own known to this process, so that a configuration can choose it by its name, own:NAME.
-
-    One that is registered again takes the earlier one's place. Raises `ConfigError`.
-    """
-    if not OWN_METHOD.fullmatch(method.name):
-        raise ConfigError(f"{method.name!r} is no name for a method of your own", "Call it own:NAME, of a-z, 0-9 and -")
-    _OWN[method.name] = method
-
-
-def of(config: Config) -> Method:
-    """The method that the configuration chooses; raises `ConfigError` where nobody has registered it."""
-    method = METHODS.get(config.method) or _OWN.get(config.method)
-    if method is None:
-        raise ConfigError(
-            f"method = {config.method!r} is not known to this process",
-            "Call fedmide.register(METHOD) before, as examples/own_method.py does",
-        )
-    return method
+__all__ = ["METHODS", "Method", "of", "register"]

@@ -6,8 +6,8 @@
 Li et al. 2021, arXiv:2012.04221, Algorithm 1. v_k begins at the first received adapter.
 """
 
-from fedmide.localmodel import Adapter, LocalModel, Terms
 from fedmide.methods.method import Method, Trained, Visit, learn, two_adapters
+from fedmide.model.interface import Adapter, LocalModel, Terms
 
 
 def _local(visit: Visit, model: LocalModel) -> Trained:

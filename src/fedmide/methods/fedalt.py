@@ -13,13 +13,13 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmide import adapters
-from fedmide.adapters import ROUTER, A, layers, prefixed, stacked, under, unstacked
-from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
-from fedmide.localmodel import Adapter, LocalModel, Terms
+from fedmide.methods.aggregation import weighted_mean
 from fedmide.methods.feddpa import own_share
 from fedmide.methods.method import Answer, Common, Method, Sizes, Trained, Visit, learn, num_values, twice_the_rank
+from fedmide.model import adapters
+from fedmide.model.adapters import ROUTER, A, layers, prefixed, stacked, under, unstacked
+from fedmide.model.interface import Adapter, LocalModel, Terms
 
 
 def _local(visit: Visit, model: LocalModel) -> Trained:

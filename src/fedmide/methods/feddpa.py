@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedmide.adapters import COMMON, MOST, OWN, REFERENCES, B, prefixed, rank_axis, stacked, unstacked
 from fedmide.config import Config
-from fedmide.localmodel import Adapter, LocalModel, Terms
 from fedmide.methods.method import Method, Sizes, Trained, Visit, learn, num_values, twice_the_rank
+from fedmide.model.adapters import COMMON, MOST, OWN, REFERENCES, B, prefixed, rank_axis, stacked, unstacked
+from fedmide.model.interface import Adapter, LocalModel, Terms
 from fedmide.seeds import stream
 
 
@@ -95,6 +95,8 @@ FEDDPA_T = Method(
     sizes=_both_in_turn,
     rank=twice_the_rank,
 )
+
+
 FEDDPA_F = Method(
     "feddpa-f",
     "fedavg, then a local adapter beside the common one, weighted for each record at inference",

@@ -9,11 +9,12 @@ from dataclasses import replace
 import numpy as np
 
 from fedmide.config import Config
-from fedmide.localmodel import Adapter
 from fedmide.methods.method import Answer, Common, Method, mean, plain
+from fedmide.model.interface import Adapter
 
 BEHIND = "fedmide.behind"
 """An array beside the adapter, (3,): the records behind it, those of them that are the client's, when they trained."""
+
 
 _ROUND, _RECORDS = "round", "records."
 

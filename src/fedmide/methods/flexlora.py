@@ -13,12 +13,12 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmide import adapters
-from fedmide.adapters import A, B, Shapes, factors, layers, shapes
 from fedmide.config import Config
-from fedmide.localmodel import Adapter
+from fedmide.methods.flora_fedex import stacked
 from fedmide.methods.method import Answer, Common, Method, Sizes, num_values
-from fedmide.methods.stacking import stacked
+from fedmide.model import adapters
+from fedmide.model.adapters import A, B, Shapes, factors, layers, shapes
+from fedmide.model.interface import Adapter
 
 
 def rank_of(client: str, clients: tuple[str, ...], config: Config) -> int:

@@ -8,12 +8,12 @@ and what becomes of the replies (`combine`). A method is one value of these; eac
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from fedmide import adapters
-from fedmide.adapters import Shapes
-from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
-from fedmide.localmodel import PLAIN, Adapter, Epoch, LocalModel, Terms, TrainingPlan, after_training
-from fedmide.tokens import Example
+from fedmide.data.tokens import Example
+from fedmide.methods.aggregation import weighted_mean
+from fedmide.model import adapters
+from fedmide.model.adapters import Shapes
+from fedmide.model.interface import PLAIN, Adapter, Epoch, LocalModel, Terms, TrainingPlan, after_training
 
 
 @dataclass(frozen=True)

@@ -19,14 +19,15 @@ from dataclasses import replace
 
 import numpy as np
 
-from fedmide.adapters import Shapes, prefixed, shapes, under
-from fedmide.aggregation import weighted_mean
 from fedmide.config import Config
-from fedmide.localmodel import Adapter, LocalModel, Terms, rate_at
+from fedmide.methods.aggregation import weighted_mean
 from fedmide.methods.method import Answer, Common, Method, Trained, Visit, learn
+from fedmide.model.adapters import Shapes, prefixed, shapes, under
+from fedmide.model.interface import Adapter, LocalModel, Terms, rate_at
 
 COUNTED = "counted"
 """An array beside the variates, (1,): the round of the client's last answer that counted, -1 before there is any."""
+
 
 _ROUND = "round"
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
-from fedmide.adapters import shapes
 from fedmide.config import Config
 from fedmide.evaluation.intervals import Interval
-from fedmide.journal import RunFolder
-from fedmide.localmodel import Adapter
+from fedmide.journal.folder import RunFolder
+from fedmide.model.adapters import shapes
+from fedmide.model.interface import Adapter
 from fedmide.report.gains import Measures, client_gain, mean_gain
 from fedmide.report.scores import ScoreRound, score_rounds
 

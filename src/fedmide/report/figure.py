@@ -14,8 +14,12 @@ from fedmide.evaluation.intervals import Interval
 
 Data = dict[str, Any]
 
+
 PALETTE = tuple(f"--line-{number}" for number in range(8))
+
+
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "triangle-down")
+
 
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
 """Scores that are named on an axis, as far as it reaches."""

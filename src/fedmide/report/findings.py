@@ -11,6 +11,7 @@ from fedmide.report.figure import megabytes, number, ranged, seconds
 FEW_RECORDS = 50
 """Fewer test records a client than this give wide intervals."""
 
+
 FOLLOWS_LENGTH = 0.5
 
 

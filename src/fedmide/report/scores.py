@@ -8,12 +8,18 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedmide.evaluation.clients import spearman
-from fedmide.ledger import Entry, Ledger
+from fedmide.evaluation.over_clients import spearman
+from fedmide.federation.ledger import Entry, Ledger
 
 NUM_BINS = 24
+
+
 NUM_LENGTHS = 8
+
+
 NUM_LEVELS = 10
+
+
 OUTER_PERCENT = 1.0
 """So much of the scores at either end may lie outside the bins; they are counted in the outermost."""
 

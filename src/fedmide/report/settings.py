@@ -3,7 +3,8 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from fedmide.config import Config, knobs
+from fedmide.config import Config
+from fedmide.config.knobs import knobs
 from fedmide.report.facts import RunFacts
 from fedmide.report.figure import Row, Table, table
 

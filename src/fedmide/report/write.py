@@ -12,17 +12,28 @@ import jinja2
 
 from fedmide.atomic import without_nan, write_file
 from fedmide.errors import UsageError
-from fedmide.journal import RunFolder
-from fedmide.report import compared, findings, flow, outcome, score_figures, settings
+from fedmide.journal.folder import RunFolder
+from fedmide.report import compared, findings, outcome_figures, round_figures, score_figures, settings
 from fedmide.report.facts import RunFacts, read
 from fedmide.report.figure import Figure, Table
-from fedmide.report.records import Passage, passages
+from fedmide.report.passages import Passage, passages
 from fedmide.version import __version__
 
-OUTCOME = (outcome.gain_figure, outcome.nll_figure)
-ROUNDS = (flow.enrollment_figure, flow.shared_part_figure, flow.loss_figure, flow.convergence_figure)
+OUTCOME = (outcome_figures.gain_figure, outcome_figures.nll_figure)
+
+
+ROUNDS = (
+    round_figures.enrollment_figure,
+    round_figures.shared_part_figure,
+    round_figures.loss_figure,
+    round_figures.convergence_figure,
+)
+
+
 SCORES = (score_figures.histogram_figure, score_figures.length_figure)
-COST = (flow.cost_figure,)
+
+
+COST = (round_figures.cost_figure,)
 
 
 @dataclass(frozen=True)
@@ -65,8 +76,8 @@ def page(facts: RunFacts, texts: Sequence[Passage] = ()) -> str:
             "Did it help?",
             _drawn(OUTCOME, facts),
             (
-                ("Likelihood of each client's test responses", outcome.likelihood_table(facts)),
-                ("Choice, generated responses and sets of each client", outcome.other_table(facts)),
+                ("Likelihood of each client's test responses", outcome_figures.likelihood_table(facts)),
+                ("Choice, generated responses and sets of each client", outcome_figures.other_table(facts)),
             )
             if facts.outcomes
             else (),

@@ -1,0 +1,259 @@
+"""A whole run as its configuration says: the sections put together, read from TOML, checked as a whole.
+
+`load` refuses what it does not know, names all problems at once and suggests the nearest right key. The resolved
+configuration, written back by `to_toml`, repeats the run. What each knob means: `sections`.
+"""
+
+import math
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any, get_args
+
+from pydantic import ValidationInfo, field_validator, model_validator
+
+from fedmide.config.sections import (
+    NATURAL,
+    OWN_METHOD,
+    AdaptiveConfig,
+    Count,
+    DataConfig,
+    DittoConfig,
+    EnrollmentConfig,
+    EvaluationConfig,
+    FedAvgMConfig,
+    FedDpaConfig,
+    FederationConfig,
+    FedProxConfig,
+    FlexLoraConfig,
+    GenerationConfig,
+    LoraConfig,
+    MethodName,
+    ModelConfig,
+    MomentsConfig,
+    PersonalizationConfig,
+    PresetName,
+    PromptConfig,
+    RepliesConfig,
+    RuntimeConfig,
+    ScaffoldConfig,
+    ScoringConfig,
+    Section,
+    TrainingConfig,
+    WarmupConfig,
+)
+from fedmide.errors import did_you_mean
+
+VARIANTS = "variants"
+"""The table of a file that names variants for a comparison, `[variants.NAME]`: no part of a run's configuration."""
+
+
+PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
+    {
+        "original": {},
+        "recommended": {
+            "warmup": {"reset": False},
+            "scoring": {"positions": "response"},
+            "enrollment": {"rule": "natural", "softness": 0.5},
+            "personalization": {
+                "start": "own",
+                "records": "personal-first",
+                "interpolation": [0.0, 0.25, 0.5, 0.75, 1.0],
+            },
+        },
+    }
+)
+"""FedMIDE's knobs that a preset sets otherwise than the published method has them; docs/results.md says how the
+recommended ones were chosen."""
+
+
+OWN_START = ("fedmide", "fedavg-ft")
+"""The methods whose sites may tune their own adapter of the last round instead of the aggregated one."""
+
+
+METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
+    {
+        "fedprox": ("fedprox",),
+        "scaffold": ("scaffold",),
+        "fedavgm": ("fedavgm",),
+        "fedadagrad": ("fedadagrad",),
+        "fedadam": ("fedadam",),
+        "fedyogi": ("fedyogi",),
+        "ditto": ("ditto",),
+        "flexlora": ("flexlora",),
+        "feddpa": ("feddpa-t", "feddpa-f"),
+    }
+)
+"""The methods' own tables, and which methods use each. Any other method refuses it."""
+
+
+class Config(Section):
+    """A whole run."""
+
+    method: str = "fedmide"
+    """The federated algorithm: one that `fedmide methods` lists, or own:NAME, which your program registers. `warmup`,
+    `enrollment` and `personalization.records` are fedmide's alone: with any other method there is no warm-up and every
+    training record trains. `personalization.start` is fedmide's and fedavg-ft's."""
+    preset: PresetName = "original"
+    """What fedmide's knobs are where nothing else is said: "original", the published method's, or "recommended": scores
+    on the response, no restart after the warm-up, weights that fall softly with the score instead of a split, tuning
+    of the site's own last adapter, on personal records first, and a beta for each client by its validation records."""
+    seed: Count = 0
+    """Every random draw follows from it."""
+    data: DataConfig = DataConfig()
+    """Records."""
+    model: ModelConfig = ModelConfig()
+    """Base model."""
+    prompt: PromptConfig = PromptConfig()
+    """Prompt."""
+    lora: LoraConfig = LoraConfig()
+    """Adapter."""
+    training: TrainingConfig = TrainingConfig()
+    """Local training."""
+    federation: FederationConfig = FederationConfig()
+    """Rounds."""
+    replies: RepliesConfig = RepliesConfig()
+    """Replies."""
+    warmup: WarmupConfig = WarmupConfig()
+    """Warm-up."""
+    scoring: ScoringConfig = ScoringConfig()
+    """Scores."""
+    enrollment: EnrollmentConfig = EnrollmentConfig()
+    """Sets."""
+    personalization: PersonalizationConfig = PersonalizationConfig()
+    """Personalisation."""
+    fedprox: FedProxConfig = FedProxConfig()
+    """FedProx."""
+    scaffold: ScaffoldConfig = ScaffoldConfig()
+    """SCAFFOLD."""
+    fedavgm: FedAvgMConfig = FedAvgMConfig()
+    """FedAvgM."""
+    fedadagrad: AdaptiveConfig = AdaptiveConfig()
+    """FedAdagrad."""
+    fedadam: MomentsConfig = MomentsConfig()
+    """FedAdam."""
+    fedyogi: MomentsConfig = MomentsConfig()
+    """FedYogi."""
+    ditto: DittoConfig = DittoConfig()
+    """Ditto."""
+    flexlora: FlexLoraConfig = FlexLoraConfig()
+    """FlexLoRA."""
+    feddpa: FedDpaConfig = FedDpaConfig()
+    """FedDPA."""
+    generation: GenerationConfig = GenerationConfig()
+    """Decoding."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Measures."""
+    runtime: RuntimeConfig = RuntimeConfig()
+    """Machine."""
+
+    @property
+    def data_seed(self) -> int:
+        """What the records' draws and parts follow from."""
+        return self.seed if self.data.seed < 0 else self.data.seed
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_learning_rate(cls, values: object) -> object:
+        """Personalisation tunes at the training's rate unless it is given its own."""
+        if not isinstance(values, dict):
+            return values
+        training, personalization = values.get("training", {}), values.get("personalization", {})
+        if not isinstance(training, dict) or not isinstance(personalization, dict):
+            return values
+        if "learning_rate" in personalization or not _is_rate(training.get("learning_rate")):
+            return values
+        inherited = {**personalization, "learning_rate": training["learning_rate"]}
+        return {**values, "personalization": inherited}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _natural_threshold(cls, values: object) -> object:
+        """Enrollment compares with the score's natural threshold unless it is given one."""
+        if not isinstance(values, dict):
+            return values
+        scoring, enrollment = values.get("scoring", {}), values.get("enrollment", {})
+        if not isinstance(scoring, dict) or not isinstance(enrollment, dict):
+            return values
+        if "threshold" in enrollment or scoring.get("kind") != "relative-gap":
+            return values
+        return {**values, "enrollment": {**enrollment, "threshold": NATURAL["relative-gap"]}}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _leave_out_fedmide(cls, values: object) -> object:
+        """Another method has no warm-up, and tunes on all records where it tunes at all."""
+        if not isinstance(values, dict) or (method := values.get("method", "fedmide")) == "fedmide":
+            return values
+        tuning = {"records": "all"} if method in OWN_START else {"records": "all", "start": "aggregated"}
+        changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": tuning}
+        given = {name: values.get(name, {}) for name in changes}
+        return {**values, **{name: {**each, **changes[name]} for name, each in given.items() if isinstance(each, dict)}}
+
+    @model_validator(mode="before")  # of these the last runs first
+    @classmethod
+    def _fill_in_preset(cls, values: object) -> object:
+        """A preset says what the user doesn't; it is FedMIDE's, so any other method goes without."""
+        if not isinstance(values, dict) or "preset" not in values:
+            return values
+        if values.get("method", "fedmide") != "fedmide":
+            return {name: each for name, each in values.items() if name != "preset"}
+        preset = values["preset"]
+        return filled_in(values, PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else values
+
+    @field_validator("method")
+    @classmethod
+    def _some_method(cls, method: str) -> str:
+        known = get_args(MethodName)
+        if method in known or OWN_METHOD.fullmatch(method):
+            return method
+        raise ValueError(f"not a method{did_you_mean(method, known)}; expected {', '.join(known)}, or own:NAME")
+
+    @field_validator(*METHOD_TABLES)
+    @classmethod
+    def _table_of_the_method(cls, table: Section, info: ValidationInfo) -> Section:
+        method = info.data.get("method")
+        if method is not None and method not in METHOD_TABLES[info.field_name or ""]:
+            raise ValueError(f"method {method!r} has no use for this table")
+        return table
+
+    @field_validator("enrollment")
+    @classmethod
+    def _fit_for_the_score(cls, enrollment: EnrollmentConfig, info: ValidationInfo) -> EnrollmentConfig:
+        scoring = info.data.get("scoring")
+        for name, value in (("split", enrollment.split), ("choice", enrollment.choice)):
+            if enrollment.softness and value != "score":
+                raise ValueError(f"softness weighs records by their scores, which {name} {value!r} sets aside")
+        kind = "ratio" if scoring is None else scoring.kind
+        if kind == "ratio" and enrollment.threshold <= 0:
+            raise ValueError(f"threshold {enrollment.threshold} is not positive, as every ratio is")
+        if kind != "ratio" and enrollment.rule == "otsu-log":
+            raise ValueError("rule 'otsu-log' needs scoring.kind = 'ratio': a gap has no logarithm")
+        return enrollment
+
+    @property
+    def keeps_own(self) -> bool:
+        """Whether a site keeps the adapter that it sent from round to round, because it is needed once more."""
+        return self.personalization.start == "own" or (self.scoring.without_own and self.method == "fedmide")
+
+    @field_validator("lora")
+    @classmethod
+    def _some_target(cls, lora: LoraConfig) -> LoraConfig:
+        if not lora.targets:
+            raise ValueError("targets is empty: name at least one layer, or say 'all-linear'")
+        return lora
+
+
+def _is_rate(value: object) -> bool:
+    """Whether a value will do; one that won't is told of where it stands, and there only."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def filled_in(values: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The values with those of the tables wherever they say nothing.
+
+    >>> filled_in({"warmup": {"rounds": 2}}, {"warmup": {"rounds": 1, "folds": 2}})
+    {'warmup': {'rounds': 2, 'folds': 2}}
+    """
+    given = {name: values.get(name, {}) for name in tables}
+    merged = {name: {**tables[name], **each} if isinstance(each, dict) else each for name, each in given.items()}
+    return {**values, **merged}

@@ -1,0 +1,119 @@
+"""A configuration read from TOML, with overrides; every problem of it in one message."""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import tomli_w
+from pydantic import BaseModel, ValidationError
+
+from fedmide.config.config import VARIANTS, Config
+from fedmide.config.knobs import _used, knobs
+from fedmide.errors import ConfigError
+
+
+def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
+    """The configuration that the values describe; all problems at once as one `ConfigError`."""
+    try:
+        return Config.model_validate(dict(values))
+    except ValidationError as error:
+        problems = [f"{where}: {_problem(details)}" for details in error.errors()]
+        raise ConfigError(problems) from None
+
+
+def load(path: Path, overrides: Iterable[str] = ()) -> Config:
+    """The configuration in a TOML file, changed by `section.key=value` overrides; variants in it are a comparison's."""
+    return parse(without_variants(apply_overrides(read_toml(path), overrides)), str(path))
+
+
+def without_variants(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values without the table that names variants for a comparison."""
+    return {key: each for key, each in values.items() if key != VARIANTS}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What a TOML file holds; a missing or broken one is a `ConfigError` with its place."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file", "Give a TOML file such as examples/tiny.toml") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"{path}: not readable as TOML: {error}") from None
+
+
+def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """The values with each `section.key=value` set; a value is TOML where it parses as such, else a text.
+
+    Where only a text will do, what looks like a number is one too: `data.path=8` names a folder.
+
+    >>> apply_overrides({"seed": 1}, ["seed=2", "data.path=here/it/is"])
+    {'seed': 2, 'data': {'path': 'here/it/is'}}
+    """
+    result = json.loads(json.dumps(dict(values), default=str))
+    problems = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        *sections, name = key.strip().split(".")
+        target = _section(result, sections)
+        if not separator or not name or target is None:
+            problems.append(f"--set {override!r}: expected section.key=value")
+        else:
+            target[name] = _value(text.strip(), is_text=_type_of([*sections, name]) is str)
+    if problems:
+        raise ConfigError(problems, "For example --set training.learning_rate=1e-3")
+    return dict(result)
+
+
+def to_toml(config: Config) -> str:
+    """The resolved configuration, every knob, as TOML that `load` reads back to an equal one."""
+    return tomli_w.dumps(_used(config))
+
+
+def _section(values: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
+    """The section that the names lead to, made where it is missing; None where a name is a knob."""
+    section: Any = values
+    for name in names:
+        section = section.setdefault(name, {}) if isinstance(section, dict) else None
+    return section if isinstance(section, dict) else None
+
+
+def _value(text: str, is_text: bool) -> Any:
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return text if is_text and not isinstance(value, str) else value
+
+
+def _type_of(names: Sequence[str]) -> Any:
+    """The type of the knob with this dotted name; None where there is none."""
+    kind: Any = Config
+    for name in names:
+        fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
+        kind = fields[name].annotation if name in fields else None
+    return kind
+
+
+_BRANCHES = ("str", "list[str]")
+"""What pydantic puts behind a knob that may be a text or a list, to say which of the two it tried."""
+
+
+def _problem(details: Any) -> str:
+    if details["type"] == "extra_forbidden":
+        key = ".".join(str(part) for part in details["loc"])
+        return f"unknown key '{key}'{_suggestion(key)}"
+    key = ".".join(str(part) for part in details["loc"] if part not in _BRANCHES)
+    message = details["msg"].removeprefix("Value error, ")
+    return f"{key} = {details['input']!r}: {message[0].lower()}{message[1:]}"
+
+
+def _suggestion(key: str) -> str:
+    names = [name for name, _ in knobs()]
+    sections = [name for name, field in Config.model_fields.items() if name not in ("seed", "method", "preset")]
+    close = difflib.get_close_matches(key, names + sections, n=1, cutoff=0.6)
+    same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
+    nearest = close or same_leaf
+    return f" (did you mean '{nearest[0]}'?)" if nearest else ""

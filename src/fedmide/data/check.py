@@ -1,0 +1,91 @@
+"""What a set of clients looks like: sizes, duplicates, leaks and warnings as plain data.
+
+Nothing of a record's text is in it; the names of categories are.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fedmide.data.identifiers import KINDS, kinds
+from fedmide.data.leaks import Leak, leaks
+from fedmide.data.records import ClientData, Record, canonical_text
+
+
+@dataclass(frozen=True, slots=True)
+class Lengths:
+    """How long texts are, in characters."""
+
+    mean: float
+    longest: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartReport:
+    """One part of a client's records.
+
+    `duplicates` counts the records whose text has occurred before in the part. A prompt is instruction and
+    context, without the template. `category_mix`: records by category, the most frequent first. `identifiers`: records
+    that seem to hold a phone number or the like, by kind; a warning, never a promise.
+    """
+
+    records: int
+    duplicates: int
+    empty_contexts: int
+    categories: int
+    concepts: int
+    prompt_characters: Lengths
+    response_characters: Lengths
+    category_mix: Mapping[str, int] = field(default_factory=dict)
+    identifiers: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientReport:
+    """One client's three parts."""
+
+    name: str
+    training: PartReport
+    validation: PartReport
+    test: PartReport
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """All clients, and what leaks from held-out parts into training; `dataclasses.asdict` is fit for JSON."""
+
+    clients: tuple[ClientReport, ...]
+    leaks: tuple[Leak, ...]
+
+
+def check(clients: Sequence[ClientData]) -> Report:
+    """The report on the clients, in their order."""
+    return Report(tuple(_client(client) for client in clients), leaks(clients))
+
+
+def _client(client: ClientData) -> ClientReport:
+    return ClientReport(client.name, _part(client.training), _part(client.validation), _part(client.test))
+
+
+def _part(records: Sequence[Record]) -> PartReport:
+    return PartReport(
+        records=len(records),
+        duplicates=len(records) - len({canonical_text(record) for record in records}),
+        empty_contexts=sum(not record.context.strip() for record in records),
+        categories=len({record.category for record in records} - {""}),
+        concepts=len({record.concept for record in records} - {""}),
+        prompt_characters=_lengths([len(record.instruction) + len(record.context) for record in records]),
+        response_characters=_lengths([len(record.response) for record in records]),
+        category_mix=dict(Counter(record.category for record in records if record.category).most_common()),
+        identifiers=_identifiers(records),
+    )
+
+
+def _identifiers(records: Sequence[Record]) -> dict[str, int]:
+    """How many records seem to hold each kind of identifier; kinds that none holds are left out."""
+    counts = Counter(kind for record in records for kind in kinds(canonical_text(record)))
+    return {kind: counts[kind] for kind in KINDS if counts[kind]}
+
+
+def _lengths(counts: Sequence[int]) -> Lengths:
+    return Lengths(sum(counts) / len(counts) if counts else 0.0, max(counts, default=0))

@@ -1,0 +1,1 @@
+"""Eight medical sites, made from public packages."""

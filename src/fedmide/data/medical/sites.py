@@ -1,0 +1,257 @@
+"""Medical sites made from what public packages carry: real knowledge, no download, no patient.
+
+Each site has a family of tasks of its own, half of its records; the other half asks, in the site's words, about
+phenotypes that several sites know. So some records carry what sites have in common, and the others what one site
+knows alone: the method is to tell them apart. `Record.category` says which family a record is of; the names of the
+common ones begin with "common-".
+
+The part of a concept (training, validation or test) follows from the seed and the concept alone, over all sites:
+what one site is tested on, no site trains on.
+"""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from numpy.random import Generator
+
+from fedmide.data.medical import knowledge, tasks
+from fedmide.data.medical.knowledge import Knowledge, Source
+from fedmide.data.medical.tasks import Item
+from fedmide.data.records import ClientData, Record, client_data
+from fedmide.errors import DataError, RunFolderError
+from fedmide.seeds import entropy, stream
+
+# Where each part ends, on a scale of 100 on which the concepts are spread evenly.
+PART_ENDS = {"training": 60, "validation": 75, "test": 100}
+
+
+FIELDS = ("instruction", "context", "response", "category", "concept")
+
+
+SOURCES_FILE = "SOURCES.md"
+
+
+SOURCES_TEXT = """# Sources
+
+These records were derived from data in the following packages.
+
+| package | version | licence | data |
+|---|---|---|---|
+{rows}
+
+They use the Human Phenotype Ontology in the version above (https://hpo.jax.org). It may be used freely if it is
+acknowledged with its version; it must not be passed on in an altered form. The names of diseases are OMIM's, as the
+ontology's annotations give them.
+
+The records are for testing methods, not for advice to patients.
+"""
+
+
+Items = Mapping[str, Sequence[Item]]
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A site before it has records; `copy` counts the earlier sites of the same family."""
+
+    name: str
+    family: str
+    copy: int
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """Whose records are drawn, for which part; names the random streams."""
+
+    seed: int
+    site: Site
+    part: str
+
+    def order(self, of: str, length: int) -> list[int]:
+        """An order of so many concepts that is the same for all sites; each takes its share of it."""
+        drawn = stream(self.seed, f"medical {of} {self.part}").permutation(length)
+        return [int(index) for index in drawn]
+
+    def own(self, purpose: str) -> Generator:
+        """A stream of the site's own."""
+        return stream(self.seed, f"medical {purpose} {self.part}", client=self.site.name)
+
+
+def build(
+    seed: int, clients: int = 8, training: int = 48, validation: int = 12, test: int = 24
+) -> tuple[ClientData, ...]:
+    """The sites, each with exactly so many records in each part; reads the packages, which takes 1-2 seconds.
+
+    The first eight clients have a family each; from the ninth on families come again, with other concepts.
+    """
+    sizes = {"training": training, "validation": validation, "test": test}
+    _check_sizes(clients, sizes)
+    return assemble(knowledge.read(), seed, clients, sizes)
+
+
+def assemble(known: Knowledge, seed: int, clients: int, sizes: Mapping[str, int]) -> tuple[ClientData, ...]:
+    """The sites out of knowledge that has been read; a `DataError` says where it does not suffice."""
+    material = tasks.material(known)
+    common = tasks.by_concept(tasks.common_items(material))
+    families = {name: tasks.by_concept(make(material), common) for name, make in tasks.FAMILIES.items()}
+    shared = _by_part(common, seed)
+    own = {family: _by_part(items, seed) for family, items in owned(families, seed).items()}
+    places = [site(number) for number in range(clients)]
+    made: dict[Site, list[list[Record]]] = {}
+    problems = []
+    for place in places:
+        drawn = [
+            _records(shared[part], own[place.family][part], size, Draw(seed, place, part))
+            for part, size in sizes.items()
+        ]
+        made[place] = drawn
+        problems += [
+            f"client {place.name}: {len(records)} {part} records, expected {size}"
+            for records, (part, size) in zip(drawn, sizes.items(), strict=True)
+            if len(records) < size
+        ]
+    if problems:
+        raise DataError(problems, "Ask for fewer records or fewer clients: the packages know no more concepts")
+    return tuple(client_data(place.name, *parts) for place, parts in made.items())
+
+
+def site(number: int) -> Site:
+    """The site with a number from 0 on.
+
+    >>> site(1).name, site(9).name
+    ('lay-terms', 'lay-terms-2')
+    """
+    copy, index = divmod(number, len(tasks.FAMILIES))
+    family = list(tasks.FAMILIES)[index]
+    return Site(f"{family}-{copy + 1}" if copy else family, family, copy)
+
+
+def part_of(concept: str, seed: int) -> str:
+    """The part that all records about a concept are in, at every site.
+
+    >>> [part_of(concept, seed=0) for concept in ("HP:0001250", "OMIM:154700", "ICD10:K22")]
+    ['training', 'test', 'training']
+    """
+    position = entropy(seed, f"medical part {concept}") % 100
+    return next(part for part, end in PART_ENDS.items() if position < end)
+
+
+def owned(families: Mapping[str, Items], seed: int) -> dict[str, Items]:
+    """The families with each concept left in only one of those that have it, so that no two sites own it."""
+    holders: dict[str, list[str]] = {}
+    for family, items in families.items():
+        for concept in items:
+            holders.setdefault(concept, []).append(family)
+    owners = {
+        concept: names[entropy(seed, f"medical owner {concept}") % len(names)] for concept, names in holders.items()
+    }
+    return {
+        family: {concept: found for concept, found in items.items() if owners[concept] == family}
+        for family, items in families.items()
+    }
+
+
+def write(clients: Sequence[ClientData], folder: Path) -> tuple[Path, ...]:
+    """The sites' folders in a new or empty folder: training.jsonl, validation.jsonl and test.jsonl in each.
+
+    All is written aside and then moved, a site at a time. `SOURCES.md` comes last: a folder that has it is whole.
+    """
+    _check_names(clients)
+    try:
+        _check_empty(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".partial-", dir=folder) as aside:
+            for client in clients:
+                _write_site(client, Path(aside) / client.name)
+            Path(aside, SOURCES_FILE).write_text(sources_text(knowledge.sources()), encoding="utf-8")
+            for name in (*(client.name for client in clients), SOURCES_FILE):
+                Path(aside, name).rename(folder / name)
+    except OSError as error:
+        raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from error
+    return tuple(folder / client.name for client in clients)
+
+
+def sources_text(sources: Sequence[Source]) -> str:
+    """What the records were made from, in Markdown, with the acknowledgement that the HPO asks for."""
+    rows = (f"| {entry.package} | {entry.version} | {entry.licence} | {entry.data} |" for entry in sources)
+    return SOURCES_TEXT.format(rows="\n".join(rows))
+
+
+def _check_sizes(clients: int, sizes: Mapping[str, int]) -> None:
+    least = {"clients": 1, "training": 1, "validation": 0, "test": 0}
+    given = {"clients": clients, **sizes}
+    problems = [
+        f"{name} = {given[name]}, expected at least {least[name]}" for name in least if given[name] < least[name]
+    ]
+    if problems:
+        raise DataError(problems)
+
+
+def _by_part(items: Items, seed: int) -> dict[str, Items]:
+    parts: dict[str, dict[str, Sequence[Item]]] = {part: {} for part in PART_ENDS}
+    for concept in sorted(items):
+        parts[part_of(concept, seed)][concept] = items[concept]
+    return dict(parts)
+
+
+def _records(shared: Items, own: Items, size: int, draw: Draw) -> list[Record]:
+    """One part of a site: half common, half its own, in an order of its own; fewer where concepts run out."""
+    items = _common_items(shared, size // 2, draw) + _own_items(own, size - size // 2, draw)
+    wording = draw.own("wording")
+    shuffled = [items[index] for index in wording.permutation(len(items))]
+    return [_record(item, item.questions[wording.integers(len(item.questions))]) for item in shuffled]
+
+
+def _common_items(items: Items, count: int, draw: Draw) -> list[Item]:
+    """Items about the first `count` concepts of an order that is the same for all sites, drawn by each site."""
+    concepts = list(items)
+    first = [concepts[index] for index in draw.order("common", len(concepts))[:count]]
+    pool = [item for concept in first for item in items[concept]]
+    # As many items as concepts: where the concepts run out, other items about them don't fill the gap.
+    return [pool[index] for index in draw.own("common").permutation(len(pool))[: len(first)]]
+
+
+def _own_items(items: Items, count: int, draw: Draw) -> list[Item]:
+    """One item for each of `count` concepts; sites of one family take one slice each of a common order."""
+    concepts = list(items)
+    start = draw.site.copy * count
+    mine = [concepts[index] for index in draw.order(draw.site.family, len(concepts))[start : start + count]]
+    choice = draw.own("item")
+    return [items[concept][int(choice.integers(len(items[concept])))] for concept in mine]
+
+
+def _record(item: Item, question: str) -> Record:
+    instruction = question.format(subject=item.subject)
+    return Record(instruction, item.response, item.context, item.category, item.concept)
+
+
+def _check_names(clients: Sequence[ClientData]) -> None:
+    names = [client.name for client in clients]
+    problems = [f"client {name!r}: not fit for a folder's name" for name in names if not _is_file_safe(name)]
+    problems += [
+        f"client {name}: occurs {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
+    ]
+    if problems:
+        raise DataError(problems, "Give each client a name of letters, digits, '.', '_' and '-'")
+
+
+def _is_file_safe(name: str) -> bool:
+    return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
+
+
+def _check_empty(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise RunFolderError(f"{folder}: expected a new or an empty folder", "Name another one, or empty it")
+
+
+def _write_site(client: ClientData, folder: Path) -> None:
+    folder.mkdir()
+    parts = {"training": client.training, "validation": client.validation, "test": client.test}
+    for part, records in parts.items():
+        rows = ({name: asdict(record)[name] for name in FIELDS} for record in records)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (folder / f"{part}.jsonl").write_text(text, encoding="utf-8", newline="\n")

@@ -1,0 +1,253 @@
+"""Clients made out of one data set: by a field, evenly, by Dirichlet shares of a field's values, or of skewed sizes.
+
+What is dealt are groups of records (`split.grouped`), so no concept and no duplicate is ever in two clients, nor in two
+parts of one. Partitioners of libraries (flwr-datasets) deal rows and bring 28 packages, for what takes a few lines a
+rule here.
+
+Reference: T.-M. H. Hsu et al., Measuring the effects of non-identical data distribution, arXiv 1909.06335 (Dirichlet).
+"""
+
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+
+from fedmide.atomic import write_file, write_folder
+from fedmide.config.sections import FieldNames
+from fedmide.data.files import NEEDED, Part, checked_record
+from fedmide.data.records import Record
+from fedmide.data.rows import Reading, Row, gathered, rows_of, sound
+from fedmide.data.split import grouped
+from fedmide.errors import DataError, RunFolderError, UsageError
+from fedmide.seeds import entropy, stream
+
+FIELDS = ("instruction", "context", "response", "category", "concept")
+
+
+RULES = "Expected iid, field:NAME, dirichlet:ALPHA:NAME (such as dirichlet:0.5:category) or size:EXPONENT (size:1.5)"
+
+
+Kind = Literal["iid", "field", "dirichlet", "size"]
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """How records are dealt; `strength` is Dirichlet's alpha or the exponent of the sizes."""
+
+    kind: Kind
+    field: str = ""
+    strength: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """A record and the value of the field that it is dealt or shown by; empty where it has none."""
+
+    record: Record
+    label: str
+
+
+Dealt = Mapping[str, Mapping[Part, tuple[Labelled, ...]]]
+"""The records of each part of each client, in the file's order."""
+
+
+def parse_rule(text: str) -> Rule:
+    """The rule that a text such as "dirichlet:0.5:category" spells; raises `UsageError`.
+
+    >>> parse_rule("dirichlet:0.5:category")
+    Rule(kind='dirichlet', field='category', strength=0.5)
+    """
+    match text.split(":"):
+        case ["iid"]:
+            return Rule("iid")
+        case ["field", field] if field:
+            return Rule("field", field)
+        case ["dirichlet", strength, field] if field and _positive(strength):
+            return Rule("dirichlet", field, float(strength))
+        case ["size", strength] if _positive(strength):
+            return Rule("size", strength=float(strength))
+    raise UsageError(f"--by {text!r} is no rule", RULES)
+
+
+def read_labelled(path: Path, fields: FieldNames, label: str) -> tuple[Labelled, ...]:
+    """The records in a file with their values of the field `label`; all problems as one `DataError`."""
+    rows = rows_of(path, dict.fromkeys((*fields.model_dump().values(), label)))
+    found = gathered((_labelled(row, fields, label) for row in rows.values), rows.problems)
+    return sound(found, NEEDED if rows.values else "Give one file of records: .json, .jsonl or .parquet")
+
+
+def deal(
+    records: Sequence[Labelled], rule: Rule, clients: int, seed: int, held_out: Mapping[Part, float]
+) -> dict[str, dict[Part, tuple[Labelled, ...]]]:
+    """The records of each client (site-1, site-2, ...) and part; every record is in exactly one.
+
+    `clients` = 0: with "field" as many as it has values. `held_out`: the fraction of each client's records for
+    validation and for test, in whole groups, at least one group each unless 0. A client without enough groups for its
+    parts takes some from the largest, but not where a field decides. Raises `DataError` where there are too few.
+    """
+    groups = grouped([each.record for each in records])
+    labels = _labels(records, groups)
+    if rule.field and set(labels.values()) == {""}:
+        raise DataError(f"no record has a value in the field '{rule.field}'", "Name a field of the file in --by")
+    names = [f"site-{number}" for number in range(1, 1 + (clients or len(set(labels.values()))))]
+    parts: list[Part] = [part for part, fraction in held_out.items() if fraction > 0]
+    sizes, least = Counter(groups), 1 + len(parts)
+    if len(sizes) < len(names) * least:
+        raise _too_few(f"groups of records that share no question and no concept: {len(sizes)}", len(names) * least)
+    owners = _owners(rule, names, labels, sizes, seed)
+    if rule.kind != "field":
+        owners = _filled(owners, names, sizes, least)
+    dealt = {}
+    for name in names:
+        own = {group: sizes[group] for group in sizes if owners[group] == name}
+        if len(own) < least:
+            raise _too_few(f"{name}: groups of records that share no question and no concept: {len(own)}", least)
+        part_of = _held_out(own, {part: held_out[part] for part in parts}, seed)
+        placed = [(part_of[group], each) for each, group in zip(records, groups, strict=True) if group in own]
+        dealt[name] = {part: tuple(each for place, each in placed if place == part) for part in ("training", *parts)}
+    return dealt
+
+
+def write(dealt: Dealt, out: Path, picture: str) -> None:
+    """A folder that is read as `data.source = "files"`, a subfolder a client, and a picture of it in SVG.
+
+    The picture comes last: a folder that has it is whole. Raises `RunFolderError` where it can't be written.
+    """
+    for name, parts in dealt.items():
+        write_folder(out / name, {f"{part}.jsonl": _lines(records) for part, records in parts.items()})
+    write_file(out / "partition.svg", picture.encode())
+
+
+def check_free(out: Path) -> None:
+    """Raises `RunFolderError` where a path is not free for a new folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise RunFolderError(f"{out}: expected a new or an empty folder", "Name another one, or empty it")
+
+
+def counts(dealt: Dealt) -> dict[str, Counter[str]]:
+    """How many records of each value each client has, over its parts."""
+    return {name: Counter(each.label for part in parts.values() for each in part) for name, parts in dealt.items()}
+
+
+def _owners(
+    rule: Rule, names: Sequence[str], labels: Mapping[str, str], sizes: Mapping[str, int], seed: int
+) -> dict[str, str]:
+    """The client that each group goes to."""
+    order = _order(sizes, seed, "partition")
+    even = dict.fromkeys(names, 1.0)
+    if rule.kind == "field":
+        totals: Counter[str] = Counter()
+        for group in order:
+            totals[labels[group]] += sizes[group]
+        largest_first = sorted(totals, key=lambda label: (-totals[label], label))
+        owner_of = _dealt(largest_first, totals, even)
+        return {group: owner_of[labels[group]] for group in order}
+    if rule.kind == "dirichlet":
+        owners: dict[str, str] = {}
+        for label in sorted(set(labels.values())):
+            shares = dirichlet_shares(rule.strength, label, names, seed)
+            owners |= _dealt([group for group in order if labels[group] == label], sizes, shares)
+        return owners
+    exponent = rule.strength if rule.kind == "size" else 0.0
+    return _dealt(order, sizes, {name: (rank + 1) ** -exponent for rank, name in enumerate(names)})
+
+
+def dirichlet_shares(alpha: float, label: str, names: Iterable[str], seed: int) -> dict[str, float]:
+    """Each client's share of a value's records, drawn from Dirichlet(alpha, ..., alpha), up to a common factor.
+
+    Drawn as logarithms of gamma variates, a stream each: another client leaves the others' proportions as they were,
+    and a small alpha underflows nowhere.
+    """
+    logs = {}
+    for name in names:
+        generator = stream(seed, f"partition dirichlet {label}", client=name)
+        # Gamma(alpha) is Gamma(alpha + 1) * U^(1 / alpha)
+        logs[name] = float(np.log(generator.gamma(alpha + 1)) + np.log1p(-generator.random()) / alpha)
+    highest = max(logs.values())
+    return {name: float(np.exp(value - highest)) for name, value in logs.items()}
+
+
+def _dealt(order: Sequence[str], sizes: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, str]:
+    """Each group in turn to the client that is furthest below its share of all records."""
+    total, whole = sum(sizes[group] for group in order), sum(shares.values())
+    room = {name: total * share / whole for name, share in shares.items()}
+    owners = {}
+    for group in order:
+        name = max(room, key=room.__getitem__)  # of equals the first
+        owners[group] = name
+        room[name] -= sizes[group]
+    return owners
+
+
+def _filled(owners: Mapping[str, str], names: Sequence[str], sizes: Mapping[str, int], least: int) -> dict[str, str]:
+    """The same with at least so many groups for every client, taken from whoever has most of them."""
+    held: dict[str, list[str]] = {name: [] for name in names}
+    for group, name in owners.items():
+        held[name].append(group)
+    for name in names:
+        while len(held[name]) < least:
+            most = max(names, key=lambda each: len(held[each]))
+            smallest = min(held[most], key=lambda group: (sizes[group], group))
+            held[most].remove(smallest)
+            held[name].append(smallest)
+    return {group: name for name, groups in held.items() for group in groups}
+
+
+def _held_out(sizes: Mapping[str, int], fractions: Mapping[Part, float], seed: int) -> dict[str, Part]:
+    """The part of each of a client's groups: test and validation until they have their fraction, the rest trains."""
+    order = _order(sizes, seed, "partition parts")
+    part_of: dict[str, Part] = dict.fromkeys(order, "training")
+    total = sum(sizes.values())
+    for left, part in zip(range(len(fractions), 0, -1), fractions, strict=True):
+        taken = 0
+        while len(order) > left and taken < max(1, round(fractions[part] * total)):
+            group = order.pop(0)
+            part_of[group] = part
+            taken += sizes[group]
+    return part_of
+
+
+def _order(groups: Iterable[str], seed: int, purpose: str) -> list[str]:
+    """A random order that follows from the seed and each group alone."""
+    return sorted(groups, key=lambda group: (entropy(seed, purpose, client=group), group))
+
+
+def _labels(records: Sequence[Labelled], groups: Sequence[str]) -> dict[str, str]:
+    """The value that most records of each group have, of equals the first by name."""
+    found: defaultdict[str, Counter[str]] = defaultdict(Counter)
+    for each, group in zip(records, groups, strict=True):
+        found[group][each.label] += 1
+    return {group: min(seen, key=lambda label: (-seen[label], label)) for group, seen in found.items()}
+
+
+def _labelled(row: Row, fields: FieldNames, label: str) -> Reading[Labelled]:
+    found = checked_record(row, fields)
+    if not found.values or not isinstance(row.value, dict):
+        return Reading(problems=found.problems)
+    value = row.value.get(label)
+    if value is not None and not isinstance(value, str | int):
+        return Reading(problems=(f"{row.place}: field '{label}' has no plain value, expected text or a whole number",))
+    return Reading((Labelled(found.values[0], "" if value is None else str(value)),))
+
+
+def _lines(records: Iterable[Labelled]) -> bytes:
+    rows = ({name: asdict(each.record)[name] for name in FIELDS} for each in records)
+    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+def _positive(text: str) -> bool:
+    try:
+        return 0 < float(text) < 1e6
+    except ValueError:
+        return False
+
+
+def _too_few(found: str, expected: int) -> DataError:
+    return DataError(
+        f"{found}, expected at least {expected}: one for each part of each client",
+        "Ask for fewer clients, or set --validation-fraction 0 or --test-fraction 0",
+    )

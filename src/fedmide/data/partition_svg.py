@@ -1,0 +1,83 @@
+"""A picture of how records lie over clients: one bar a client, its values side by side; plain SVG without scripts."""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from xml.sax.saxutils import escape
+
+COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#dd8855", "#886644", "#44aa99")
+"""Paul Tol's bright colours and some more: told apart by most readers."""
+
+
+OTHERS = "#bbbbbb"
+
+
+ROW, BAR, LEFT, WIDTH, TEXT = 22, 16, 130, 560, 12
+
+
+def bars_svg(counts: Mapping[str, Mapping[str, int]], title: str) -> str:
+    """A stacked bar for each client out of its number of records of each value, with a legend of the values."""
+    values = shown_values(counts, len(COLOURS))
+    longest = max(sum(each.values()) for each in counts.values())
+    scale = WIDTH / longest
+    rows = [_bar(name, each, values, (48 + ROW * number, scale)) for number, (name, each) in enumerate(counts.items())]
+    has_others = any(with_others(each, values)[-1] for each in counts.values())
+    legend = _legend([*values, *(["other"] if has_others else [])], 70 + ROW * len(counts))
+    height = 80 + ROW * (len(counts) + len(values) + 1)
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" width="{LEFT + WIDTH + 70}" height="{height}" '
+            f'font-family="sans-serif" font-size="{TEXT}">',
+            '<rect width="100%" height="100%" fill="white"/>',
+            _text(10, 24, title),
+            *rows,
+            *legend,
+            "</svg>\n",
+        ]
+    )
+
+
+def shown_values(counts: Mapping[str, Mapping[str, int]], most: int) -> list[str]:
+    """The values that most records have, at most so many, most frequent first; the rest go together."""
+    totals: Counter[str] = Counter()
+    for each in counts.values():
+        totals.update(each)
+    return sorted(totals, key=lambda value: (-totals[value], value))[:most]
+
+
+def with_others(counts: Mapping[str, int], values: Sequence[str]) -> list[int]:
+    """One client's counts of the shown values, and of all others together.
+
+    >>> with_others({"a": 3, "b": 2, "c": 1}, ["a"])
+    [3, 3]
+    """
+    shown = [counts.get(value, 0) for value in values]
+    return [*shown, sum(counts.values()) - sum(shown)]
+
+
+def _bar(name: str, counts: Mapping[str, int], values: Sequence[str], place: tuple[float, float]) -> str:
+    top, scale = place
+    pieces, x = [_text(10, top + BAR - 3, name)], float(LEFT)
+    for colour, value, count in zip(
+        [*COLOURS[: len(values)], OTHERS], [*values, "other"], with_others(counts, values), strict=True
+    ):
+        if count:
+            width = count * scale
+            label = f"<title>{escape(value or '(none)')}: {count}</title>"
+            pieces.append(
+                f'<rect x="{x:.1f}" y="{top:.0f}" width="{width:.1f}" height="{BAR}" fill="{colour}">{label}</rect>'
+            )
+            x += width
+    return "\n".join([*pieces, _text(x + 6, top + BAR - 3, str(sum(counts.values())))])
+
+
+def _legend(values: Sequence[str], top: float) -> list[str]:
+    lines = []
+    for number, (colour, value) in enumerate(zip([*COLOURS[: len(values)], OTHERS], values, strict=False)):
+        y = top + ROW * number
+        lines.append(f'<rect x="{LEFT}" y="{y:.0f}" width="{TEXT}" height="{TEXT}" fill="{colour}"/>')
+        lines.append(_text(LEFT + 20, y + TEXT - 1, value or "(none)"))
+    return lines
+
+
+def _text(x: float, y: float, text: str) -> str:
+    return f'<text x="{x:.0f}" y="{y:.0f}">{escape(text)}</text>'

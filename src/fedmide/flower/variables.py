@@ -1,0 +1,16 @@
+"""Names that our processes and Flower's share."""
+
+LINK = "FEDMIDE_LINK"
+"""The socket at which the process that runs the rounds waits for the server app."""
+
+
+SITE = "FEDMIDE_SITE"
+"""The folder of the site that a node works for."""
+
+
+RUN = "FEDMIDE_RUN"
+"""The run folder of a simulation."""
+
+
+QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
+"""What keeps Flower and Ray from telling anybody of their use."""

@@ -1,0 +1,93 @@
+"""A run folder made, opened again, locked."""
+
+import fcntl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from fedmide.atomic import clear_errors, to_json, write_file
+from fedmide.config import Config, load, to_toml
+from fedmide.errors import RunFolderError
+from fedmide.journal.folder import RunFolder
+
+_BEGUN = {".lock", "manifest.json", ".manifest.json.partial", ".config.toml.partial"}
+"""What a folder may hold before it is a run folder: config.toml comes last."""
+
+
+RUNS = Path("runs")
+"""Where runs go if nobody says: below the working directory."""
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Keeps every other process out of a run folder, which is made where there is none; refused while another is in."""
+    with clear_errors(path):
+        path.mkdir(parents=True, exist_ok=True)
+        handle = (path / ".lock").open("w")
+    with handle:
+        with clear_errors(path):
+            _lock(handle, path)
+        yield
+
+
+def free_folder(parent: Path, name: str = "") -> Path:
+    """Where a new run goes if nobody says: PARENT/NAME-NNN, or PARENT/NNN, with the first number that is free."""
+    number, start = 1, f"{name}-" if name else ""
+    while (folder := parent / f"{start}{number:03d}").exists():
+        number += 1
+    return folder
+
+
+def check_new(path: Path, config: Config) -> None:
+    """Raises `RunFolderError` where the path is not free for a new run."""
+    if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= _BEGUN):
+        return
+    if (path / "config.toml").is_file():
+        reopen(path, config)  # says what differs, where something does
+        raise RunFolderError(
+            f"{path} exists already",
+            f"To go on with it: fedmide run --resume {path}, one over Flower: fedmide flower resume SERVER {path}",
+        )
+    raise RunFolderError(f"{path} exists already and holds something else", "Give another --out")
+
+
+def create(path: Path, config: Config, manifest: Mapping[str, Any]) -> RunFolder:
+    """A new run folder; a path that is not free is refused."""
+    check_new(path, config)
+    write_file(path / "manifest.json", to_json(manifest))
+    write_file(path / "config.toml", to_toml(config).encode())
+    return RunFolder(path, config)
+
+
+def reopen(path: Path, config: Config | None = None) -> RunFolder:
+    """The run folder at a path; one that belongs to another configuration is refused."""
+    if not (path / "config.toml").is_file():
+        reason = "it has no config.toml" if path.is_dir() else "it is no folder"
+        raise RunFolderError(f"{path} is no run folder: {reason}", "Start a run with fedmide run CONFIG")
+    own = load(path / "config.toml")
+    differences = () if config is None else _differences(own.model_dump(), config.model_dump())
+    problems = [f"{name} is {theirs!r} in {path} and {ours!r} here" for name, theirs, ours in differences]
+    if problems:
+        raise RunFolderError(
+            problems, f"{path} belongs to another configuration: give another --out, or go on with it without CONFIG"
+        )
+    return RunFolder(path, own)
+
+
+def _lock(handle: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise RunFolderError(f"{path}: another process works on this run", "Wait for it, or end it") from None
+
+
+def _differences(
+    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
+) -> Iterator[tuple[str, Any, Any]]:
+    """Each knob that two configurations set differently, with both values."""
+    for name, value in first.items():
+        if isinstance(value, Mapping):
+            yield from _differences(value, second[name], f"{prefix}{name}.")
+        elif value != second[name]:
+            yield f"{prefix}{name}", value, second[name]

@@ -1,0 +1,1 @@
+"""The Llama-shaped decoder, written out by hand for speed."""

@@ -1,0 +1,191 @@
+"""The forward and backward pass of Llama-shaped decoders under LoRA, written out by hand.
+
+Module by module, most of a training step on a processor goes into what is not a matrix product: attention's backward
+pass, casts, small kernels. Here a block is some thirty operations each way, layers with one input are one product,
+logits are made a few rows at a time and only where a label is, and no text is padded.
+
+Same numbers as module by module: in float32 but for rounding, in bfloat16 as near to float32's (rotary embedding,
+softmax and norms are in float32). Base weights are frozen, so no gradient of theirs is ever made. N tokens of texts
+that stand one after the other, D hidden, F inner, V the vocabulary.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fedmide.model.decoder.attention import Attended, Texts, attention, attention_backward, kept_attention, texts_of
+from fedmide.model.decoder.parts import HEAD_ROWS, Block, Decoder, Dropout
+from fedmide.model.decoder.products import (
+    Keep,
+    Product,
+    input_of,
+    norm,
+    norm_backward,
+    normed_input,
+    product,
+    product_backward,
+)
+
+
+def embed(decoder: Decoder, ids: Tensor) -> Tensor:
+    """Hidden states (N, D) before the first block of ids (N,)."""
+    return F.embedding(ids, decoder.embedding)
+
+
+def hidden(decoder: Decoder, states: Tensor, lengths: Sequence[int], blocks: slice) -> Tensor:
+    """Hidden states (N, D) of texts of these lengths after some of the blocks."""
+    view = texts_of(decoder, lengths, states.device)
+    for block in decoder.blocks[blocks]:
+        states = _forward(block, states, view, None)[0]
+    return states
+
+
+def losses(decoder: Decoder, states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
+    """NLL (M,) float32 of the targets after those rows of the last block's hidden states."""
+    normed = norm(states[rows], decoder.norm, decoder.epsilon)[0].to(states.dtype)
+    return torch.cat([_chunk_losses(decoder, *chunk)[0] for chunk in _chunks(normed, targets)])
+
+
+def backpropagate(
+    decoder: Decoder,
+    states: Tensor,
+    lengths: Sequence[int],
+    rows: Tensor,
+    targets: Tensor,
+    scale: float,
+    dropout: Dropout | None,
+    into: Tensor,
+    checkpointing: bool = False,
+    weights: Tensor | None = None,
+) -> Tensor:
+    """NLL (M,) of the targets; writes the gradients of `scale` times their sum `into` those of the flat parameters.
+
+    `states` (N, D) are those before the lowest block with an adapter. With checkpointing only each block's input is
+    kept, and the block is run again on the way back (Chen et al. 2016, arXiv:1604.06174): the same bits.
+    `weights` (M,): what a target counts.
+    """
+    view = texts_of(decoder, lengths, states.device)
+    traces: list[Trace | Checkpoint] = []
+    for block in decoder.blocks[decoder.first_trained :]:
+        before = Checkpoint(block, states, dropout and dropout.copy()) if checkpointing else None
+        states, trace = _forward(block, states, view, Keep(dropout))
+        traces.append(before or trace)
+        del trace  # or it would be kept during the next block
+    chosen = states[rows]
+    normed, factor = norm(chosen, decoder.norm, decoder.epsilon)
+    made = [_chunk_losses(decoder, *chunk, scale) for chunk in _chunks(normed.to(states.dtype), targets)]
+    gradient = torch.zeros_like(states)
+    wanted = torch.cat([each for _, each in made])
+    if weights is not None:
+        wanted.mul_(weights[:, None])
+    gradient[rows] = norm_backward(wanted, chosen, decoder.norm, factor).to(states.dtype)
+    while traces:
+        gradient = _backward(_trace(traces.pop(), view), gradient, view, into, is_lowest=not traces)
+    return torch.cat([each for each, _ in made])
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What the backward pass needs of a block."""
+
+    block: Block
+    states: Tensor
+    attention_factor: Tensor
+    query_key_value: Product
+    attended: Attended | None
+    attention_out: Product
+    middle: Tensor  # (N, D), between attention and MLP
+    mlp_factor: Tensor
+    gate_up: Product
+    gate: Tensor  # (N, 2 F)
+    opened: Tensor  # (N, F), what SiLU makes of the gate
+    down: Product
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """What a block's trace is made of again."""
+
+    block: Block
+    states: Tensor
+    dropout: Dropout | None  # as it stood before the block
+
+
+def _trace(kept: Trace | Checkpoint, view: Texts) -> Trace:
+    """What the backward pass needs of a block, made again where only a checkpoint was kept."""
+    if isinstance(kept, Trace):
+        return kept
+    return _forward(kept.block, kept.states, view, Keep(kept.dropout))[1]
+
+
+def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tuple[Tensor, Trace]:
+    """Hidden states (N, D) after a block, and what its backward pass needs."""
+    epsilon = view.decoder.epsilon
+    fused, attention_factor = normed_input(states, block.attention_norm, epsilon, block.query_key_value)
+    projected, first = product(block.query_key_value, fused, keep)
+    attended = None
+    if keep is None:
+        output = attention(projected, view)
+    else:
+        output, attended = kept_attention(projected, view)
+    mixed = input_of(block.attention_out, states)
+    mixed[:, : block.attention_out.num_in] = output
+    middle, second = product(block.attention_out, mixed, keep, states)
+    fused, mlp_factor = normed_input(middle, block.mlp_norm, epsilon, block.gate_up)
+    gate, third = product(block.gate_up, fused, keep)
+    inner = gate.shape[1] // 2
+    activated = input_of(block.down, states)
+    opened = F.silu(gate[:, :inner])
+    torch.mul(opened, gate[:, inner:], out=activated[:, :inner])
+    after, fourth = product(block.down, activated, keep, middle)
+    first_half = states, attention_factor, first, attended, second
+    return after, Trace(block, *first_half, middle, mlp_factor, third, gate, opened, fourth)
+
+
+def _backward(trace: Trace, gradient: Tensor, view: Texts, into: Tensor, is_lowest: bool) -> Tensor:
+    """The gradient of the hidden states before a block out of that after it; adapters' are written `into` theirs."""
+    block, inner = trace.block, trace.gate.shape[1] // 2
+    gate, up = trace.gate[:, :inner], trace.gate[:, inner:]
+    activated = product_backward(trace.down, gradient, into)
+    split = torch.empty_like(trace.gate)
+    torch.mul(activated, trace.opened, out=split[:, inner:])
+    split[:, :inner] = torch.ops.aten.silu_backward(activated.mul_(up), gate)
+    normed = product_backward(trace.gate_up, split, into)
+    middle = norm_backward(normed, trace.middle, block.mlp_norm, trace.mlp_factor).add_(gradient).to(gradient.dtype)
+    mixed = product_backward(trace.attention_out, middle, into)
+    assert trace.attended is not None  # a pass that is gone back keeps it
+    projected = attention_backward(trace.attended, mixed, view)
+    before = product_backward(trace.query_key_value, projected, into, is_wanted=not is_lowest)
+    if is_lowest:
+        return middle  # nothing below has an adapter
+    below = norm_backward(before, trace.states, block.attention_norm, trace.attention_factor).add_(middle)
+    return below.to(gradient.dtype)
+
+
+def _chunks(normed: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
+    return list(zip(normed.split(HEAD_ROWS), targets.split(HEAD_ROWS), strict=True))
+
+
+def _chunk_losses(
+    decoder: Decoder, normed: Tensor, targets: Tensor, scale: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """NLL (M,) of the targets after normed states (M, D); with `scale` the gradient of the states too."""
+    logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[: len(targets)])
+    few = len(decoder.room.exact)
+    pairs = zip(logits.split(few), targets[:, None].split(few), strict=True)
+    nll = torch.cat([_exact_losses(decoder, *pair, scale is not None) for pair in pairs]).squeeze(1)
+    return (nll, normed) if scale is None else (nll, (logits @ decoder.head).mul_(scale))
+
+
+def _exact_losses(decoder: Decoder, logits: Tensor, index: Tensor, is_wanted: bool) -> Tensor:
+    """NLL (M, 1) of the indices (M, 1) under a few rows of logits, which become the gradient where one is wanted."""
+    exact = decoder.room.exact[: len(logits)].copy_(logits)
+    exact.sub_(exact.amax(-1, keepdim=True))
+    wanted = exact.gather(1, index)
+    total = exact.exp_().sum(-1, keepdim=True)
+    if is_wanted:
+        logits.copy_(exact.div_(total).scatter_add_(1, index, torch.full_like(total, -1)))
+    return total.log() - wanted

@@ -1,0 +1,94 @@
+"""Greedy decoding: stopped at the end of sequence, special tokens removed.
+
+In batches, padded on the left and masked, or one response as it comes; both give the same text.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+
+from fedmide.data.tokens import Example
+from fedmide.model.lora import LoraModel
+
+MAX_NEW_TOKENS = 256
+
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer makes of bytes that are no character yet."""
+
+
+def default_max_new_tokens(examples: Sequence[Example]) -> int:
+    """The 99th percentile of the examples' response lengths in tokens, at most 256."""
+    lengths = [len(example.ids) - example.prompt_length for example in examples]
+    return min(MAX_NEW_TOKENS, int(np.ceil(np.percentile(lengths, 99)))) if lengths else MAX_NEW_TOKENS
+
+
+def generate(
+    model: LoraModel,
+    examples: Sequence[Example],
+    max_new_tokens: int,
+    batch_size: int,
+    progress: Callable[[int], None] = lambda num_records: None,
+) -> tuple[str, ...]:
+    """The model's own response to each example's prompt, in the examples' order.
+
+    Prompts of like length are decoded together, so that little is padded. Where memory has no room for so many, fewer.
+    """
+    texts: dict[int, str] = {}
+    order = sorted(range(len(examples)), key=lambda row: -examples[row].prompt_length)
+
+    def decode(most: int) -> None:
+        """Decodes what has no response yet, so many prompts at a time."""
+        left = [row for row in order if row not in texts]
+        for start in range(0, len(left), most):
+            rows = left[start : start + most]
+            prompts = [examples[row].ids[: examples[row].prompt_length] for row in rows]
+            texts.update(zip(rows, _decode(model, prompts, max_new_tokens), strict=True))
+            progress(len(rows))
+
+    model.generation_room.within(batch_size, 1, decode)
+    return tuple(texts[row] for row in range(len(examples)))
+
+
+def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
+    """The model's own response to an example's prompt; `hear` is told each piece of it as soon as it is sure.
+
+    The pieces together are the response. What is not sure yet is blank space, which may turn out to be the end, and
+    the bytes of a character that more tokens may complete.
+    """
+    ids = torch.from_numpy(example.ids[: example.prompt_length])[None]
+    new_ids: list[int] = []
+    told = ""
+
+    def tell(text: str) -> None:
+        nonlocal told
+        if text != told and text.startswith(told):
+            hear(text.removeprefix(told))
+            told = text
+
+    def take(token: int) -> None:
+        new_ids.append(token)
+        tell(_text(model, new_ids).rstrip(UNFINISHED).rstrip())
+
+    model.continuations(ids, torch.ones_like(ids), max_new_tokens, take)
+    text = _text(model, new_ids)
+    tell(text)
+    return text
+
+
+def _text(model: LoraModel, ids: Sequence[int]) -> str:
+    """Tokens as text without control tokens, and without blank space around it."""
+    text: str = model.tokenizer.decode(ids, skip_special_tokens=True)
+    return text.strip()
+
+
+def _decode(model: LoraModel, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[str]:
+    longest = max(len(prompt) for prompt in prompts)
+    ids = torch.full((len(prompts), longest), model.tokenizer.eos_token_id, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.from_numpy(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    new_ids = model.continuations(ids, mask, max_new_tokens)
+    return [_text(model, row) for row in new_ids.tolist()]

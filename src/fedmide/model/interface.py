@@ -1,0 +1,139 @@
+"""What a client needs of a model: likelihoods and local training. The federation's logic knows no more than this.
+
+Kept free of torch, so that the logic is read and tested without it.
+"""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedmide.config import Config
+from fedmide.config.sections import PersonalizationConfig, Positions, TrainingConfig
+from fedmide.data.tokens import Example
+from fedmide.seeds import entropy
+
+Adapter: TypeAlias = Mapping[str, NDArray[np.float32]]
+"""LoRA weights by PEFT's names: `...lora_A.weight` is (r, in), `...lora_B.weight` is (out, r)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Nll:
+    """A negative log-likelihood in nats, as a sum over so many predicted tokens."""
+
+    sum: float
+    num_tokens: int
+
+    @property
+    def mean(self) -> float:
+        """Nats per token; NaN where nothing was predicted."""
+        return self.sum / self.num_tokens if self.num_tokens else math.nan
+
+    def __add__(self, other: "Nll") -> "Nll":
+        return Nll(self.sum + other.sum, self.num_tokens + other.num_tokens)
+
+
+ZERO = Nll(0.0, 0)
+
+
+def total(values: Sequence[Nll]) -> Nll:
+    """The sum of several.
+
+    >>> total([Nll(1.0, 2), Nll(3.0, 2)]).mean
+    1.0
+    """
+    return sum(values, ZERO)
+
+
+@dataclass(frozen=True, eq=False)
+class Terms:
+    """What a method changes in the plain local training; with no values, nothing.
+
+    `pull` adds `pull / 2 * norm(adapter - towards)^2` to the loss, before its gradient is clipped. `push` is added to
+    the gradient after it has been clipped. `share` is what of each value the model sees: where it is 0 the value is
+    frozen as it is, where it is a, the model holds a times a value that the optimiser steps.
+    """
+
+    pull: float = 0.0
+    towards: Adapter | None = None
+    push: Adapter | None = None
+    share: Adapter | None = None
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+
+
+PLAIN = Terms()
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """One local training: the settings, the name of its random streams, and what a method changes in it."""
+
+    settings: TrainingConfig
+    seed: int
+    round_number: int
+    client: str
+    terms: Terms = PLAIN
+    purpose: str = "training"
+    weights: tuple[float, ...] = ()
+    """What each record's loss weighs, in the records' order, positive; only their ratios matter. None: all alike."""
+    num_first: int = 0
+    """So many of the records, those at the beginning, come before the others in every pass."""
+
+    @property
+    def stream_seed(self) -> int:
+        """What the order of the records and dropout follow from."""
+        return entropy(self.seed, self.purpose, self.round_number, self.client)
+
+
+def rate_at(step: int, num_steps: int, settings: TrainingConfig) -> float:
+    """The learning rate of a step, counted from 0: linear from the full rate towards 0 after the last, or constant.
+
+    >>> rate_at(1, 2, TrainingConfig(learning_rate=0.5))
+    0.25
+    """
+    share = 1.0 if settings.schedule == "constant" else (num_steps - step) / num_steps
+    return settings.learning_rate * share
+
+
+def personalization_plan(config: Config, client: str, terms: Terms = PLAIN) -> TrainingPlan:
+    """The plan of the last stage: the training's settings with its own epochs and rate."""
+    own: PersonalizationConfig = config.personalization
+    changes = {"epochs": max(1, own.epochs), "learning_rate": own.learning_rate, "max_steps": own.max_steps}
+    settings = config.training.model_copy(update=changes)
+    return TrainingPlan(settings, config.seed, config.federation.rounds, client, terms)
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """The state after one pass over the records: the adapter, the pass's training loss and the steps so far."""
+
+    adapter: Adapter
+    loss: Nll
+    steps: int
+
+
+class LocalModel(Protocol):
+    """A frozen base model under adapters that are swapped in place."""
+
+    def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
+        """NLL of each example under the adapter, without dropout, in the examples' order."""
+
+    def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
+        """The states after each pass of a training that starts from the adapter; `nll` may be called in between."""
+
+    def fresh(self, seed: int) -> Adapter:
+        """An adapter that changes nothing yet."""
+
+    def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
+        """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""
+
+
+def after_training(model: LocalModel, start: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Epoch:
+    """The state after the last pass of a training; its loss is over all passes."""
+    loss = ZERO
+    for last in model.train(start, examples, plan):
+        loss += last.loss
+    return replace(last, loss=loss)

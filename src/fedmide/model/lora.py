@@ -1,0 +1,319 @@
+"""The frozen base model with LoRA layers, as what is trained, scored and asked.
+
+One base model stays in memory; adapters are copied in and out in place. Llama-shaped models are scored and trained by
+`passes`, any other causal model by its own modules; both give the same numbers. There, too, logits are computed only
+where they are asked for: a hook in front of the output layer keeps the hidden states of the wanted positions, which
+works for any model whose logits are a function of each position alone.
+"""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel
+from torch import Tensor, nn
+from transformers import GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+from fedmide.config.sections import LoraConfig, ModelConfig, Quantization
+from fedmide.data.batches import Batch
+from fedmide.errors import ModelError
+from fedmide.model import adapters, devices, quantization
+from fedmide.model.base_weights import BaseWeights
+from fedmide.model.decoder import attention, layout, passes
+from fedmide.model.decoder.layout import Flat
+from fedmide.model.decoder.parts import Dropout
+from fedmide.model.decoder.prefixes import Prefixes
+from fedmide.model.interface import Adapter
+from fedmide.model.memory import Room
+from fedmide.model.pretrained.hf import checkpoint, load_base, under_lora
+from fedmide.model.workers import Workers
+
+TORCH_SEED_BITS = 63
+
+
+Hear = Callable[[int], None]
+"""Is told a token's id."""
+
+
+class Positions(nn.Module):
+    """A hook that lets only chosen rows of the hidden states (B, T, D) through, as (1, N, D)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: Tensor | None = None
+
+    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
+        """The arguments of the output layer, thinned."""
+        if self.rows is None:
+            return None
+        hidden = args[0]
+        return (hidden.reshape(-1, hidden.shape[-1])[self.rows].unsqueeze(0), *args[1:])
+
+
+class _Told(BaseStreamer):
+    """Tells of each new token of one text; what transformers puts first is the prompt."""
+
+    def __init__(self, hear: Hear) -> None:
+        self.hear = hear
+        self.begun = False
+
+    def put(self, value: Tensor) -> None:
+        """Takes the prompt (1, T), then one token (1,) at a time."""
+        if self.begun:
+            self.hear(int(value.item()))
+        self.begun = True
+
+    def end(self) -> None:
+        """Nothing is held back."""
+
+
+@dataclass(frozen=True, eq=False)
+class LoraModel:
+    """A base model under LoRA layers, ready for adapters of these shapes."""
+
+    network: PeftModel
+    tokenizer: Any
+    lora: PeftConfig
+    shapes: adapters.Shapes
+    flat: Flat
+    workers: Workers
+    base: BaseWeights
+    prefixes: Prefixes | None
+    chosen: Positions
+    device: torch.device
+    num_positions: int | None
+    """The longest text that the model was made for, in tokens, where its configuration says so."""
+    quantization: Quantization = "none"
+    """How the base's linear layers are kept; into others than plain ones no adapter can be merged."""
+    checkpointing: bool = False
+    """Whether each block's activations are made again on the way back instead of being kept."""
+    training_room: Room = field(default_factory=lambda: Room("training.tokens_per_batch"))
+    """What memory has room for in training; it shrinks where memory ends."""
+    scoring_room: Room = field(default_factory=lambda: Room("scoring.tokens_per_batch"))
+    """The same in scoring."""
+    generation_room: Room = field(default_factory=lambda: Room("generation.batch_size"))
+    """The same in generation, in prompts."""
+    modules: threading.Lock = field(default_factory=threading.Lock)
+    """The network's own modules are used by one worker at a time."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable tensors, by the names that an adapter gives them."""
+        return {
+            name.replace(".default.", "."): parameter
+            for name, parameter in self.network.named_parameters()
+            if parameter.requires_grad
+        }
+
+    def put(self, adapter: Adapter) -> None:
+        """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit.
+
+        A lower rank than the layers' is filled up with zeros. Changes of base weights beside the factors are made.
+        """
+        self.base.change(adapters.deltas(adapter))
+        with torch.no_grad():
+            self.flat.parameter.copy_(self.laid_out(adapter))
+
+    def laid_out(self, adapter: Adapter) -> Tensor:
+        """An adapter's values in the order of the flat parameter; raises `ModelError` where it does not fit."""
+        adapter = adapters.padded(adapters.without_deltas(adapter), self.shapes)
+        if problems := adapters.shape_problems(adapter, self.shapes):
+            raise ModelError([f"adapter: {problem}" for problem in problems])
+        values = np.concatenate([adapter[name].reshape(-1) for name in self.shapes])
+        return torch.from_numpy(values).to(self.device)
+
+    def take(self) -> Adapter:
+        """A copy of what the LoRA layers hold now, at their rank, with the changes of base weights."""
+        values = self.flat.parameter.detach().to("cpu", copy=True).numpy()
+        ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
+        pieces = np.split(values, ends[:-1])
+        factors = zip(self.shapes.items(), pieces, strict=True)
+        return {**{name: piece.reshape(shape) for (name, shape), piece in factors}, **self.base.changes}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type that the base computes in, whatever its weights are kept as."""
+        weight: Tensor = self.network.get_input_embeddings().weight
+        return weight.dtype
+
+    @property
+    def beside(self) -> tuple[nn.Parameter, ...]:
+        """What is trained beside the flat parameter."""
+        return ()
+
+    @property
+    def prefix_bytes(self) -> int:
+        """How much is kept of what the blocks below the adapters make of records."""
+        return 0 if self.prefixes is None else self.prefixes.num_bytes
+
+    @property
+    def unpadded(self) -> int:
+        """Texts of at most so many tokens stand in a pass without padding."""
+        return 0 if self.prefixes is None else attention.MAX_LENGTH
+
+    def prepare(self, training: bool) -> None:
+        """Makes the written-out passes ready for `nll` or `backpropagate` with the adapter as it is now."""
+        if self.prefixes is not None:
+            with torch.no_grad():
+                self.prefixes.decoder.refresh(self.dropout.rate if training and self.dropout else 0.0)
+
+    def nll(self, batch: Batch) -> Tensor:
+        """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`."""
+        with torch.no_grad():
+            if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
+                with self.modules:
+                    self._switch(training=False)
+                    return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+            states, rows, targets = self._inputs(self.prefixes, batch)
+            above = slice(self.prefixes.decoder.first_trained, None)
+            states = passes.hidden(self.prefixes.decoder, states, batch.lengths, above)
+            return passes.losses(self.prefixes.decoder, states, rows, targets)
+
+    def backpropagate(
+        self, batch: Batch, scale: float, seed: int, weights: NDArray[np.float32] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """NLL of each predicted token, as `nll`, and the gradient (P,) of `scale` times their sum.
+
+        P as in `flat`. Dropout follows from the seed. `weights` (N,): what each token counts in the sum.
+        """
+        counts = None if weights is None else torch.from_numpy(weights).to(self.device)
+        if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
+            with self.modules:
+                return self._through_modules(batch, scale, seed, counts)
+        with torch.no_grad():
+            states, rows, targets = self._inputs(self.prefixes, batch)
+            gradient = torch.empty_like(self.flat.parameter)
+            dropout = self.dropout and self.dropout.seeded(seed)
+            given = states, batch.lengths, rows, targets, scale, dropout, gradient
+            return passes.backpropagate(self.prefixes.decoder, *given, self.checkpointing, counts), gradient
+
+    def _training_losses(self, batch: Batch, seed: int) -> Tensor:
+        """NLL of each predicted token through the modules, with dropout."""
+        self._switch(training=True)
+        torch.manual_seed(seed % 2**TORCH_SEED_BITS)
+        return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
+
+    def _through_modules(self, batch: Batch, scale: float, seed: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        losses = self._training_losses(batch, seed)
+        parameters = self.parameters()
+        counted = losses if weights is None else losses * weights
+        gradients = torch.autograd.grad(counted.sum() * scale, [parameters[name] for name in self.shapes])
+        return losses.detach(), torch.cat([each.reshape(-1) for each in gradients])
+
+    def _inputs(self, prefixes: Prefixes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """States below the adapters, the rows that predict, and what they are to predict."""
+        inside = np.arange(batch.ids.shape[1]) < np.asarray(batch.lengths)[:, None]  # (B, T), padding left out
+        rows = np.flatnonzero(batch.predicts[inside])
+        targets = batch.ids[inside][rows + 1]
+        states = prefixes.states(batch, self.device)
+        return states, torch.from_numpy(rows).to(self.device), torch.from_numpy(targets).to(self.device)
+
+    @cached_property
+    def dropout(self) -> Dropout | None:
+        """Dropout of the adapters' inputs; None where there is none."""
+        return Dropout(self.lora.lora_dropout, self.device) if self.lora.lora_dropout else None
+
+    def token_nll(self, ids: Tensor, predicts: Tensor) -> Tensor:
+        """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`.
+
+        ids: int64 (B, T). predicts: bool (B, T), true at t where token t + 1 is predicted.
+        """
+        ids, predicts = ids.to(self.device), predicts.to(self.device)
+        targets = ids.roll(-1, dims=1)[predicts]  # (N,)
+        with self._only(predicts.reshape(-1).nonzero().squeeze(1)):
+            logits = self.network(input_ids=ids, use_cache=False).logits[0]  # (N, V)
+        return F.cross_entropy(logits.float(), targets, reduction="none")
+
+    def last_state(self, ids: Tensor) -> Tensor:
+        """The last layer's normed state at the last of these tokens (T,), float32 (D,)."""
+        self._switch(training=False)
+        seen: list[Tensor] = []
+        head = self.network.get_output_embeddings()
+        handle = head.register_forward_pre_hook(lambda _module, args: seen.append(args[0][0, -1]))
+        try:
+            with torch.inference_mode(), self._only(torch.tensor([len(ids) - 1], device=self.device)):
+                self.network(input_ids=ids[None].to(self.device), use_cache=False)
+        finally:
+            handle.remove()
+        return seen[0].float().cpu()
+
+    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, hear: Hear | None = None) -> Tensor:
+        """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T).
+
+        `hear` is told each token as soon as it is chosen; only where B = 1.
+        """
+        self._switch(training=False)
+        eos = self.tokenizer.eos_token_id
+        greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos)
+        with torch.inference_mode():
+            output: Tensor = self.network.generate(
+                input_ids=ids.to(self.device),
+                attention_mask=mask.to(self.device),
+                generation_config=greedy,
+                streamer=None if hear is None else _Told(hear),
+            )
+        return output[:, ids.shape[1] :].cpu()
+
+    def _switch(self, training: bool) -> None:
+        """The modules' dropout on or off; they are many, so only where it is otherwise."""
+        if self.network.training != training:
+            self.network.train(training)
+
+    @contextmanager
+    def _only(self, rows: Tensor) -> Iterator[None]:
+        self.chosen.rows = rows
+        try:
+            yield
+        finally:
+            self.chosen.rows = None
+
+
+def load(
+    folder: Path,
+    model: ModelConfig,
+    lora: LoraConfig,
+    prefix_bytes: int = 0,
+    checkpointing: bool = False,
+    num_workers: int = 0,
+) -> LoraModel:
+    """The model in a folder, frozen, with LoRA layers where the configuration wants them.
+
+    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. `checkpointing`: activations are
+    made again on the way back. `num_workers`: batches side by side on a processor, by the passes that are written out;
+    0: as many as torch has threads. Raises `ModelError`.
+    """
+    device = devices.device(model.device)
+    base, tokenizer = load_base(folder, model.quantization, devices.dtype(model.dtype, device), device)
+    if checkpointing:
+        checkpoint(base, model.name)
+    network, config = under_lora(base, model.name, lora)
+    chosen = Positions()
+    network.get_output_embeddings().register_forward_pre_hook(chosen)
+    if model.quantization == "none":
+        network.to(device)
+    else:  # the base is there already
+        quantization.keep_in_training_mode(network)
+    network.eval()
+    names = {id(parameter): name.replace(".default.", ".") for name, parameter in network.named_parameters()}
+    trained = layout.trained_parameters(network)
+    shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in trained}
+    flat = Flat(trained)
+    fused = layout.fused(network, flat)
+    prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
+    num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
+    workers = Workers(0 if prefixes is None or device.type != "cpu" else num_workers or torch.get_num_threads())
+    held = flat, workers, BaseWeights(network), prefixes, chosen
+    facts = device, num_positions, model.quantization, checkpointing
+    return LoraModel(network, tokenizer, config, shapes, *held, *facts)

@@ -1,0 +1,1 @@
+"""Base models on disk: located, read, converted, exported."""

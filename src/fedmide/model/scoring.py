@@ -1,0 +1,48 @@
+"""Likelihood of records under an adapter: NLL as (sum, count) per record.
+
+A record's NLL does not depend on the batch it is in, its neighbours, their order or the padding, but for rounding: a
+millionth over a float32 base, up to a hundredth over a bfloat16 one, where matrix products of another shape add up in
+another order.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from fedmide.config.sections import Positions
+from fedmide.data.batches import batches
+from fedmide.data.tokens import Example
+from fedmide.model.interface import Nll
+from fedmide.model.lora import LoraModel
+
+
+def nll(
+    model: LoraModel,
+    examples: Sequence[Example],
+    positions: Positions,
+    tokens_per_batch: int,
+    progress: Callable[[int], None] = lambda num_tokens: None,
+) -> tuple[Nll, ...]:
+    """NLL of each example under the adapter that the model holds, without dropout, in the examples' order."""
+    results: dict[int, Nll] = {}
+    model.prepare(training=False)
+
+    def score(most: int) -> None:
+        """Scores what has no result yet, with so many tokens at a time."""
+        left = [row for row in range(len(examples)) if row not in results]
+        parts = tuple(batches([examples[row] for row in left], positions, most, unpadded=model.unpadded))
+        for batch, losses in zip(parts, model.workers.each(model.nll, parts), strict=True):
+            rows = [left[row] for row in batch.rows]
+            results.update(zip(rows, _row_sums(losses.cpu().double().numpy(), batch.predicts), strict=True))
+            progress(sum(len(examples[row].ids) for row in rows))
+
+    longest = max((len(example.ids) for example in examples), default=0)
+    model.scoring_room.within(tokens_per_batch, longest, score)
+    return tuple(results[row] for row in range(len(examples)))
+
+
+def _row_sums(losses: np.ndarray, predicts: np.ndarray) -> list[Nll]:
+    """One (sum, count) per row out of the losses in row-major order; sums in float64."""
+    counts = predicts.sum(axis=1)
+    pieces = np.split(losses, np.cumsum(counts)[:-1])
+    return [Nll(float(piece.sum()), int(count)) for piece, count in zip(pieces, counts, strict=True)]

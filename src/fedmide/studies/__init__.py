@@ -1,0 +1,1 @@
+"""Many runs: compared, swept over a setting, checked against a known truth."""

@@ -1,0 +1,116 @@
+"""One run of a study, done or gone on with."""
+
+import json
+import time
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedmide.config import Config
+from fedmide.config.knobs import fingerprint
+from fedmide.config.sections import PersonalizationConfig
+from fedmide.evaluation.summary import StageName
+from fedmide.journal.creation import reopen
+from fedmide.progress import Progress, Tell
+from fedmide.runs import opening, stages
+from fedmide.runs.resident import Kept
+from fedmide.studies.entrants import Entrant
+
+SAME_INPUTS = ("data", "model", "prompt")
+"""What of the manifests must be the same for runs to be compared."""
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One run: an entrant with a learning rate and a seed."""
+
+    entrant: Entrant
+    rate: float
+    seed: int
+    path: Path
+
+    @property
+    def config(self) -> Config:
+        """The run's configuration."""
+        return self.entrant.run(self.seed, self.rate)
+
+
+@dataclass
+class Work:
+    """So many runs, done with one model, and word of how far they are."""
+
+    num_runs: int
+    tell: Tell
+    progress: Progress
+    opener: Kept = field(default_factory=Kept)
+    done: int = 0
+    worked: list[float] = field(default_factory=list)
+    trained: dict[str, Path] = field(default_factory=dict)
+    """Runs whose rounds are whole, by what these follow from."""
+
+    def run(self, attempt: Attempt, wanted: Sequence[StageName]) -> None:
+        """Does what is missing of a run: its validation, then the measures that are wanted of its test records."""
+        has = _measured(attempt)
+        self.done += 1
+        if has is not None and set(wanted) <= has:
+            self.trained.setdefault(_before_tuning(attempt.config), attempt.path)
+            return
+        self.tell(f"{_title(attempt)}: run {self.done} of {self.num_runs}{self._left()}")
+        begun = time.monotonic()
+        with self._opened(attempt) as run:
+            self._share_rounds(run)
+            stages.train(run, self.progress)
+            self.trained.setdefault(_before_tuning(attempt.config), attempt.path)
+            stages.personalize(run, self.progress)
+            if not (attempt.path / "validation.json").exists():
+                stages.validate(run)
+            if wanted:
+                stages.generate(run, self.progress)
+                stages.evaluate(run, self.progress, wanted=wanted)
+        self.worked.append(time.monotonic() - begun)
+
+    def _opened(self, attempt: Attempt) -> AbstractContextManager[opening.Run]:
+        if (attempt.path / "config.toml").exists():
+            return opening.resume(attempt.path, attempt.config, self.tell, self.opener)
+        return opening.start(attempt.config, attempt.path, self.tell, self.opener)
+
+    def _share_rounds(self, run: opening.Run) -> None:
+        """Gives a run without rounds those of one that differs in its tuning alone: they would be the same bytes."""
+        path = self.trained.get(_before_tuning(run.config))
+        if path is None or run.folder.has_rounds:
+            return
+        other = reopen(path)
+        ours, theirs = run.folder.read_manifest(), other.read_manifest()
+        same = all(ours[what] == theirs[what] for what in (*SAME_INPUTS, "threads"))
+        if same and other.commits == run.folder.commits:
+            self.tell(f"the rounds are those of {path}")
+            run.folder.take_rounds(other, list(run.inputs.clients))
+            run.folder.update_manifest(
+                **{what: {"trained": theirs[what]["trained"]} for what in ("seconds", "model_seconds")}
+            )
+
+    def _left(self) -> str:
+        if not self.worked:
+            return ""
+        seconds = sum(self.worked) / len(self.worked) * (self.num_runs - self.done + 1)
+        return f", about {seconds / 60:.0f} min left"
+
+
+def _before_tuning(config: Config) -> str:
+    """What a run's rounds follow from: the configuration without how it tunes afterwards, but for what it tunes."""
+    kept = PersonalizationConfig(start=config.personalization.start)
+    return fingerprint(config.model_copy(update={"personalization": kept}))
+
+
+def _title(attempt: Attempt) -> str:
+    return f"{attempt.entrant.name}, rate {attempt.rate!r}, seed {attempt.seed}"
+
+
+def _measured(attempt: Attempt) -> set[str] | None:
+    """The adapters whose test records a whole run has measured; None where it is not yet whole."""
+    if not (attempt.path / "validation.json").exists():
+        return None
+    reopen(attempt.path, attempt.config)
+    path = attempt.path / "metrics.json"
+    return set(json.loads(path.read_text("utf-8"))["over_clients"]) - {"generation"} if path.exists() else set()

@@ -1,0 +1,193 @@
+"""What a comparison compares: methods and variants, each as a configuration with the same budget of local steps.
+
+    K   optimiser steps that a client takes in a round, however few of its records train
+    U   rounds, warm-up and passes of the tuning that a client trains through, K steps each: for all entrants the same
+
+An entrant that warms up for W rounds and tunes for E passes has U - W - E federated rounds; one that does neither has
+U. So a warm-up is paid with federated rounds, and a method without tuning has more of them.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, get_args
+
+from fedmide import methods
+from fedmide.config import Config, parse
+from fedmide.config.config import METHOD_TABLES, VARIANTS
+from fedmide.config.knobs import for_method
+from fedmide.config.loading import without_variants
+from fedmide.config.sections import MethodName
+from fedmide.data import load
+from fedmide.errors import ConfigError, UsageError
+from fedmide.model.training import num_steps
+
+BUDGET = ("federation.rounds", "training.epochs", "training.max_steps", "personalization.max_steps")
+"""What makes the budget, or follows from it."""
+
+
+SECOND = ("ditto.epochs", "ditto.max_steps", "feddpa.max_steps")
+"""How much a method trains beside the common adapter."""
+
+
+DECIDED = (*BUDGET, *SECOND, "seed", "data", "model", "prompt", "evaluation")
+"""What a variant can't set: what the budget decides, and what must be the same for records to be compared."""
+
+
+BASE = "base"
+"""The row of the model without an adapter, which no entrant can be named like."""
+
+
+RATES = ("training.learning_rate", "personalization.learning_rate", "scaffold.learning_rate")
+"""The rates that go up and down together."""
+
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+
+
+@dataclass(frozen=True)
+class Budget:
+    """`rounds` (U) times `steps` (K): what each client trains in all."""
+
+    rounds: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Entrant:
+    """A method, or a variant of one, by the name that tables give it; `config` has its share of the budget."""
+
+    name: str
+    config: Config
+    budget: Budget
+
+    def run(self, seed: int, rate: float | None = None) -> Config:
+        """The configuration of one run. All seeds have the same records; `rate` is for `training.learning_rate`."""
+        values = for_method(self.config.model_dump(), self.config.method)
+        values = merged(values, {"seed": seed, "data": {"seed": self.config.data_seed}})
+        return parse(values if rate is None else _at_rate(values, rate))
+
+
+def budget_of(values: Mapping[str, Any]) -> Budget:
+    """The budget that a configuration gives FedMIDE: warm-up, rounds and tuning.
+
+    K is `training.max_steps` or, where that is 0, what the largest client needs for `training.epochs`.
+    """
+    config = parse(for_method(without_variants(values), "fedmide"))
+    rounds = config.warmup.rounds + config.federation.rounds + config.personalization.epochs
+    steps = config.training.max_steps or max(
+        num_steps(len(client.training), config.training) for client in load(config.data, config.data_seed)
+    )
+    return Budget(rounds, steps)
+
+
+def entrants(values: Mapping[str, Any], names: Sequence[str]) -> tuple[Entrant, ...]:
+    """What the names stand for: methods, or variants in the values' own table; all problems as one `ConfigError`."""
+    check_names(values, names)
+    budget = budget_of(values)
+    return tuple(Entrant(name, within(budget, settings(values, name), name), budget) for name in names)
+
+
+def check_names(values: Mapping[str, Any], names: Sequence[str]) -> None:
+    """Refuses names that are neither a method's nor a variant's, and variants that set what they can't."""
+    problems = list(_problems(values.get(VARIANTS, {}), names))
+    if problems:
+        raise ConfigError(problems, "See `fedmide methods` and docs/compare.md")
+
+
+def settings(values: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """What a method, or a variant in the values' own table, is configured by; the budget is not in it yet."""
+    base, variant = without_variants(values), values.get(VARIANTS, {}).get(name)
+    if variant is None:
+        return for_method(base, name)
+    return merged(for_method(base, variant.get("method", "fedmide")), variant)
+
+
+def within(budget: Budget, values: Mapping[str, Any], name: str) -> Config:
+    """The configuration with its share of the budget; `ConfigError` where warm-up and tuning leave no round."""
+    config = parse(values, name)
+    method = methods.of(config)
+    tuning = 0 if method.tuning is None else config.personalization.epochs
+    rounds = budget.rounds - config.warmup.rounds - tuning
+    if rounds < 1:
+        raise ConfigError(
+            f"{name}: {config.warmup.rounds} warm-up rounds and {tuning} passes of tuning leave nothing of a budget of "
+            f"{budget.rounds} rounds",
+            "Set a larger federation.rounds",
+        )
+    steps = budget.steps
+    if method.in_one_place:
+        steps *= len(load(config.data, config.data_seed))
+    changes: dict[str, Any] = {
+        "federation": {"rounds": rounds},
+        "personalization": {"epochs": tuning * budget.steps, "max_steps": tuning * budget.steps},
+    }
+    parts = config.warmup.folds if config.warmup.rounds else method.trainings
+    if budget.steps < parts:
+        raise ConfigError(
+            f"{name}: trains {parts} adapters in a round, which can't share {budget.steps} step",
+            "Set a larger training.max_steps",
+        )
+    # A pass has one step or more, so as many passes as steps are enough, whatever the number of records.
+    changes["training"] = {"max_steps": steps, "epochs": steps}
+    if method.trainings == 2:
+        changes["training"]["max_steps"] = steps - steps // 2
+        changes |= _second_training(config, steps // 2)
+    return parse(merged(for_method(config.model_dump(), config.method), changes), name)
+
+
+def _second_training(config: Config, steps: int) -> dict[str, Any]:
+    """So many steps for what a method trains beside the common adapter, in the method's own table."""
+    (table,) = (table for table, users in METHOD_TABLES.items() if config.method in users)
+    limits = {"epochs": steps, "max_steps": steps}
+    return {table: {knob: value for knob, value in limits.items() if hasattr(getattr(config, table), knob)}}
+
+
+def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with the changes, table by table.
+
+    >>> merged({"a": {"b": 1, "c": 2}}, {"a": {"c": 3}})
+    {'a': {'b': 1, 'c': 3}}
+    """
+    result = dict(values)
+    for key, each in changes.items():
+        old = result.get(key)
+        result[key] = merged(old, each) if isinstance(old, Mapping) and isinstance(each, Mapping) else each
+    return result
+
+
+def _at_rate(values: Mapping[str, Any], rate: float) -> dict[str, Any]:
+    """The values with another learning rate; those of tuning and of SCAFFOLD change in proportion to it."""
+    own = values["training"]["learning_rate"]
+    changes: dict[str, Any] = {}
+    for name in RATES:
+        section, knob = name.split(".")
+        if section in values:
+            old = values[section][knob]
+            changes[section] = {knob: rate if old == own else old * (rate / own)}
+    return merged(values, changes)
+
+
+def _problems(given: Any, names: Sequence[str]) -> list[str]:
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"--methods {','.join(names)!r}: expected names, each once", "For example fedmide,fedavg-ft")
+    if not isinstance(given, Mapping) or not all(isinstance(each, Mapping) for each in given.values()):
+        return [f"'{VARIANTS}' is no table of tables: expected [{VARIANTS}.NAME]"]
+    known = get_args(MethodName)
+    problems = [f"{VARIANTS}.{name}: the name of a method" for name in given if name in known]
+    problems += [f"{VARIANTS}.{name}: the name of the base model's row" for name in given if name == BASE]
+    problems += [f"{VARIANTS}.{name}: expected letters, digits, . _ + -" for name in given if not _NAME.fullmatch(name)]
+    for name, each in given.items():
+        if each.get("method", "fedmide") not in known:
+            problems.append(f"{VARIANTS}.{name}: there is no method {each['method']!r}")
+        problems += [f"{VARIANTS}.{name}: {key} is the same for all, or follows from the budget" for key in _set(each)]
+    return problems + [f"{name!r} is no method, nor a variant" for name in names if name not in (*known, *given)]
+
+
+def _set(variant: Mapping[str, Any]) -> list[str]:
+    """What a variant sets and can't."""
+    return [key for key in DECIDED if _holds(variant, key.split("."))]
+
+
+def _holds(values: Any, path: Sequence[str]) -> bool:
+    return isinstance(values, Mapping) and path[0] in values and (not path[1:] or _holds(values[path[0]], path[1:]))

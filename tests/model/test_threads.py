@@ -1,0 +1,83 @@
+"""As many threads as get more done than fewer do, within what this process may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fedmide.model import threads
+
+
+@pytest.mark.parametrize(
+    ("cores", "free", "chosen"), [(1, 1, 1), (2, 2, 2), (2, 1, 1), (3, 2, 2), (8, 8, 8), (8, 4, 4), (64, 16, 16)]
+)
+def test_threads_on_cores_of_others_bring_nothing(cores: int, free: int, chosen: int) -> None:
+    """A product ends with its slowest thread: one too many, and all wait for their turn on a core that is shared."""
+
+    def speed(number: int) -> float:
+        return float(number) if number <= free else 0.5
+
+    assert threads.worth_it(cores, lambda more, fewer: (speed(more), speed(fewer))) == chosen
+
+
+@given(st.integers(1, 200), st.floats(0.0, 1.0))
+def test_a_number_between_one_and_all(cores: int, gain: float) -> None:
+    def speed(number: int) -> float:
+        return number**gain
+
+    chosen = threads.worth_it(cores, lambda more, fewer: (speed(more), speed(fewer)))
+    assert 1 <= chosen <= cores
+    if gain == 1.0:
+        assert chosen == cores
+    if gain < 0.1:
+        assert chosen == 1
+
+
+def test_measuring_gives_speeds_and_leaves_torch_as_it_was() -> None:
+    earlier = torch.get_num_threads()
+    more, fewer = threads.speeds(2, 1)
+    assert more > 0 and fewer > 0
+    assert torch.get_num_threads() == earlier
+
+
+def test_one_core_needs_no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "available_cores", lambda: 1)
+    monkeypatch.setattr(threads, "speeds", None)
+    assert threads.free_threads() == 1
+
+
+def test_fewer_than_there_are_is_told_with_what_takes_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr(threads, "available_cores", lambda: 4)
+    monkeypatch.setattr(threads, "speeds", lambda more, fewer: (1.0, 1.0) if more > 2 else (2.0, 1.0))
+    assert threads.free_threads(told.append) == 2
+    assert told == [
+        "threads that share a product: 2 of 4, more bring nothing now; runtime.threads = 4 takes them all the same"
+    ]
+    monkeypatch.setattr(threads, "speeds", lambda more, fewer: (2.0, 1.0))
+    assert threads.free_threads(told.append) == 4 and len(told) == 1
+
+
+@pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("", 8)])
+def test_no_more_cores_than_a_container_is_granted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int
+) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(threads, "CPU_QUOTA", tmp_path / "cpu.max")
+    assert threads.available_cores() == 8
+    (tmp_path / "cpu.max").write_text(quota)
+    assert threads.available_cores() == cores
+
+
+@pytest.mark.parametrize(("said", "cores"), [("3", 3), ("64", 8), ("0", 1), ("4,2", 8), ("", 8)])
+def test_no_more_than_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(threads, "CPU_QUOTA", tmp_path / "cpu.max")
+    monkeypatch.setenv("OMP_NUM_THREADS", said)
+    assert threads.available_cores() == cores
