@@ -78,7 +78,26 @@ def test_what_the_readers_of_documents_look_for_is_there() -> None:
     assert "fedmide data check" in DOCUMENTS["data.md"] and DOCUMENTS["data.md"].count("```toml") == 3
 
 
-def test_the_tree_in_the_readme_exists() -> None:
-    tree = README.split("## The tree")[1].split("```")[1]
-    folders = [line.split()[0] for line in tree.strip().splitlines()]
-    assert [folder for folder in folders if not (ROOT / folder).is_dir()] == []
+def tree_in_the_readme() -> set[str]:
+    """The files and folders of the README's tree, by their paths from the repository's root."""
+    found, open_folders = set[str](), list[str]()
+    for line in README.split("## The tree")[1].split("```")[1].strip("\n").splitlines():
+        depth, name = (len(line) - len(line.lstrip())) // 2, line.split()[0]
+        open_folders[depth:] = [name]
+        found.add("".join(open_folders[: depth + 1]))
+    return found
+
+
+def test_the_tree_in_the_readme_has_every_file_of_the_package() -> None:
+    package = ROOT / "src" / "fedmide"
+    whole = ("cli/presets/", "report/page/")  # named as folders, without their files
+    files = {str(path.relative_to(package)) for path in package.rglob("*") if path.is_file()}
+    files = {path for path in files if "__pycache__" not in path and not path.endswith(("__init__.py", "py.typed"))}
+    named = {path.removeprefix("src/fedmide/") for path in tree_in_the_readme() if path.startswith("src/fedmide/")}
+    expected = {path for path in files if not path.startswith(whole)}
+    assert {path for path in named if not path.endswith("/") and path} == expected
+    assert all((package / path).is_dir() for path in named if path.endswith("/"))
+
+
+def test_the_other_folders_of_the_tree_exist() -> None:
+    assert [path for path in tree_in_the_readme() if not (ROOT / path).exists()] == []
