@@ -1,0 +1,113 @@
+"""What adapters make of test records and public questions, kept so that it is measured once."""
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from fedmide.data.questions import Question
+from fedmide.data.questions import SetName
+from fedmide.data.questions import fingerprint
+from fedmide.errors import RunFolderError
+from fedmide.evaluation import summary
+from fedmide.evaluation.measure import Measured
+from fedmide.evaluation.measure import measure
+from fedmide.evaluation.questions import Scored
+from fedmide.evaluation.questions import score_questions
+from fedmide.evaluation.questions import set_figures
+from fedmide import methods
+from fedmide.model.generation import default_max_new_tokens
+from fedmide.model.interface import Adapter
+from fedmide.model.pretrained.hf import read_peft
+from fedmide.progress import Advance
+from fedmide.runs.opening import Run
+from fedmide.runs.opening import record_ids
+from typing import Any
+import json
+
+
+def _is_personalized(run: Run) -> bool:
+    """Whether the clients are personalised; some of them, and others not, is refused."""
+    if run.folder.is_site:  # which of the sites count is the server's to know
+        return all(run.folder.personal_adapter(name).is_dir() for name in run.inputs.clients)
+    missing = [name for name in run.inputs.clients if not run.folder.is_personalized(name)]
+    if 0 < len(missing) < len(run.inputs.clients):
+        raise RunFolderError(
+            f"{run.folder.path}: clients not yet personalised: {', '.join(missing)}",
+            f"First: fedmide personalize {run.folder.path}",
+        )
+    return not missing
+
+
+def _personal_adapter(run: Run, name: str) -> Adapter:
+    return read_peft(run.folder.personal_adapter(name), run.inputs.resident.model.shapes)
+
+
+def _responses(run: Run, name: str) -> bytes:
+    """A client's predictions as JSON lines: record, reference and what the model says."""
+    config, examples = run.config.generation, run.inputs.examples[name]
+    count = config.max_records or len(examples.test)
+    longest = config.max_new_tokens or default_max_new_tokens(examples.training)
+    if run.inputs.resident.model.num_positions is not None:
+        prompts = max((example.prompt_length for example in examples.test[:count]), default=0)
+        longest = min(longest, run.inputs.resident.model.num_positions - prompts)
+    records = run.inputs.clients[name].test[:count]
+    texts = run.inputs.resident.generate(_personal_adapter(run, name), examples.test[:count], longest)
+    lines = [
+        {
+            "record_id": record.id,
+            "instruction": record.instruction,
+            "reference": record.response,
+            "prediction": text,
+        }
+        for record, text in zip(records, texts, strict=True)
+    ]
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+
+
+def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Measured:
+    """What a client's test records measure under an adapter; kept, so that it is measured once."""
+    earlier = run.folder.read_evaluation(name, stage)
+    if earlier is not None:
+        return Measured.from_dict(earlier)
+    measured = measure(
+        run.inputs.resident,
+        _adapter(run, name, stage, aggregated),
+        run.inputs.encode,
+        run.inputs.clients[name],
+        run.config,
+    )
+    run.folder.save_evaluation(name, stage, asdict(measured))
+    return measured
+
+
+def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Adapter, advance: Advance) -> None:
+    """Asks every adapter a public set; what one makes of it is kept, so that it is asked once."""
+    longest = run.inputs.resident.model.num_positions or run.config.model.cutoff
+    own: list[tuple[summary.StageName, str]] = [("personalized", client) for client in run.inputs.clients]
+    scored: dict[tuple[summary.StageName, str], Scored] = {}
+    asked = fingerprint(questions)
+    for stage, client in [("base", ""), ("aggregated", ""), *(own if _is_personalized(run) else ())]:
+        about = f"{stage}-{client}" if client else stage
+        earlier = run.folder.read_questions(name, about)
+        if earlier is None or earlier["questions"] != asked:
+            adapter = _adapter(run, client, stage, aggregated)
+            found = score_questions(run.inputs.resident, adapter, run.inputs.encode, questions, longest)
+            run.folder.save_questions(name, about, asdict(found))
+            earlier = run.folder.read_questions(name, about) or {}  # sums that are no number read alike, now and later
+        scored[stage, client] = Scored.from_dict(earlier)
+        advance(1, f"{name}, {about}")
+    run.folder.save_questions(name, "figures", set_figures(name, questions, scored, run.config))
+
+
+def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Adapter:
+    if stage == "personalized":
+        return _personal_adapter(run, name)
+    return aggregated if stage == "aggregated" else run.inputs.fresh_adapter()
+
+
+def _method_figures(run: Run) -> dict[str, Any]:
+    method = methods.of(run.config)
+    sizes = method.sizes(run.inputs.fresh_adapter(), tuple(run.inputs.clients), run.config)
+    return {"name": method.name, "source": method.source, **asdict(sizes)}
+
+
+def _set_figures(run: Run, name: str) -> dict[str, Any]:
+    return summary.set_figures(run.folder.read_ledger(name), record_ids(run, name))

@@ -1,0 +1,211 @@
+"""The resident model: one base model that any client's adapter is put into, with its work counted.
+
+This is the `LocalModel` that clients train with, and what evaluation and generation use.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from dataclasses import field
+from dataclasses import replace
+from fedmide.config import Config
+from fedmide.config.sections import LoraConfig
+from fedmide.config.sections import Positions
+from fedmide.data.tokens import Example
+from fedmide import methods
+from fedmide.model import adapters
+from fedmide.model import generation
+from fedmide.model import scoring
+from fedmide.model import training
+from fedmide.model.interface import Adapter
+from fedmide.model.interface import Epoch
+from fedmide.model.interface import Nll
+from fedmide.model.interface import TrainingPlan
+from fedmide.model.interface import ZERO
+from fedmide.model.lora import LoraModel
+from fedmide.model.lora import load
+from fedmide.model.routing import routed
+from fedmide.model.threads import available_cores
+from fedmide.model.threads import free_threads
+from numpy.typing import NDArray
+from pathlib import Path
+import numpy as np
+import time
+import torch
+
+
+@dataclass
+class Resident:
+    """A loaded model. `work` counts what went through it by kind, padding left out; `heard` is told. `seconds`: how
+    long it has trained, scored and generated."""
+
+    model: LoraModel
+    config: Config
+    work: Counter[str] = field(default_factory=Counter)
+    heard: Callable[[str, int], None] = lambda kind, total: None
+    seconds: Counter[str] = field(default_factory=Counter)
+    _fresh: dict[int, Adapter] = field(default_factory=dict)
+
+    def fresh(self, seed: int) -> Adapter:
+        """An adapter that changes nothing yet, of the configured rank; the last one is kept, since all clients ask."""
+        if seed not in self._fresh:
+            shapes = {
+                name: (self.config.lora.r, inner) if name.endswith(adapters.A) else (outer, self.config.lora.r)
+                for name, (outer, inner) in self.model.shapes.items()
+            }
+            self._fresh = {seed: adapters.fresh(shapes, seed)}
+        return self._fresh[seed]
+
+    def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
+        """NLL of each example under the adapter."""
+        budget, count = self.config.scoring.tokens_per_batch, self._count("tokens scored")
+        found: list[Nll] = [ZERO] * len(examples)
+        with self._timed("scoring"):
+            for rows, each in self._by_record(adapter, examples):
+                values = scoring.nll(self._holding(each), [examples[row] for row in rows], positions, budget, count)
+                for row, value in zip(rows, values, strict=True):
+                    found[row] = value
+        return tuple(found)
+
+    def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
+        """The states after each pass of a training that starts from the adapter."""
+        model = self._holding(adapter)  # only when the first state is asked for: until then another may be put in
+        epochs = training.train(model, examples, plan, self._count("tokens trained"))
+        while True:
+            with self._timed("training"):
+                epoch = next(epochs, None)
+            if epoch is None:
+                return
+            yield replace(epoch, adapter=adapters.cut_like(epoch.adapter, adapter))
+
+    def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
+        """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""
+        model = self._holding(adapter)
+        found = [model.last_state(torch.from_numpy(each.ids[: each.prompt_length])).numpy() for each in examples]
+        return np.stack(found) if found else np.zeros((0, 1), np.float32)
+
+    def generate(self, adapter: Adapter, examples: Sequence[Example], max_new_tokens: int) -> tuple[str, ...]:
+        """The responses to the examples' prompts under the adapter."""
+        batch_size, count = self.config.generation.batch_size, self._count("responses generated")
+        found = [""] * len(examples)
+        with self._timed("generation"):
+            for rows, each in self._by_record(adapter, examples):
+                given = [examples[row] for row in rows]
+                texts = generation.generate(self._holding(each), given, max_new_tokens, batch_size, count)
+                for row, text in zip(rows, texts, strict=True):
+                    found[row] = text
+        return tuple(found)
+
+    def stream(self, adapter: Adapter, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
+        """The response to one example's prompt under the adapter, told to `hear` as it comes."""
+        ((_, each),) = self._by_record(adapter, [example])
+        text = generation.stream(self._holding(each), example, max_new_tokens, hear)
+        self._count("responses generated")(1)
+        return text
+
+    def _holding(self, adapter: Adapter) -> LoraModel:
+        """The model with the adapter in it."""
+        routers = [name for name in adapter if name.endswith(adapters.ROUTER)]
+        model = routed(self.model, routers) if routers else self.model
+        model.put(adapter)
+        return model
+
+    def _by_record(self, adapter: Adapter, examples: Sequence[Example]) -> Iterator[tuple[Sequence[int], Adapter]]:
+        """Which examples have which adapter: all the same, but where two are weighted per record."""
+        if adapters.MOST not in adapter:
+            yield range(len(examples)), adapter
+            return
+        own, common = adapters.under(adapters.OWN, adapter), adapters.under(adapters.COMMON, adapter)
+        prompts: dict[bytes, list[int]] = {}
+        for row, example in enumerate(examples):
+            prompts.setdefault(example.ids[: example.prompt_length].tobytes(), []).append(row)
+        states = self.states(own, [examples[rows[0]] for rows in prompts.values()])
+        for rows, state in zip(prompts.values(), states, strict=True):
+            weight = float(adapter[adapters.MOST][0]) * likeness(state, adapter[adapters.REFERENCES])
+            yield rows, adapters.stacked(own, common, weight, 1 - weight)
+
+    @contextmanager
+    def _timed(self, kind: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[kind] += time.perf_counter() - begun  # type: ignore[assignment]  # a Counter takes any number
+
+    def _count(self, kind: str) -> Callable[[int], None]:
+        def count(number: int) -> None:
+            self.work[kind] += number
+            self.heard(kind, self.work[kind])
+
+        return count
+
+
+def open_model(
+    config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
+) -> Resident:
+    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured.
+
+    `tell` hears of what turns out otherwise than configured.
+    """
+    torch.set_num_threads(threads or config.runtime.threads or free_threads(tell))
+    # batches side by side do not wait for each other at every product, and change no bit: every core is worth it
+    num_workers = config.runtime.threads or available_cores()
+    held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing, num_workers
+    model = load(folder, config.model, _lora(config), *held)
+    return _begun(model, config, tell)
+
+
+def _begun(model: LoraModel, config: Config, tell: Callable[[str], None]) -> Resident:
+    """The model for a run of its own."""
+    for room in (model.training_room, model.scoring_room, model.generation_room):
+        room.begin(tell)
+    return Resident(model, config)
+
+
+Opener = Callable[[Config, Path, int, Callable[[str], None]], Resident]
+"""What opens the model in a folder, as `open_model` does."""
+
+
+@dataclass
+class Kept:
+    """Opens models, and keeps the last one with its prefixes: the next run that needs the same one has it at once.
+
+    All runs have as many threads as the first, unless they say how many.
+    """
+
+    key: tuple[object, ...] = ()
+    model: LoraModel | None = None
+    threads: int = 0
+
+    def __call__(
+        self, config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
+    ) -> Resident:
+        """The resident model, its work counted from nothing."""
+        wanted = threads or config.runtime.threads or self.threads
+        key = (folder, config.model, _lora(config), config.runtime, config.training.checkpointing)
+        if self.model is None or key != self.key or wanted != self.threads:
+            self.model = None  # let go before another is loaded
+            self.key, self.model = key, open_model(config, folder, wanted, tell).model
+            self.threads = torch.get_num_threads()
+        return _begun(self.model, config, tell)
+
+
+def _lora(config: Config) -> LoraConfig:
+    """What the network's layers are made for; the scale alpha / r is the same at any rank."""
+    rank = methods.of(config).rank(config)
+    return config.lora.model_copy(update={"r": rank, "alpha": config.lora.alpha * rank / config.lora.r})
+
+
+def likeness(state: NDArray[np.float32], references: NDArray[np.float32]) -> float:
+    """The mean cosine of a state (D,) with others (N, D), not below 0; 0 where there are none.
+
+    >>> likeness(np.array([1.0, 0.0]), np.array([[2.0, 0.0], [0.0, 3.0]]))
+    0.5
+    """
+    if not len(references):
+        return 0.0
+    norms = np.linalg.norm(references, axis=1) * np.linalg.norm(state)
+    return max(0.0, float(np.mean(references @ state / norms)))

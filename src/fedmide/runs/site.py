@@ -1,0 +1,182 @@
+"""A site at work: its records, its folder, and what it answers to a message.
+
+Whatever happens here, an answer holds nothing but what `messages` has a field for: of an error the server hears one
+word from a closed list, and its details go to `tell`, which is the site's own log.
+
+What was answered is kept. The same task again gets the same answer without work, so a message that is delivered twice
+trains once; a task of an earlier round than the last is refused, so nothing that was done is undone.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from dataclasses import replace
+from fedmide.atomic import write_file
+from fedmide.atomic import write_folder
+from fedmide.data.records import RecordId
+from fedmide.errors import MessageError
+from fedmide.errors import RunFolderError
+from fedmide.errors import UserError
+from fedmide.federation.client import handle
+from fedmide.federation.client_state import ClientState
+from fedmide.federation.client_state import has_trained
+from fedmide.federation.client_state import is_lost
+from fedmide.federation.client_state import keeps_memory
+from fedmide.federation.codec import decode_reply
+from fedmide.federation.codec import decode_request
+from fedmide.federation.codec import encode_facts
+from fedmide.federation.codec import encode_reply
+from fedmide.federation.codec import encode_trouble
+from fedmide.federation.ledger import before
+from fedmide.federation.ledger import standing
+from fedmide.federation.messages import ClientReply
+from fedmide.federation.messages import ClientTask
+from fedmide.federation.messages import Facts
+from fedmide.federation.messages import Hello
+from fedmide.federation.messages import Trouble
+from fedmide.federation.messages import TroubleCode
+from fedmide.journal.folder import RunFolder
+from fedmide import methods
+from fedmide.model.adapters import is_finite
+from fedmide.model.adapters import shapes
+from fedmide.model.pretrained.hf import peft_files
+from fedmide.progress import Tell
+from fedmide.runs.inputs import Inputs
+from pathlib import Path
+import hashlib
+
+
+EVERYONE = "(all clients)"
+"""The client that has everyone's records, where a method trains in one place; no folder of a client is called so."""
+
+
+_DIGEST_BYTES = 32
+
+
+def client_state(folder: RunFolder, inputs: Inputs, name: str, federation: str, next_round: int) -> ClientState:
+    """A client's state before a round, out of its records and of what it kept."""
+    owners = inputs.examples if name == EVERYONE else {name: inputs.examples[name]}
+    training = {
+        RecordId(example.id if owner == name else f"{owner}/{example.id}"): example
+        for owner, examples in owners.items()
+        for example in examples.training
+    }
+    return ClientState(
+        name,
+        federation,
+        folder.config,
+        training,
+        [example for examples in owners.values() for example in examples.validation],
+        before(folder.read_ledger(name), next_round),
+        folder.read_memory(name, next_round),
+    )
+
+
+def keep(folder: RunFolder, inputs: Inputs, state: ClientState) -> None:
+    """Makes a client's state last: what its rounds left or, once it has one, its personalised adapter."""
+    if state.adapter is None:
+        folder.save_site(state)
+    else:
+        folder.save_personal_adapter(state.name, peft_files(state.adapter, inputs.resident.model.lora))
+
+
+@dataclass(frozen=True)
+class Site:
+    """One client with its records and a loaded model. `open_folder` gives the folder of a federation."""
+
+    name: str
+    inputs: Inputs
+    open_folder: Callable[[str], RunFolder]
+    tell: Tell = lambda message: None
+
+    def answer(self, frame: bytes) -> bytes:
+        """The answer to a frame, as a frame; raises nothing that this site's records or disk could cause."""
+        try:
+            return self._answer(frame)
+        except Exception as error:  # noqa: BLE001 - the text of any may be a patient's
+            self.tell(f"{type(error).__name__}: {error}")
+            return self._trouble(_code(error))
+
+    def _answer(self, frame: bytes) -> bytes:
+        request = decode_request(frame)
+        if isinstance(request, Hello):
+            return encode_facts(self._facts(request))
+        if not self._belongs_to(request.federation):
+            self.tell(f"asked by federation {request.federation}, this site belongs to {self.inputs.federation}")
+            return self._trouble("federation")
+        return self._once(request, frame)
+
+    def _belongs_to(self, federation: str) -> bool:
+        return federation.partition("-")[0] == self.inputs.federation
+
+    def _trouble(self, code: TroubleCode) -> bytes:
+        return encode_trouble(Trouble(self.name, code))
+
+    def _facts(self, hello: Hello) -> Facts:
+        facts = self.inputs.facts(self.name)
+        if not self._belongs_to(hello.federation):
+            return facts
+        shared, personal = self._set_sizes(hello)
+        return replace(facts, shared=shared, personal=personal)
+
+    def _set_sizes(self, hello: Hello) -> tuple[int, int]:
+        ledger = before(self.open_folder(hello.federation).read_ledger(self.name), hello.round)
+        now = standing(ledger, [example.id for example in self.inputs.examples[self.name].training])
+        return len(now.shared), len(now.personal)
+
+    def _once(self, task: ClientTask, frame: bytes) -> bytes:
+        """The answer to a task: the kept one where it was given before."""
+        folder = self.open_folder(task.federation)
+        kept, digest = _kept_path(folder, self.name), hashlib.sha256(frame).digest()
+        earlier = kept.read_bytes() if kept.exists() else b""
+        if earlier[:_DIGEST_BYTES] == digest:
+            self.tell(f"round {task.round}: answered before")
+            return earlier[_DIGEST_BYTES:]
+        last = decode_reply(earlier[_DIGEST_BYTES:]) if earlier else None
+        if self._last_round(folder, last) > task.round:
+            self.tell(f"round {task.round}: a later one was done already")
+            return self._trouble("round")
+        state = client_state(folder, self.inputs, self.name, task.federation, task.round)
+        _check_memory(folder, state, last, task.round)
+        reply, after = handle(task, state, self.inputs.resident)
+        answer = encode_reply(reply)
+        if after.adapter is not None and folder.is_site:
+            self._keep_aggregated(folder, task)
+        keep(folder, self.inputs, after)
+        write_file(kept, digest + answer)
+        self.tell(f"round {task.round}: done")
+        return answer
+
+    def _keep_aggregated(self, folder: RunFolder, task: ClientTask) -> None:
+        """Keeps what the site's own model is measured against, where the method sends it whole."""
+        if shapes(task.adapter) == shapes(self.inputs.fresh_adapter()):
+            write_folder(folder.adapter, peft_files(task.adapter, self.inputs.resident.model.lora))
+
+    def _last_round(self, folder: RunFolder, last: ClientReply | None) -> int:
+        """The latest round that this site has worked on, by its kept answer and by its ledger."""
+        rounds = [entry.round for entry in folder.read_ledger(self.name)]
+        return max([*rounds, *([] if last is None else [last.round])], default=-(2**31))
+
+
+def _check_memory(folder: RunFolder, state: ClientState, last: ClientReply | None, next_round: int) -> None:
+    """Refuses to go on without what the round of the last answer left here, where that is needed once more."""
+    if last is None or last.round >= next_round or not has_trained(last.metrics) or not keeps_memory(state.config):
+        return
+    if last.adapter is not None and not is_finite(last.adapter) and not methods.of(state.config).remembers:
+        return  # an own adapter that ran off was not kept
+    if is_lost(state.memory, last.round):
+        raise RunFolderError(
+            f"{folder.site(state.name)}: the memory of round {last.round} is missing", "Bring the file back"
+        )
+
+
+def _code(error: Exception) -> TroubleCode:
+    """The one word on an error that leaves the site."""
+    if isinstance(error, MessageError):
+        return "message"
+    if isinstance(error, RunFolderError):
+        return "disk" if error.is_disk else "ledger"
+    return "site" if isinstance(error, UserError) else "failed"
+
+
+def _kept_path(folder: RunFolder, name: str) -> Path:
+    return folder.site(name) / "answer.bin"

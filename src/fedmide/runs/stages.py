@@ -1,0 +1,251 @@
+"""The stages of a run, each on its run folder: train, personalise, generate, evaluate.
+
+Each can be stopped at any moment and started again: what is whole is kept, what is not is made anew.
+"""
+
+from collections.abc import Callable
+from collections.abc import Iterator
+from collections.abc import Mapping
+from collections.abc import Sequence
+from concurrent.futures import Future
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from dataclasses import replace
+from fedmide import report
+from fedmide.atomic import to_json
+from fedmide.atomic import write_file
+from fedmide.atomic import write_folder
+from fedmide.data.questions import Question
+from fedmide.data.questions import SetName
+from fedmide.errors import RunFolderError
+from fedmide.evaluation import summary
+from fedmide.evaluation.measure import Measured
+from fedmide.federation import server
+from fedmide.federation.client_state import ClientState
+from fedmide.federation.messages import Metric
+from fedmide.federation.rounds import Runtime
+from fedmide.federation.rounds import run as run_rounds
+from fedmide.federation.runtimes.inprocess import InProcess
+from fedmide.federation.server import RoundSummary
+from fedmide.federation.server import ServerState
+from fedmide import methods
+from fedmide.model.interface import Adapter
+from fedmide.model.interface import Nll
+from fedmide.model.interface import total
+from fedmide.model.pretrained.hf import peft_files
+from fedmide.model.pretrained.hf import read_peft
+from fedmide.progress import Progress
+from fedmide.progress import silent
+from fedmide.runs.measuring import _ask
+from fedmide.runs.measuring import _is_personalized
+from fedmide.runs.measuring import _measured
+from fedmide.runs.measuring import _method_figures
+from fedmide.runs.measuring import _personal_adapter
+from fedmide.runs.measuring import _responses
+from fedmide.runs.measuring import _set_figures
+from fedmide.runs.opening import Run
+from fedmide.runs.opening import begin
+from fedmide.runs.site import EVERYONE
+from fedmide.runs.site import client_state
+from fedmide.runs.site import keep
+from fedmide.runs.timing import listening
+from fedmide.runs.timing import noted
+from fedmide.runs.timing import timed
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+import math
+
+
+Sets = Mapping[SetName, Sequence[Question]]
+"""Public multiple-choice questions by the set that they are from."""
+
+
+WRITERS = 8
+"""Sites whose files are written at a time, while the next ones train: a disk takes longest to say that it has them."""
+
+
+def train(run: Run, progress: Progress = silent) -> None:
+    """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
+    state = run.folder.last_round(_begin_training(run))
+    writing: list[Future[None]] = []
+    writers = ThreadPoolExecutor(WRITERS)
+    runtime = run.runtime or _in_process(
+        run, state, lambda site: writing.append(writers.submit(keep, run.folder, run.inputs, site))
+    )
+    ahead = range(state.round, run.config.federation.rounds)
+    num_tasks = sum(len(server.asked(replace(state, round=number), run.config)) for number in ahead)
+    shown = listening(run, progress("rounds", num_tasks, "client rounds"))
+
+    def commit(after: ServerState, summary: RoundSummary) -> None:
+        """Makes the round last, once what its sites keep does."""
+        if run.runtime:
+            _check_quorum(run, summary)
+        for written in writing:
+            written.result()
+        writing.clear()
+        run.folder.commit_round(after, summary)
+        for trouble in _troubles(run, summary):
+            run.tell(trouble)
+
+    with timed(run, "trained", num_tasks), shown as advance, writers:
+        state = run_rounds(state, run.config, noted(run, runtime, advance), commit)
+        if not run.folder.adapter.is_dir():
+            write_folder(run.folder.adapter, peft_files(state.adapter, run.inputs.resident.model.lora))
+
+
+def personalize(run: Run, progress: Progress = silent) -> None:
+    """Stage 2: each client tunes the aggregated adapter or its own last one. Leaves `clients/ID/adapter/`."""
+    state = _trained(run)
+    plan = server.plan(state, run.config)
+    tasks = [task for task in plan if not run.folder.is_personalized(task.client)]
+    waiting = replace(state, clients=tuple(task.client for task in tasks))
+    runtime = run.runtime or _in_process(run, waiting, partial(keep, run.folder, run.inputs))
+    problems: list[str] = []
+    shown = listening(run, progress("personalisation", len(tasks), "clients"))
+    with timed(run, "personalized", len(tasks)), shown as advance:
+        for delivery in noted(run, runtime, advance)(tasks):
+            _, tuned = server.apply(state, [delivery], run.config)
+            if refused := tuned.clients[0].refused:
+                problems.append(f"client {delivery.client} is not personalised: {refused}")
+                continue
+            run.folder.commit_personalization(tuned)
+            if tuned.clients[0].metrics.get("epoch") == Metric(0):
+                run.tell(
+                    f"client {delivery.client}: no epoch of its tuning is fit to be kept, the aggregated adapter is"
+                )
+        if problems:
+            raise RunFolderError(problems, f"Mend that, then go on with {run.folder.path}")
+
+
+def generate(run: Run, progress: Progress = silent) -> None:
+    """Stage 3: each client's responses to its test prompts, with its personalised adapter. Leaves `predictions/`."""
+    _aggregated(run)
+    if not run.config.generation.enabled:
+        return
+    if not _is_personalized(run):
+        raise RunFolderError(
+            f"{run.folder.path}: no client is personalised", f"First: fedmide personalize {run.folder.path}"
+        )
+    names = [name for name in run.inputs.clients if not run.folder.predictions(name).exists()]
+    shown = listening(run, progress("generation", len(names), "clients"))
+    with timed(run, "generated", len(names)), shown as advance:
+        for name in names:
+            write_file(run.folder.predictions(name), _responses(run, name))
+            advance(1, f"client {name}")
+
+
+def validate(run: Run) -> dict[str, Nll]:
+    """The response NLL of each client's validation records under its personalised adapter; kept in validation.json.
+
+    Test records are not looked at: this is what settings may be chosen by.
+    """
+    _trained(run)
+    measured = {
+        name: total(run.inputs.resident.nll(_personal_adapter(run, name), examples.validation, "response"))
+        for name, examples in run.inputs.examples.items()
+    }
+    write_file(run.folder.path / "validation.json", to_json({name: asdict(nll) for name, nll in measured.items()}))
+    return measured
+
+
+def evaluate(
+    run: Run,
+    progress: Progress = silent,
+    questions: Sets = MappingProxyType({}),
+    wanted: Sequence[summary.StageName] = summary.STAGES,
+) -> dict[str, Any]:
+    """What metrics.json holds: likelihood, choice and text metrics of each client's test records.
+
+    Under the base model, the aggregated adapter and, where there is one, the client's personalised one; or under the
+    `wanted` ones of these. What a client measured is kept on its site, so that an evaluation that was stopped goes on.
+    Public `questions` are asked too; the figures of those that were asked before stay.
+    """
+    aggregated = _aggregated(run)
+    there = {"base": True, "aggregated": bool(aggregated), "personalized": _is_personalized(run)}
+    present = [stage for stage in summary.STAGES if there[stage]]
+    stages = [stage for stage in present if stage in wanted]
+    work = [(name, stage) for name in run.inputs.clients for stage in stages]
+    measured: dict[str, dict[summary.StageName, Measured]] = {name: {} for name in run.inputs.clients}
+    num_asked = len(questions) * (2 + there["personalized"] * len(run.inputs.clients))
+    shown = listening(run, progress("evaluation", len(work) + num_asked, "adapters"))
+    with timed(run, "evaluated", len(work) + num_asked), shown as advance:
+        for asked in questions:
+            _ask(run, asked, questions[asked], aggregated, advance)
+        for name, stage in work:
+            measured[name][stage] = _measured(run, name, stage, aggregated)
+            advance(1, f"client {name}, {stage}")
+        metrics = summary.summarize(
+            run.config,
+            measured,
+            {name: _set_figures(run, name) for name in measured},
+            {name: run.folder.read_predictions(name) for name in measured},
+            run.folder.events(),
+            run.inputs.prompt_hash,
+        )
+        metrics |= {"questions": figures} if (figures := run.folder.question_figures()) else {}
+        metrics["method"] = _method_figures(run)
+        write_file(run.folder.path / "metrics.json", to_json(metrics))
+    _write_report(run)
+    return metrics
+
+
+def _write_report(run: Run) -> None:
+    """Leaves `report.html`. Whatever goes wrong with it is told, and is no reason for a run to fail."""
+    try:
+        run.tell(f"the report is in {report.write(run.folder)}")
+    except Exception as error:  # noqa: BLE001
+        run.tell(f"no report could be written ({type(error).__name__}); see fedmide report {run.folder.path}")
+
+
+def _begin_training(run: Run) -> ServerState:
+    """The state before the first round; where all train in one place, of a single client that has all records."""
+    begun = begin(run)
+    return replace(begun, clients=(EVERYONE,)) if methods.of(run.config).in_one_place else begun
+
+
+def _trained(run: Run) -> ServerState:
+    """The state after the last federated round; a run that is not there yet is refused."""
+    state = run.folder.last_round(begin(run))
+    if state.round < run.config.federation.rounds or not run.folder.adapter.is_dir():
+        raise RunFolderError(
+            f"{run.folder.path}: the rounds are not finished", f"First: fedmide train --resume {run.folder.path}"
+        )
+    return state
+
+
+def _aggregated(run: Run) -> Adapter:
+    """The adapter after the last federated round; at a site what came of it to be personalised, {} if only a part."""
+    if not run.folder.is_site:
+        return _trained(run).adapter
+    kept = run.folder.adapter
+    return read_peft(kept, run.inputs.resident.model.shapes) if kept.is_dir() else {}
+
+
+def _troubles(run: Run, summary: RoundSummary) -> Iterator[str]:
+    """What went wrong in a round that went on."""
+    title = run.folder.round_name(summary.round)
+    for row in summary.clients:
+        if row.refused:
+            yield f"{title}, client {row.client}: its reply does not count: {row.refused}"
+    if not summary.aggregated and methods.of(run.config).travels:
+        yield f"{title}: nobody's adapter counts, the aggregated one stays as it was"
+
+
+def _in_process(run: Run, state: ServerState, save: Callable[[ClientState], None]) -> Runtime:
+    """The runtime of sites that are all in this process, as they stand before a round."""
+    sites = {name: client_state(run.folder, run.inputs, name, run.federation, state.round) for name in state.clients}
+    return InProcess(sites, run.inputs.resident, save)
+
+
+def _check_quorum(run: Run, summary: RoundSummary) -> None:
+    """Stops a run before a round that too few sites took part in would count."""
+    counted = sum(not row.refused for row in summary.clients)
+    needed = math.ceil(run.config.replies.quorum * len(summary.clients))
+    if counted < needed:
+        reasons = dict.fromkeys(row.refused for row in summary.clients if row.refused)
+        raise RunFolderError(
+            f"{run.folder.round_name(summary.round)}: {counted} of {len(summary.clients)} replies count, "
+            f"{needed} are needed: {'; '.join(reasons)}",
+            f"Mend that, then go on with {run.folder.path}; or lower replies.quorum",
+        )
