@@ -13,7 +13,7 @@ from fedmide.federation.client import handle
 from fedmide.federation.client_state import ClientState
 from fedmide.federation.ledger import Entry, standing
 from fedmide.federation.messages import ClientTask, Metric
-from fedmide.methods.fedmide import BEHIND
+from fedmide.methods.fedmide import PROVENANCE
 from fedmide.model.interface import Adapter, Epoch, Nll, TrainingPlan, total
 
 
@@ -149,7 +149,7 @@ def test_the_gap_parts_and_enrolls_at_its_own_zero(fakes: Any) -> None:
 
 
 def behind(adapter: Adapter, total_records: int, own: int, number: int) -> Adapter:
-    return {**adapter, BEHIND: np.array([total_records, own, number], np.float32)}
+    return {**adapter, PROVENANCE: np.array([total_records, own, number], np.float32)}
 
 
 def test_a_site_scores_with_what_the_others_made_and_trains_from_what_all_did(fakes: Any) -> None:
@@ -163,7 +163,7 @@ def test_a_site_scores_with_what_the_others_made_and_trains_from_what_all_did(fa
     judged = [entry.nll_aggregated for entry in after.ledger if entry.round == 0 and entry.nll_aggregated is not None]
     assert judged == [3.0, 2.0, 2.0]
     assert model.trained[-1][0] == 9.0
-    assert reply.adapter is not None and BEHIND not in reply.adapter
+    assert reply.adapter is not None and PROVENANCE not in reply.adapter
     assert [memory.round for memory in after.memory] == [-1, 0]
     again, same = handle(replace(task(fakes, 0, 0.0), adapter=received), after, model)
     assert (place(again.adapter), same.ledger) == (place(reply.adapter), after.ledger)

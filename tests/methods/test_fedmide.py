@@ -8,7 +8,7 @@ import pytest
 from fedmide import methods
 from fedmide.federation import server
 from fedmide.federation.codec import encode_task
-from fedmide.methods.fedmide import BEHIND, without_own
+from fedmide.methods.fedmide import PROVENANCE, without_own
 from fedmide.methods.method import Answer, Common
 from fedmide.model.interface import Adapter
 
@@ -30,7 +30,7 @@ def combined(fakes: Any, *answers: tuple[str, float, int], round_number: int = -
 def test_a_client_that_is_in_the_mean_is_told_how_much_of_it_is_its_own(fakes: Any) -> None:
     config, common = fakes.config("scoring.without_own=true"), combined(fakes, ("a", 5.0, 3), ("b", 11.0, 6))
     down = FEDMIDE.down(common, "a", config)
-    assert down[BEHIND].tolist() == [9, 3, -1]
+    assert down[PROVENANCE].tolist() == [9, 3, -1]
     others = without_own(down, {-1: adapter(5.0)})
     assert np.array_equal(others["x.lora_B.weight"], adapter(11.0)["x.lora_B.weight"])
     assert FEDMIDE.down(common, "c", config) == common.adapter, "it is not in the mean"
@@ -68,4 +68,4 @@ def test_the_defaults_send_the_published_bytes(fakes: Any) -> None:
     frames = [[encode_task(task) for task in server.plan(state, config)] for config in (plain, asking)]
     assert frames[0] == frames[1], "before the first mean there is nothing to tell"
     longer = [FEDMIDE.down(combined(fakes, ("a", 5.0, 3), override=each), "a", asking) for each in ("true", "false")]
-    assert [set(each) - {"x.lora_B.weight"} for each in longer] == [{BEHIND}, set()]
+    assert [set(each) - {"x.lora_B.weight"} for each in longer] == [{PROVENANCE}, set()]

@@ -1,7 +1,6 @@
-"""A whole run as its configuration says: the sections put together, read from TOML, checked as a whole.
+"""The configuration of a whole run: the sections together, presets, and the checks across sections.
 
-`load` refuses what it does not know, names all problems at once and suggests the nearest right key. The resolved
-configuration, written back by `to_toml`, repeats the run. What each knob means: `sections`.
+`sections` has the settings with their meanings, `loading` reads and writes TOML.
 """
 
 import math
@@ -62,12 +61,15 @@ PRESETS: Mapping[str, Mapping[str, Mapping[str, Any]]] = MappingProxyType(
         },
     }
 )
-"""FedMIDE's knobs that a preset sets otherwise than the published method has them; docs/results.md says how the
-recommended ones were chosen."""
+"""Per preset: FedMIDE's settings that differ from the published method. docs/results.md has the reasons."""
+
+
+ENROLLING = ("fedmide",)
+"""The methods whose sites split and enroll records: `warmup`, `enrollment` and the presets are theirs alone."""
 
 
 OWN_START = ("fedmide", "fedavg-ft")
-"""The methods whose sites may tune their own adapter of the last round instead of the aggregated one."""
+"""The methods whose sites may tune their own adapter of the last round instead of the common one."""
 
 
 METHOD_TABLES: Mapping[str, tuple[MethodName, ...]] = MappingProxyType(
@@ -91,14 +93,14 @@ class Config(Section):
 
     method: str = "fedmide"
     """The federated algorithm: one that `fedmide methods` lists, or own:NAME, which your program registers. `warmup`,
-    `enrollment` and `personalization.records` are fedmide's alone: with any other method there is no warm-up and every
-    training record trains. `personalization.start` is fedmide's and fedavg-ft's."""
+    `enrollment` and `personalization.records` work with fedmide only: any other method has no warm-up, and every
+    training record trains. `personalization.start` works with fedmide and fedavg-ft."""
     preset: PresetName = "original"
-    """What fedmide's knobs are where nothing else is said: "original", the published method's, or "recommended": scores
-    on the response, no restart after the warm-up, weights that fall softly with the score instead of a split, tuning
-    of the site's own last adapter, on personal records first, and a beta for each client by its validation records."""
+    """Defaults of fedmide's settings. "original": those of the published method. "recommended": scores on the response,
+    no restart after the warm-up, weights that fall softly with the score instead of a split. The site then tunes its
+    own last adapter, on personal records first, and chooses a beta by its validation records."""
     seed: Count = 0
-    """Every random draw follows from it."""
+    """Seed of every random draw."""
     data: DataConfig = DataConfig()
     """Records."""
     model: ModelConfig = ModelConfig()
@@ -120,7 +122,7 @@ class Config(Section):
     enrollment: EnrollmentConfig = EnrollmentConfig()
     """Sets."""
     personalization: PersonalizationConfig = PersonalizationConfig()
-    """Personalisation."""
+    """Personalization."""
     fedprox: FedProxConfig = FedProxConfig()
     """FedProx."""
     scaffold: ScaffoldConfig = ScaffoldConfig()
@@ -148,57 +150,18 @@ class Config(Section):
 
     @property
     def data_seed(self) -> int:
-        """What the records' draws and parts follow from."""
+        """The seed of the draws and the split of the records."""
         return self.seed if self.data.seed < 0 else self.data.seed
 
     @model_validator(mode="before")
     @classmethod
-    def _inherit_learning_rate(cls, values: object) -> object:
-        """Personalisation tunes at the training's rate unless it is given its own."""
+    def _resolve(cls, values: object) -> object:
+        """Fill in what follows from other settings, in this order: preset, method, threshold, learning rate."""
         if not isinstance(values, dict):
             return values
-        training, personalization = values.get("training", {}), values.get("personalization", {})
-        if not isinstance(training, dict) or not isinstance(personalization, dict):
-            return values
-        if "learning_rate" in personalization or not _is_rate(training.get("learning_rate")):
-            return values
-        inherited = {**personalization, "learning_rate": training["learning_rate"]}
-        return {**values, "personalization": inherited}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _natural_threshold(cls, values: object) -> object:
-        """Enrollment compares with the score's natural threshold unless it is given one."""
-        if not isinstance(values, dict):
-            return values
-        scoring, enrollment = values.get("scoring", {}), values.get("enrollment", {})
-        if not isinstance(scoring, dict) or not isinstance(enrollment, dict):
-            return values
-        if "threshold" in enrollment or scoring.get("kind") != "relative-gap":
-            return values
-        return {**values, "enrollment": {**enrollment, "threshold": NATURAL["relative-gap"]}}
-
-    @model_validator(mode="before")
-    @classmethod
-    def _leave_out_fedmide(cls, values: object) -> object:
-        """Another method has no warm-up, and tunes on all records where it tunes at all."""
-        if not isinstance(values, dict) or (method := values.get("method", "fedmide")) == "fedmide":
-            return values
-        tuning = {"records": "all"} if method in OWN_START else {"records": "all", "start": "aggregated"}
-        changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": tuning}
-        given = {name: values.get(name, {}) for name in changes}
-        return {**values, **{name: {**each, **changes[name]} for name, each in given.items() if isinstance(each, dict)}}
-
-    @model_validator(mode="before")  # of these the last runs first
-    @classmethod
-    def _fill_in_preset(cls, values: object) -> object:
-        """A preset says what the user doesn't; it is FedMIDE's, so any other method goes without."""
-        if not isinstance(values, dict) or "preset" not in values:
-            return values
-        if values.get("method", "fedmide") != "fedmide":
-            return {name: each for name, each in values.items() if name != "preset"}
-        preset = values["preset"]
-        return filled_in(values, PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else values
+        for step in (_with_preset, _with_method, _with_threshold, _with_learning_rate):
+            values = step(values)
+        return values
 
     @field_validator("method")
     @classmethod
@@ -232,8 +195,11 @@ class Config(Section):
 
     @property
     def keeps_own(self) -> bool:
-        """Whether a site keeps the adapter that it sent from round to round, because it is needed once more."""
-        return self.personalization.start == "own" or (self.scoring.without_own and self.method == "fedmide")
+        """True if sites store the adapter they sent last: to tune it, or to subtract it from the common adapter.
+
+        `personalization.start = "own"` and `scoring.without_own` need it.
+        """
+        return self.personalization.start == "own" or (self.scoring.without_own and self.method in ENROLLING)
 
     @field_validator("lora")
     @classmethod
@@ -243,13 +209,53 @@ class Config(Section):
         return lora
 
 
+def _with_preset(values: dict[str, Any]) -> dict[str, Any]:
+    """The values of the preset where the user gives none. It is FedMIDE's: with any other method it is left out."""
+    if "preset" not in values:
+        return values
+    if values.get("method", "fedmide") not in ENROLLING:
+        return {name: each for name, each in values.items() if name != "preset"}
+    preset = values["preset"]
+    return filled_in(values, PRESETS[preset]) if isinstance(preset, str) and preset in PRESETS else values
+
+
+def _with_method(values: dict[str, Any]) -> dict[str, Any]:
+    """No warm-up, and tuning on all records, with a method that enrolls none."""
+    if (method := values.get("method", "fedmide")) in ENROLLING:
+        return values
+    tuning = {"records": "all"} if method in OWN_START else {"records": "all", "start": "aggregated"}
+    changes: dict[str, dict[str, Any]] = {"warmup": {"rounds": 0}, "personalization": tuning}
+    given = {name: values.get(name, {}) for name in changes}
+    return {**values, **{name: {**each, **changes[name]} for name, each in given.items() if isinstance(each, dict)}}
+
+
+def _with_threshold(values: dict[str, Any]) -> dict[str, Any]:
+    """Enrollment's threshold, where it is not given: the natural one of the score."""
+    scoring, enrollment = values.get("scoring", {}), values.get("enrollment", {})
+    if not isinstance(scoring, dict) or not isinstance(enrollment, dict):
+        return values
+    if "threshold" in enrollment or scoring.get("kind") != "relative-gap":
+        return values
+    return {**values, "enrollment": {**enrollment, "threshold": NATURAL["relative-gap"]}}
+
+
+def _with_learning_rate(values: dict[str, Any]) -> dict[str, Any]:
+    """The learning rate of personalization, where it is not given: that of training."""
+    training, personalization = values.get("training", {}), values.get("personalization", {})
+    if not isinstance(training, dict) or not isinstance(personalization, dict):
+        return values
+    if "learning_rate" in personalization or not _is_rate(training.get("learning_rate")):
+        return values
+    return {**values, "personalization": {**personalization, "learning_rate": training["learning_rate"]}}
+
+
 def _is_rate(value: object) -> bool:
-    """Whether a value will do; one that won't is told of where it stands, and there only."""
+    """True for a positive finite number. The field's own check reports anything else, once."""
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def filled_in(values: Mapping[str, Any], tables: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The values with those of the tables wherever they say nothing.
+    """The values, completed by those of the tables.
 
     >>> filled_in({"warmup": {"rounds": 2}}, {"warmup": {"rounds": 1, "folds": 2}})
     {'warmup': {'rounds': 2, 'folds': 2}}

@@ -12,7 +12,7 @@ from fedmide.config.config import METHOD_TABLES, Config
 
 def fingerprint(config: Config) -> str:
     """A short hash that tells two configurations apart."""
-    canonical = json.dumps(_used(config), sort_keys=True)
+    canonical = json.dumps(used(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -45,7 +45,7 @@ def flat(config: Config) -> dict[str, Any]:
     >>> flat(Config())["lora.r"], "fedprox.mu" in flat(Config())
     (8, False)
     """
-    return dict(_flat(_used(config)))
+    return dict(_flat(used(config)))
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -67,8 +67,8 @@ def for_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
     return {**kept, "method": method}
 
 
-def _used(config: Config) -> dict[str, Any]:
-    """Every knob but those in tables of other methods."""
+def used(config: Config) -> dict[str, Any]:
+    """Every setting, without the tables of other methods."""
     return for_method(config.model_dump(), config.method)
 
 

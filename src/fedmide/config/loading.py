@@ -11,7 +11,7 @@ import tomli_w
 from pydantic import BaseModel, ValidationError
 
 from fedmide.config.config import VARIANTS, Config
-from fedmide.config.knobs import _used, knobs
+from fedmide.config.knobs import knobs, used
 from fedmide.errors import ConfigError
 
 
@@ -69,7 +69,7 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
 
 def to_toml(config: Config) -> str:
     """The resolved configuration, every knob, as TOML that `load` reads back to an equal one."""
-    return tomli_w.dumps(_used(config))
+    return tomli_w.dumps(used(config))
 
 
 def _section(values: dict[str, Any], names: list[str]) -> dict[str, Any] | None:

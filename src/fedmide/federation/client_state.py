@@ -1,4 +1,4 @@
-"""What a site holds between rounds."""
+"""The state of a site between rounds."""
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +13,7 @@ from fedmide.model.interface import Adapter
 
 @dataclass(frozen=True)
 class Memory:
-    """What a method keeps on the site after a round that it trained in; it never leaves."""
+    """Arrays that a method keeps at the site after a round of training. They never leave it."""
 
     round: int
     arrays: Adapter
@@ -23,8 +23,8 @@ class Memory:
 class ClientState:
     """A site: its training and validation records as examples, the configuration, and its ledger so far.
 
-    `memory` is of the last two rounds that kept any, so that the last can be handled again. `adapter` is the
-    personalised one, once there is one; it never leaves.
+    `memory` is that of the last two rounds that kept any, so that the last one can be handled again. `adapter` is the
+    tuned adapter, after personalization; it never leaves.
     """
 
     name: str
@@ -37,21 +37,21 @@ class ClientState:
     adapter: Adapter | None = None
 
     def before(self, round_number: int) -> "ClientState":
-        """The state with what earlier rounds left, and no more."""
+        """The state as earlier rounds left it."""
         kept = tuple(memory for memory in self.memory if memory.round < round_number)
         return replace(self, ledger=before(self.ledger, round_number), memory=kept)
 
 
 def keeps_memory(config: Config) -> bool:
-    """Whether sites keep anything but their ledgers from round to round."""
+    """True if sites keep more than their ledgers from round to round."""
     return methods.of(config).remembers or config.keeps_own
 
 
 def is_lost(kept: Sequence[Memory], trained_in: int) -> bool:
-    """Whether what a round that a site trained in left there is missing: that of the round, or of a later one."""
+    """True if the memory of a round of training is missing, and that of every later round too."""
     return all(memory.round < trained_in for memory in kept)
 
 
 def has_trained(metrics: Container[str]) -> bool:
-    """Whether a reply with these metrics comes of a training; where nothing travels no adapter tells."""
+    """True if the site trained. Replies of methods that send no adapter are recognized by their `steps` metric."""
     return "steps" in metrics

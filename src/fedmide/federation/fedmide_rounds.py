@@ -1,4 +1,14 @@
-"""FedMIDE's rounds on a site: warm-up, split, enrollment, training on the shared set."""
+"""FedMIDE's rounds on a site: warm-up, split, enrollment, training on the shared set.
+
+A federated round, step by step:
+
+    receive the common adapter
+    score the personal records with it: their NLL under it against their NLL under the local adapter
+    enroll those whose score is below 1
+    train on the shared set
+    measure the records that stay personal under the new local adapter
+    reply with the adapter and the number of records that trained it
+"""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
@@ -7,26 +17,34 @@ from fedmide.data.records import RecordId
 from fedmide.federation.client_state import ClientState
 from fedmide.federation.enrollment import Verdict, enroll, rearranged, split, weight
 from fedmide.federation.ledger import Ledger, Standing, measurements, scores, standing, verdicts
-from fedmide.federation.local_training import _kept, _nll, _num_seen, _reply, _set_metrics, _train, _train_and_measure
+from fedmide.federation.local_training import (
+    kept_memory,
+    nll_of,
+    num_seen,
+    reply_of,
+    set_metrics,
+    train_and_measure,
+    train_on,
+)
 from fedmide.federation.messages import ClientReply, ClientTask, Metric
 from fedmide.methods.fedmide import without_own
 from fedmide.model.interface import Epoch, LocalModel, Nll
 from fedmide.seeds import stream
 
 
-def _warm_up(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
-    """Stage 0: train on all records; after the last warm-up round measure all of them."""
+def warm_up(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
+    """Stage 0: train on all records. After the last warm-up round, measure all of them."""
     everything = dict.fromkeys(state.training, 1.0)
     if task.round == -1:
-        trained, own = _train_and_measure(task, state, model)
+        trained, own = train_and_measure(task, state, model)
     else:
-        trained, own = _train(task, state, model, everything), {}
+        trained, own = train_on(task, state, model, everything), {}
     measured = measurements(task.round, own, standing((), everything).sets)
-    after = replace(state, ledger=state.ledger + measured, memory=_kept(task, state, trained))
-    return _reply(task, trained, _num_seen(state, everything, trained), _set_metrics(after, (), measured)), after
+    after = replace(state, ledger=state.ledger + measured, memory=kept_memory(task, state, trained))
+    return reply_of(task, trained, num_seen(state, everything, trained), set_metrics(after, (), measured)), after
 
 
-def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
+def federated_round(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[ClientReply, ClientState]:
     """Stage 1: split or enroll, train on the shared set, measure what stays personal."""
     earlier = standing(state.ledger, state.training)
     judged = _judge(task, state, model, earlier)
@@ -37,19 +55,19 @@ def _federated_round(task: ClientTask, state: ClientState, model: LocalModel) ->
     own: Mapping[RecordId, Nll] = {}
     if task.train and not now.is_split and state.config.warmup.rounds > 0:
         # a site that missed the warm-up's last round is split at its next task, as if this round had been that one
-        trained, own = _train_and_measure(task, state, model)
-    elif task.train and (trained := _train(task, state, model, weights)) is not None:
+        trained, own = train_and_measure(task, state, model)
+    elif task.train and (trained := train_on(task, state, model, weights)) is not None:
         compared = now.personal if state.config.enrollment.enabled else ()
-        own = _nll(trained.adapter, compared, state, model)
+        own = nll_of(trained.adapter, compared, state, model)
     measured = measurements(task.round, own, now.sets)
-    after = replace(state, ledger=state.ledger + judged + measured, memory=_kept(task, state, trained))
+    after = replace(state, ledger=state.ledger + judged + measured, memory=kept_memory(task, state, trained))
     enrolled = len(now.shared) - len(earlier.shared) if earlier.is_split else 0
-    metrics = {**_set_metrics(after, judged, measured), "enrolled": Metric(enrolled)}
-    return _reply(task, trained, _num_seen(state, weights, trained), metrics), after
+    metrics = {**set_metrics(after, judged, measured), "enrolled": Metric(enrolled)}
+    return reply_of(task, trained, num_seen(state, weights, trained), metrics), after
 
 
 def _weights(now: Standing, state: ClientState) -> Mapping[RecordId, float]:
-    """What trains the common model, and how much each record weighs in it: the shared set, or softly by the scores."""
+    """The records that train the common model, with their weights: the shared set, or soft weights by score."""
     softness = state.config.enrollment.softness
     if softness == 0 or not now.is_split:
         return dict.fromkeys(now.shared, 1.0)
@@ -62,27 +80,27 @@ def _weights(now: Standing, state: ClientState) -> Mapping[RecordId, float]:
 
 
 def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standing) -> Ledger:
-    """The verdicts of this round: the split at the first aggregated adapter after the warm-up, later enrollment."""
+    """The verdicts of this round: the split at the first common adapter after the warm-up, enrollment later."""
     enrollment = state.config.enrollment
     if now.is_split and not enrollment.enabled:
         return ()
     candidates = [record for record in (now.personal if now.is_split else now.sets) if record in now.own]
     kind, kept = state.config.scoring.kind, {memory.round: memory.arrays for memory in state.memory}
-    aggregated = _nll(without_own(task.adapter, kept), candidates, state, model)
+    aggregated = nll_of(without_own(task.adapter, kept), candidates, state, model)
     values = scores(aggregated, now.own, kind)
     judged = _enrolled(values, state, task.round) if now.is_split else _split(values, state)
     return verdicts(task.round, aggregated, now.own, values, judged)
 
 
 def _enrolled(values: Mapping[RecordId, float], state: ClientState, round_number: int) -> dict[RecordId, Verdict]:
-    """Who is enrolled by the scores, or otherwise where that is to be compared with."""
+    """The enrollment by score, or another choice for comparison (`enrollment.choice`)."""
     by_score = enroll(values, state.config.enrollment.threshold)
     draw = stream(state.config.seed, "enrollment", round_number, state.name)
     return rearranged(by_score, values, _lengths(values, state), state.config.enrollment.choice, draw)
 
 
 def _split(values: Mapping[RecordId, float], state: ClientState) -> dict[RecordId, Verdict]:
-    """The split by the scores, or otherwise where that is to be compared with."""
+    """The split by score, or another one for comparison (`enrollment.split`)."""
     by_score = split(values, state.config.enrollment.rule, state.config.scoring.kind)
     draw = stream(state.config.seed, "split", 0, state.name)
     return rearranged(by_score, values, _lengths(values, state), state.config.enrollment.split, draw)

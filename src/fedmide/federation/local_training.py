@@ -1,4 +1,4 @@
-"""One local training on a site: its plan, its measurements, and the reply that tells of it."""
+"""One local training on a site: its plan, its measurements, and the reply that reports it."""
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -17,29 +17,30 @@ from fedmide.model.interface import Adapter, Epoch, LocalModel, Nll, TrainingPla
 from fedmide.seeds import stream
 
 
-def _visit(task: ClientTask, state: ClientState) -> Visit:
+def visit_of(task: ClientTask, state: ClientState) -> Visit:
+    """The round as a method sees it."""
     memory = state.memory[-1].arrays if state.memory else {}
     return Visit(state.config, state.name, task.round, task.adapter, memory, tuple(state.training.values()))
 
 
-def _train_and_measure(
+def train_and_measure(
     task: ClientTask, state: ClientState, model: LocalModel
 ) -> tuple[Epoch | None, Mapping[RecordId, Nll]]:
-    """The own adapter after training on all records, and what it makes of each.
+    """The local adapter after training on all records, and the NLL of each record under it.
 
-    With two folds, two adapters that train on half of the records each for half of the steps: the one that did not see
-    a record measures it, and their mean is the own adapter.
+    With two folds, two adapters train on half of the records each, for half of the steps. Each measures the records
+    that it did not see. Their mean is the local adapter.
     """
     everything = dict.fromkeys(state.training, 1.0)
     if state.config.warmup.folds == 1 or len(everything) < 2:
-        trained = _train(task, state, model, everything)
-        return trained, {} if trained is None else _nll(trained.adapter, everything, state, model)
+        trained = train_on(task, state, model, everything)
+        return trained, {} if trained is None else nll_of(trained.adapter, everything, state, model)
     halves = _halves(tuple(everything), state)
-    works = [_train(task, state, model, dict.fromkeys(half, 1.0), fold) for fold, half in enumerate(halves)]
+    works = [train_on(task, state, model, dict.fromkeys(half, 1.0), fold) for fold, half in enumerate(halves)]
     fitted = [work for work in works if work is not None]  # both: no half is empty
     measured: dict[RecordId, Nll] = {}
     for work, unseen in zip(fitted, reversed(halves), strict=True):
-        measured |= _nll(work.adapter, unseen, state, model)
+        measured |= nll_of(work.adapter, unseen, state, model)
     adapter = weighted_mean((work.adapter, len(half)) for work, half in zip(fitted, halves, strict=True))
     assert adapter is not None  # both halves weigh something
     both = Epoch(adapter, total([work.loss for work in fitted]), sum(work.steps for work in fitted))
@@ -47,56 +48,57 @@ def _train_and_measure(
 
 
 def _halves(records: Sequence[RecordId], state: ClientState) -> tuple[Sequence[RecordId], Sequence[RecordId]]:
-    """The records parted in two by lot, whatever their order."""
+    """The records in two random halves, independent of their order."""
     ordered = sorted(records)
     drawn = [ordered[row] for row in stream(state.config.seed, "folds", client=state.name).permutation(len(ordered))]
     return drawn[: len(drawn) // 2], drawn[len(drawn) // 2 :]
 
 
 def _settings(task: ClientTask, config: Config, fold: int | None) -> TrainingConfig:
-    """How a round trains: a warm-up round may be shorter, and its two folds share its steps, at least one each."""
+    """The settings of a round's training. A warm-up round may be shorter; two folds share its steps, at least one each."""
     longest = (task.round < 0 and config.warmup.max_steps) or config.training.max_steps
     if longest and fold is not None:
         longest = max(1, (longest + fold) // 2)
     return config.training.model_copy(update={"max_steps": longest})
 
 
-def _kept(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[Memory, ...]:
-    """What stays on the site: its own adapter, where that is needed once more and has not run off."""
+def kept_memory(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[Memory, ...]:
+    """The memory after the round: with the local adapter, if that is needed again and is finite."""
     if trained is None or not state.config.keeps_own or not is_finite(trained.adapter):
         return state.memory
     return (*state.memory[-1:], Memory(task.round, trained.adapter))
 
 
-def _unless_run_off(arrays: Adapter, state: ClientState) -> Adapter:
-    """What a method is to remember; where a training ran off what it did before, if anything: so it recovers."""
+def unless_diverged(arrays: Adapter, state: ClientState) -> Adapter:
+    """A method's new memory. After a training that diverged: the earlier one, if any, so that the site recovers."""
     if is_finite(arrays):
         return arrays
     return state.memory[-1].arrays if state.memory else {}
 
 
-def _train(
+def train_on(
     task: ClientTask, state: ClientState, model: LocalModel, records: Mapping[RecordId, float], fold: int | None = None
 ) -> Epoch | None:
-    """The own adapter after training on the weighted records, its loss over all passes; None where there are none."""
+    """The local adapter after training on the weighted records, with its loss over all passes; None without records."""
     if not records:
         return None
     start = model.fresh(state.config.seed) if task.restart else adapter_alone(task.adapter)
     settings = _settings(task, state.config, fold)
     purpose = "training" if fold is None else f"fold {fold}"
-    weights = _unless_equal(tuple(records.values()))
+    weights = unless_equal(tuple(records.values()))
     plan = TrainingPlan(settings, state.config.seed, task.round, state.name, purpose=purpose, weights=weights)
     return after_training(model, start, [state.training[record] for record in records], plan)
 
 
-def _unless_equal(weights: tuple[float, ...]) -> tuple[float, ...]:
+def unless_equal(weights: tuple[float, ...]) -> tuple[float, ...]:
+    """The weights; empty if all are equal, since equal weights change nothing."""
     return weights if len(set(weights)) > 1 else ()
 
 
-def _num_seen(state: ClientState, records: Mapping[RecordId, float], trained: Epoch | None) -> int:
-    """How many of the records trained the adapter: with `training.max_steps` not all of them may have.
+def num_seen(state: ClientState, records: Mapping[RecordId, float], trained: Epoch | None) -> int:
+    """The number of records that trained the adapter: with `training.max_steps` it may be fewer than all.
 
-    A record counts as much as it weighs; together at least one.
+    A record counts as much as it weighs. The sum is at least 1.
     """
     if trained is None:
         return 0
@@ -104,23 +106,25 @@ def _num_seen(state: ClientState, records: Mapping[RecordId, float], trained: Ep
     return max(1, round(sum(records.values()) / len(records) * seen))
 
 
-def _nll(adapter: Adapter, records: Iterable[RecordId], state: ClientState, model: LocalModel) -> dict[RecordId, Nll]:
+def nll_of(adapter: Adapter, records: Iterable[RecordId], state: ClientState, model: LocalModel) -> dict[RecordId, Nll]:
+    """The NLL of each record under an adapter."""
     ids = tuple(records)
     examples = [state.training[record] for record in ids]
     return dict(zip(ids, model.nll(adapter, examples, state.config.scoring.positions), strict=True))
 
 
-def _reply(
+def reply_of(
     task: ClientTask, trained: Epoch | None, num_records: int, metrics: Mapping[MetricName, Metric]
 ) -> ClientReply:
-    """The reply; without training it carries no adapter and weighs nothing."""
+    """The reply. Without training it has no adapter and no weight."""
     if trained is None:
         return ClientReply(task.federation, task.client, task.round, None, 0, metrics)
-    trained_metrics = {**metrics, **_training_metrics(trained, num_records)}
+    trained_metrics = {**metrics, **training_metrics(trained, num_records)}
     return ClientReply(task.federation, task.client, task.round, trained.adapter, num_records, trained_metrics)
 
 
-def _set_metrics(after: ClientState, judged: Ledger, measured: Ledger) -> dict[MetricName, Metric]:
+def set_metrics(after: ClientState, judged: Ledger, measured: Ledger) -> dict[MetricName, Metric]:
+    """Sizes of the sets after a round, and counts of its verdicts and measurements."""
     now = standing(after.ledger, after.training)
     return {
         "shared": Metric(len(now.shared)),
@@ -131,8 +135,8 @@ def _set_metrics(after: ClientState, judged: Ledger, measured: Ledger) -> dict[M
     }
 
 
-def _training_metrics(trained: Epoch, num_records: int, beside: Epoch | None = None) -> dict[MetricName, Metric]:
-    """The figures of a training; a loss over a single record would be that record's own, so it stays."""
+def training_metrics(trained: Epoch, num_records: int, beside: Epoch | None = None) -> dict[MetricName, Metric]:
+    """The figures of a training. A loss over a single record would be that record's own, so it is left out."""
     everything = [trained] if beside is None else [trained, beside]
     metrics: dict[MetricName, Metric] = {
         "steps": Metric(sum(each.steps for each in everything)),

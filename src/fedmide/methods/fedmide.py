@@ -1,6 +1,6 @@
-"""FedMIDE around its clients: FedAvg, and what a site needs to leave its own adapter out of the aggregated one.
+"""FedMIDE's server side: FedAvg, and the counts with which a site leaves its own adapter out of the common one.
 
-What is special about the method is which records train, and how much: see `client`.
+Its sites choose the records that train (`enrolls`): see `federation/fedmide_rounds.py`.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -12,25 +12,25 @@ from fedmide.config import Config
 from fedmide.methods.method import Answer, Common, Method, mean, plain
 from fedmide.model.interface import Adapter
 
-BEHIND = "fedmide.behind"
-"""An array beside the adapter, (3,): the records behind it, those of them that are the client's, when they trained."""
+PROVENANCE = "fedmide.behind"
+"""Array (3,) sent with the adapter: the number of records that trained it, of this client's among them, the round."""
 
 
 _ROUND, _RECORDS = "round", "records."
 
 
 def without_own(received: Adapter, kept: Mapping[int, Adapter]) -> Adapter:
-    """The received adapter without what the client itself put in: (N theta - n theta_own) / (N - n).
+    """The received adapter without the client's own part: (N theta - n theta_own) / (N - n).
 
-    `kept`: the client's own adapters by the round they trained in. Where its own isn't in it, or nothing else is, the
-    received adapter as it is.
+    `kept`: the client's local adapters by round. If the client had no part, or the only one, the result is the received
+    adapter.
 
-    >>> theta = {"x": np.array([3.0], np.float32), BEHIND: np.array([4, 1, 0], np.float32)}
+    >>> theta = {"x": np.array([3.0], np.float32), PROVENANCE: np.array([4, 1, 0], np.float32)}
     >>> without_own(theta, {0: {"x": np.array([0.0], np.float32)}})
     {'x': array([4.], dtype=float32)}
     """
     theta = adapter_alone(received)
-    total, number, trained = received.get(BEHIND, np.zeros(3)).astype(np.float64)
+    total, number, trained = received.get(PROVENANCE, np.zeros(3)).astype(np.float64)
     own = kept.get(int(trained))
     if own is None or not 0 < number < total:
         return theta
@@ -41,21 +41,21 @@ def without_own(received: Adapter, kept: Mapping[int, Adapter]) -> Adapter:
 
 
 def adapter_alone(received: Adapter) -> Adapter:
-    """The received adapter without what stands beside it."""
-    return {name: array for name, array in received.items() if name != BEHIND}
+    """The received adapter without its provenance."""
+    return {name: array for name, array in received.items() if name != PROVENANCE}
 
 
 def _down(common: Common, client: str, config: Config) -> Adapter:
-    """The adapter; to a client that will score and whose records are behind it, how many they are."""
+    """The adapter, with its provenance for a client that will score and whose records trained it."""
     number = common.memory.get(_RECORDS + client)
     if number is None or not 0 <= common.round < config.federation.rounds:
         return common.adapter
     total = sum(float(each[0]) for name, each in common.memory.items() if name.startswith(_RECORDS))
-    return {**common.adapter, BEHIND: np.array([total, number[0], common.memory[_ROUND][0]], np.float32)}
+    return {**common.adapter, PROVENANCE: np.array([total, number[0], common.memory[_ROUND][0]], np.float32)}
 
 
 def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
-    """FedAvg's mean; the server remembers whose records are behind it."""
+    """FedAvg's mean; the server remembers the number of records per client."""
     counts: dict[str, int] = {}
 
     def counted() -> Iterator[Answer]:
@@ -74,6 +74,7 @@ FEDMIDE = Method(
     "fedmide",
     "dynamic enrollment: a client trains the common model on its shared records, then tunes it",
     "FedMIDE, github.com/XiangLi02/FedMIDE",
+    enrolls=True,
     tuning=plain,
     down=_down,
     combine=_combine,

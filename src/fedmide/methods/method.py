@@ -1,8 +1,8 @@
-"""What a federated algorithm is: data plus a few pure functions.
+"""A federated algorithm as data plus a few pure functions.
 
-On a site: how a round trains (`local`), what model the client ends with (`own`) and whether that is then tuned on its
-own records. On the server: what it keeps (`begin`), what travels to a client (`down`), which arrays a reply has (`up`),
-and what becomes of the replies (`combine`). A method is one value of these; each stands in a short module.
+On a site: the training of a round (`local`), the site's model after the last round (`own`) and its tuning (`tuning`).
+On the server: its state (`begin`), the arrays that travel to a site (`down`) and back (`up`), and the server's step
+(`combine`). A method is one value of `Method`; each has a short module.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -18,7 +18,7 @@ from fedmide.model.interface import PLAIN, Adapter, Epoch, LocalModel, Terms, Tr
 
 @dataclass(frozen=True)
 class Visit:
-    """A round as a site sees it: what came with the task, what it kept of its earlier rounds, its training records.
+    """A round at a site: the arrays of the task, the method's memory of earlier rounds, the training records.
 
     `memory` is empty before the site's first round.
     """
@@ -33,20 +33,20 @@ class Visit:
 
 @dataclass(frozen=True)
 class Trained:
-    """What comes of a round on a site: what travels, what stays, and the work that it took."""
+    """The result of a round at a site: the arrays that travel, those that stay, and the training."""
 
     travels: Adapter
     work: Epoch
     memory: Adapter = field(default_factory=dict)
     beside: Epoch | None = None
-    """A second training in the same round, of what does not travel."""
+    """A second training in the same round, of arrays that do not travel."""
 
 
 @dataclass(frozen=True)
 class Common:
-    """What the server holds between two rounds: the common model's adapter, and what else the method keeps.
+    """The server's state between two rounds: the common adapter, and other arrays of the method.
 
-    `round` is the one to come.
+    `round` is the next one.
     """
 
     clients: tuple[str, ...]
@@ -57,7 +57,7 @@ class Common:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a client's reply brings that has been checked; `num_records` trained it."""
+    """The checked arrays of a client's reply, and the number of records that trained them."""
 
     client: str
     arrays: Adapter
@@ -66,15 +66,14 @@ class Answer:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How many values a client trains in a round, and how many it needs at inference that can't be merged into the
-    base weights."""
+    """Values that a client trains in a round, and those at inference that can't be merged into the base weights."""
 
     trained_parameters: int
     extra_parameters: int = 0
 
 
 def num_values(adapter: Adapter) -> int:
-    """How many values the arrays hold together."""
+    """The number of values in all arrays."""
     return sum(array.size for array in adapter.values())
 
 
@@ -84,7 +83,7 @@ def one_adapter(adapter: Adapter, clients: Sequence[str], config: Config) -> Siz
 
 
 def two_adapters(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
-    """Two are trained, one is used."""
+    """Two adapters are trained, one is used."""
     return Sizes(2 * num_values(adapter))
 
 
@@ -127,12 +126,12 @@ def rank_of_lora(config: Config) -> int:
 
 
 def twice_the_rank(config: Config) -> int:
-    """That of two adapters as one."""
+    """The rank of two adapters as one."""
     return 2 * config.lora.r
 
 
 def plain(visit: Visit) -> Terms:
-    """Tuning as it is without a method."""
+    """Tuning without a term of the method."""
     return PLAIN
 
 
@@ -162,41 +161,43 @@ class Method:
     """A federated algorithm. The defaults are FedAvg's."""
 
     name: str
-    """How a configuration chooses it: its `MethodName`, or own:NAME."""
+    """Its name in a configuration: a `MethodName`, or own:NAME."""
     summary: str
-    """One line: what it does."""
+    """Its idea in one line."""
     source: str
-    """Where it was published."""
+    """Its publication."""
     local: Callable[[Visit, LocalModel], Trained] = train_received
     """A site's round; never called without records."""
+    enrolls: bool = False
+    """True: a site splits its records by score and trains the common model on the shared ones. False: on all."""
     remembers: bool = False
-    """Whether `Trained.memory` stays on the site from round to round."""
+    """True if `Trained.memory` stays at the site from round to round."""
     own: Callable[[Visit, LocalModel], Adapter] = received
     """The client's model after the last round, in which `visit.received` is what came with the last task."""
     tuning: Callable[[Visit], Terms] | None = None
-    """How that is then tuned for `personalization.epochs`; None: it isn't."""
+    """The terms under which `own` is tuned for `personalization.epochs`; None: it is not tuned."""
     finish: Callable[[Visit, LocalModel, Adapter], Adapter] = as_it_is
-    """What is kept of that, tuned or not, for inference."""
+    """The adapter for inference, out of the one that was tuned or not."""
     begin: Callable[[Adapter, Sequence[str], Config], Common] = only_the_adapter
-    """What the server holds before the first round, out of a fresh adapter."""
+    """The server's state before the first round, out of a fresh adapter."""
     down: Callable[[Common, str, Config], Adapter] = whole_adapter
     """The arrays that travel to a client."""
     up: Callable[[Common, str, Config], Shapes] = like_the_adapter
     """Names and shapes of the arrays that travel back; anything else is refused."""
     measured_from: Callable[[Common, str, Config], Adapter] | None = None
-    """What a client's training begins with, by the names of `up`: the length of its update is counted from there. None:
-    with what travels down."""
+    """The start of a client's training, by the names of `up`: the length of an update is its distance from there.
+    None: the arrays that travel down."""
     combine: Callable[[Common, Iterable[Answer], Config], Common | None] = mean
     """The server's state after the replies; None where they have no weight at all, then it stays as it was."""
     trainings: int = 1
-    """How many local trainings a client does in a round, of one adapter each."""
+    """Number of local trainings per client and round, of one adapter each."""
     travels: bool = True
-    """Whether anything does."""
+    """False if nothing travels."""
     sizes: Callable[[Adapter, Sequence[str], Config], Sizes] = one_adapter
-    """How many values a client works with, out of an adapter of rank `lora.r`."""
+    """Counts of the values that a client works with, for an adapter of rank `lora.r`."""
     rank: Callable[[Config], int] = rank_of_lora
     """The rank that the network's layers need to have."""
     in_one_place: bool = False
-    """Whether it trains on all clients' records together, which no federation could: for research only."""
+    """True if it trains on the records of all clients together. No federation can: for research only."""
     traffic: str = "A and B, each way"
-    """What travels in a round, in words: for people."""
+    """The traffic of a round, in words."""

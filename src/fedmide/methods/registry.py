@@ -5,6 +5,7 @@ from types import MappingProxyType
 from typing import get_args
 
 from fedmide.config import Config
+from fedmide.config.config import ENROLLING
 from fedmide.config.sections import OWN_METHOD, MethodName
 from fedmide.errors import ConfigError
 from fedmide.methods.ditto import DITTO
@@ -36,10 +37,11 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 
 
 assert tuple(METHODS) == get_args(MethodName), "a method is named in the configuration and not here, or the reverse"
+assert {name for name, method in METHODS.items() if method.enrolls} == set(ENROLLING), "settings of enrollment fit"
 
 
 _OWN: dict[str, Method] = {}
-"""Methods that this process was told of: a configuration holds names alone, and no code is read from a name."""
+"""Methods that this process registered. A configuration holds only names, and no code is loaded from a name."""
 
 
 def register(method: Method) -> None:
@@ -48,7 +50,9 @@ def register(method: Method) -> None:
     One that is registered again takes the earlier one's place. Raises `ConfigError`.
     """
     if not OWN_METHOD.fullmatch(method.name):
-        raise ConfigError(f"{method.name!r} is no name for a method of your own", "Call it own:NAME, of a-z, 0-9 and -")
+        raise ConfigError(
+            f"{method.name!r} is not a name for a method of your own", "Call it own:NAME, of a-z, 0-9 and -"
+        )
     _OWN[method.name] = method
 
 

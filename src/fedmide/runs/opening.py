@@ -3,40 +3,31 @@
 All input is read and checked before anything is written, and again whenever a run goes on.
 """
 
-from collections.abc import Iterator
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fedmide import methods
 from fedmide.atomic import check_room
 from fedmide.config import Config
 from fedmide.data.records import RecordId
 from fedmide.errors import RunFolderError
 from fedmide.federation import server
-from fedmide.federation.client_state import has_trained
-from fedmide.federation.client_state import is_lost
-from fedmide.federation.client_state import keeps_memory
-from fedmide.federation.ledger import before
-from fedmide.federation.ledger import standing
+from fedmide.federation.client_state import has_trained, is_lost, keeps_memory
+from fedmide.federation.ledger import before, standing
 from fedmide.federation.rounds import Runtime
 from fedmide.federation.server import ServerState
-from fedmide.journal.creation import check_new
-from fedmide.journal.creation import create
-from fedmide.journal.creation import locked
-from fedmide.journal.creation import reopen
+from fedmide.journal.creation import check_new, create, locked, reopen
 from fedmide.journal.folder import RunFolder
-from fedmide.journal.manifest import changed
-from fedmide.journal.manifest import other_versions
+from fedmide.journal.manifest import changed, other_versions
 from fedmide.model import adapters
 from fedmide.progress import Tell
-from fedmide.runs.inputs import Inputs
-from fedmide.runs.inputs import read
-from fedmide.runs.inputs import without_records
-from fedmide.runs.resident import Opener
-from fedmide.runs.resident import open_model
-from functools import partial
-from pathlib import Path
-from typing import Any
-import secrets
+from fedmide.runs.inputs import Inputs, read, without_records
+from fedmide.runs.resident import Opener, open_model
 
 
 @dataclass(frozen=True)
@@ -143,7 +134,7 @@ def record_ids(run: Run, name: str) -> list[RecordId]:
 
 def _check_ledgers(run: Run, next_round: int) -> None:
     """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
-    if run.config.method != "fedmide":
+    if not methods.of(run.config).enrolls:
         return
     problems = []
     for name, told in set_sizes(run).items():

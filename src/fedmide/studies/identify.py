@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedmide import methods
 from fedmide.config import Config
 from fedmide.config.knobs import fingerprint
 from fedmide.config.sections import Positions
@@ -68,7 +69,7 @@ def identify(
 
     The configuration's records are not used, nor what comes after the rounds.
     """
-    if config.method != "fedmide":  # checked first: any other has no warm-up either, whatever is set
+    if not methods.of(config).enrolls:  # checked first: any other has no warm-up either, whatever is set
         raise ConfigError(
             f"method = {config.method!r}: only fedmide tells personal records from shared ones",
             'Set method = "fedmide"',
