@@ -55,7 +55,7 @@ def _halves(records: Sequence[RecordId], state: ClientState) -> tuple[Sequence[R
 
 
 def _settings(task: ClientTask, config: Config, fold: int | None) -> TrainingConfig:
-    """The settings of a round's training. A warm-up round may be shorter; two folds share its steps, at least one each."""
+    """The settings of a round's training: shorter in a warm-up; two folds share its steps, at least one each."""
     longest = (task.round < 0 and config.warmup.max_steps) or config.training.max_steps
     if longest and fold is not None:
         longest = max(1, (longest + fold) // 2)
