@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 """The repository."""
 
 SHARED = ROOT.parent / "shared"
-"""Beside the repository: the published data set, and the method in words."""
+"""The folder next to the repository, with the published data set and the method in words."""
 
 PUBLISHED = SHARED / "fedmide-data"
 
@@ -43,8 +43,8 @@ NEEDS: dict[str, tuple[Callable[[], object], str]] = {
     ),
     "nginx": (find_nginx, "nginx: apt-get install nginx-light (Debian, Ubuntu), or set FEDMIDE_NGINX to its path"),
     "git": (lambda: shutil.which("git") and (ROOT / ".git").exists(), "git, and the repository as a clone"),
-    "published": (PUBLISHED.is_dir, "the published data set in ../shared/fedmide-data, beside the repository"),
-    "method": ((SHARED / "method.md").is_file, "../shared/method.md, beside the repository"),
+    "published": (PUBLISHED.is_dir, "the published data set in ../shared/fedmide-data, next to the repository"),
+    "method": ((SHARED / "method.md").is_file, "../shared/method.md, next to the repository"),
     "bash": (lambda: shutil.which("bash"), "bash"),
     "namespaces": (can_isolate, "network namespaces: run as root, or allow unprivileged user namespaces"),
 }

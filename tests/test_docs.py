@@ -1,6 +1,8 @@
-"""What the documents name exists: knobs, commands, tests, folders, and examples that parse."""
+"""Settings, commands, tests and files that the documents name exist, and their examples parse."""
 
+import ast
 import re
+import tomllib
 from pathlib import Path
 
 import click
@@ -101,3 +103,31 @@ def test_the_tree_in_the_readme_has_every_file_of_the_package() -> None:
 
 def test_the_other_folders_of_the_tree_exist() -> None:
     assert [path for path in tree_in_the_readme() if not (ROOT / path).exists()] == []
+
+
+def defined(path: Path) -> set[str]:
+    """The functions, classes and methods (Class.method) of a module."""
+    found = set[str]()
+    for node in ast.parse(path.read_text("utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+        if isinstance(node, ast.ClassDef):
+            found |= {f"{node.name}.{inner.name}" for inner in node.body if isinstance(inner, ast.FunctionDef)}
+    return found
+
+
+def test_the_tour_names_files_and_functions_that_exist() -> None:
+    text, package = DOCUMENTS["architecture.md"], ROOT / "src" / "fedmide"
+    stops = re.findall(r"`([a-z_]+/[a-z_/]+\.py)`, `([A-Za-z_.]+)`", text)
+    assert len(re.findall(r"^\d+\. `", text, re.MULTILINE)) == 10 and len(stops) > 10
+    assert [(file, name) for file, name in stops if name not in defined(package / file)] == []
+    files = set(re.findall(r"`([a-z_]+/[a-z_/]+\.py)`", text))
+    assert [file for file in files if not (package / file).is_file()] == []
+
+
+def test_the_table_of_layers_is_the_contract() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
+    contract = project["tool"]["importlinter"]["contracts"][0]
+    table = DOCUMENTS["architecture.md"].split("## Layers")[1].split("\n### ")[0]
+    rows = [re.findall(r"`(\w+)`", line.split("|")[1]) for line in table.splitlines() if line.startswith("| `")]
+    assert rows == [layer.split(" | ") for layer in contract["layers"]]

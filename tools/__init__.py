@@ -1,1 +1,1 @@
-"""What keeps the documentation true; no part of the package."""
+"""Programs that write the generated pages and check the language; they are not in the wheel."""
