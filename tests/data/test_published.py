@@ -63,7 +63,7 @@ def test_what_is_not_so_laid_out_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path) == [
         "/local_training_01.json: expected a whole number for the client",
         "/local_training_a.json: expected a whole number for the client",
-        "/local_test_2.json: no local_training_2.json beside it",
+        "/local_test_2.json: no local_training_2.json next to it",
         "/local_training_1.json:1: field 'instruction' is missing, expected text",
         "/local_training_1.json:1: field 'response' is missing, expected text",
     ]
@@ -77,7 +77,7 @@ def test_validation_files_are_read_and_what_the_original_leaves_behind_is_not(tm
     (client,) = read_published(tmp_path, FIELDS)
     assert (client.name, len(client.training), len(client.validation or ()), client.test) == ("0", 2, 3, None)
     write(tmp_path, "validation", 1)
-    assert refused(tmp_path) == ["/local_validation_1.json: no local_training_1.json beside it"]
+    assert refused(tmp_path) == ["/local_validation_1.json: no local_training_1.json next to it"]
 
 
 def test_load_splits_off_the_test_records_of_a_client_without_a_test_file(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_scores_from_perplexities_are_the_published_scores(number: int) -> None:
     different = Counter(canonical_text(record) for record in published)
     assert len(measured) == len(published) == 300
     for record, ours, theirs in zip(published, found, scores, strict=True):
-        if different[canonical_text(record)] == 1:  # which of two equal records is meant, no text tells
+        if different[canonical_text(record)] == 1:  # a text cannot distinguish two equal records
             assert ours == pytest.approx(theirs, rel=0, abs=1e-12)
     computed = sorted(record.score for record in read_scores(PUBLISHED / "8" / f"perplexities_{number}.jsonl"))
     scored = read_scores(PUBLISHED / "8" / "local1" / "8" / f"local_training_{number}.json")

@@ -1,4 +1,4 @@
-"""Records: their sources, their split into parts, and the tokens that the model reads of them."""
+"""Records: their sources, their split into training, validation and test, and their tokens."""
 
 from fedmide.data.loading import detect, load
 

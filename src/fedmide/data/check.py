@@ -1,6 +1,6 @@
-"""What a set of clients looks like: sizes, duplicates, leaks and warnings as plain data.
+"""The report on a set of clients as plain data: sizes, duplicates, leaks and warnings.
 
-Nothing of a record's text is in it; the names of categories are.
+It holds the names of categories, but nothing of a record's text.
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ from fedmide.data.records import ClientData, Record, canonical_text
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """How long texts are, in characters."""
+    """The mean and the longest length of texts, in characters."""
 
     mean: float
     longest: int
@@ -24,9 +24,10 @@ class Lengths:
 class PartReport:
     """One part of a client's records.
 
-    `duplicates` counts the records whose text has occurred before in the part. A prompt is instruction and
-    context, without the template. `category_mix`: records by category, the most frequent first. `identifiers`: records
-    that seem to hold a phone number or the like, by kind; a warning, never a promise.
+    `duplicates`: records whose text occurred before in the part.
+    `prompt_characters`: a prompt is instruction and context, without the template.
+    `category_mix`: number of records by category, the most frequent first.
+    `identifiers`: number of records that seem to hold a phone number or the like, by kind; a warning, never a promise.
     """
 
     records: int
@@ -52,7 +53,7 @@ class ClientReport:
 
 @dataclass(frozen=True, slots=True)
 class Report:
-    """All clients, and what leaks from held-out parts into training; `dataclasses.asdict` is fit for JSON."""
+    """All clients, and the held-out records that also occur in training. `dataclasses.asdict` makes JSON of it."""
 
     clients: tuple[ClientReport, ...]
     leaks: tuple[Leak, ...]
@@ -82,7 +83,7 @@ def _part(records: Sequence[Record]) -> PartReport:
 
 
 def _identifiers(records: Sequence[Record]) -> dict[str, int]:
-    """How many records seem to hold each kind of identifier; kinds that none holds are left out."""
+    """The number of records that seem to hold each kind of identifier, without kinds that no record holds."""
     counts = Counter(kind for record in records for kind in kinds(canonical_text(record)))
     return {kind: counts[kind] for kind in KINDS if counts[kind]}
 

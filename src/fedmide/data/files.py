@@ -1,6 +1,6 @@
-"""Records read from the user's files: JSON, JSON lines or Parquet; a folder of clients, or one table of all.
+"""Records read from the user's files: JSON, JSON lines or Parquet; a folder of clients, or one table of all clients.
 
-Files are only ever read. All problems of all files make one `DataError`, which holds no word of a record.
+Files are only read, never written. All problems of all files make one `DataError`, which holds no word of a record.
 """
 
 import re
@@ -32,12 +32,12 @@ _PART_NAMES: Mapping[str, Part] = {
 
 
 LAYOUT = (
-    "Expected one file a client (NAME.json, NAME.jsonl or NAME.parquet), or one folder a client that holds "
-    "training.json and, if you have them, validation.json and test.json (or .jsonl, .parquet)"
+    "Expected one file per site (NAME.json, NAME.jsonl or NAME.parquet), or one folder per site. "
+    "Such a folder holds training.json and, if you have them, validation.json and test.json (or .jsonl, .parquet)"
 )
 
 
-NEEDED = "Every record needs text as instruction and response; data.fields says what these are called"
+NEEDED = "Every record needs an instruction and a response, both text; data.fields sets the names of these fields"
 
 
 _NAME = re.compile(r"(?!\.{1,2}$)[A-Za-z0-9._-]{1,64}")
@@ -55,38 +55,38 @@ class ClientFiles:
 
 
 def read_records(path: Path, fields: FieldNames) -> tuple[Record, ...]:
-    """The records in one .json, .jsonl or .parquet file, in order; all its problems as one `DataError`."""
+    """The records in one .json, .jsonl or .parquet file, in order. Raises one `DataError` with all its problems."""
     return sound(_records(path, fields), NEEDED)
 
 
 def read_folder(path: Path, fields: FieldNames, only: str = "") -> tuple[Parts, ...]:
     """The clients in a folder, in natural order of their names: one file or one subfolder each.
 
-    With `only`, the client of that name: nothing else that lies there is opened.
+    `only`: reads just the client of that name and opens nothing else in the folder.
     """
     if not path.is_dir():
-        raise DataError(f"{path}: no such folder", "Check data.path")
+        raise DataError(f"{path}: no such folder", "Give the folder of your records (data.path)")
     return read_clients(_clients_in(path, only), fields)
 
 
 def read_table(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
-    """The clients in one file that names each record's owner, in natural order of their names."""
+    """The clients in one file in which each record names its client, in natural order of their names."""
     if not path.is_file():
-        raise DataError(f"{path}: no such file", "Check data.path")
+        raise DataError(f"{path}: no such file", "Give the file of your records (data.path)")
     found = _rows(path, fields)
     problems = list(found.problems)
     owned: defaultdict[str, list[Row]] = defaultdict(list)
     for row in found.values:
         owner = _owner(row, fields)
         problems += owner.problems
-        owned[next(iter(owner.values), "")].append(row)  # without an owner it is still read, for its other problems
+        owned[next(iter(owner.values), "")].append(row)  # a row without a client is still read, for its other problems
     clients = gathered(_parted(name, owned[name], fields) for name in sorted(owned, key=natural_order))
     problems += [*clients.problems, *_repeated(path, owned)]
     return sound(Reading(clients.values, tuple(problems)), NEEDED)
 
 
 def read_clients(found: Reading[ClientFiles], fields: FieldNames) -> tuple[Parts, ...]:
-    """The clients whose files were found; the problems of the search and of all files as one `DataError`."""
+    """The clients whose files were found. One `DataError` has the problems of the search and of all files."""
     read = gathered((_client(client, fields) for client in found.values), found.problems)
     return sound(read, LAYOUT if found.problems else NEEDED)
 
@@ -122,7 +122,7 @@ def _client(files: ClientFiles, fields: FieldNames) -> Reading[Parts]:
 
 
 def _parted(name: str, rows: Iterable[Row], fields: FieldNames) -> Reading[Parts]:
-    """A client out of the rows of one file; parts that no row is of are None."""
+    """One client from the rows of one file. A validation or test part without a row is None."""
     records: dict[Part, list[Record]] = {"training": []}
     problems: list[str] = []
     for row in rows:
@@ -135,7 +135,7 @@ def _parted(name: str, rows: Iterable[Row], fields: FieldNames) -> Reading[Parts
 
 
 def _part(row: Row, fields: FieldNames) -> Reading[Part]:
-    """The part that a row belongs to: training where no field says so."""
+    """The part that a row belongs to: training if no field is set for the part."""
     if not fields.part or not isinstance(row.value, dict):
         return Reading(("training",))
     value = row.value.get(fields.part)
@@ -155,7 +155,7 @@ def _rows(path: Path, fields: FieldNames) -> Reading[Row]:
 
 
 def _owner(row: Row, fields: FieldNames) -> Reading[str]:
-    """The name of the client that a row belongs to; whole numbers are names too."""
+    """The name of the client that a row belongs to. A whole number is a name too."""
     value = row.value.get(fields.client) if isinstance(row.value, dict) else None
     name = str(value) if type(value) in {str, int} else ""
     if _NAME.fullmatch(name):
@@ -173,7 +173,7 @@ def _clients_in(path: Path, only: str = "") -> Reading[ClientFiles]:
     names = [client.name for client in clients]
     problems = [*found.problems, *_repeated(path, names)]
     problems += [f"{path / name}: {_NAME_RULE}" for name in names if not _NAME.fullmatch(name)]
-    # A folder that is itself one client's would otherwise be read as clients called training and test.
+    # Without this check, the folder of a single client would be read as clients called training and test.
     problems += [f"{file}: a part, expected a client" for file in files if file.stem in PARTS]
     return Reading(
         tuple(clients),
@@ -182,7 +182,7 @@ def _clients_in(path: Path, only: str = "") -> Reading[ClientFiles]:
 
 
 def _parts_in(folder: Path) -> Reading[ClientFiles]:
-    """The client that a subfolder is."""
+    """The client whose files a subfolder holds."""
     files, _ = _entries(folder)
     paths: dict[Part, Path] = {part: file for part in PARTS for file in files if file.stem == part}
     rest = [file for file in files if file not in paths.values()]
@@ -192,14 +192,14 @@ def _parts_in(folder: Path) -> Reading[ClientFiles]:
 
 
 def _entries(folder: Path) -> tuple[list[Path], list[Path]]:
-    """The record files and the folders in a folder, hidden ones left out."""
+    """The record files and the folders in a folder, without hidden ones."""
     seen = [path for path in sorted(folder.iterdir()) if not path.name.startswith(".")]
     folders = [path for path in seen if path.is_dir()]
     return [path for path in seen if path.suffix.lower() in SUFFIXES and path not in folders], folders
 
 
 def _repeated(path: Path, names: Iterable[str]) -> list[str]:
-    """A problem for each repeated client name; like many file systems, it takes no notice of case."""
+    """A problem for each repeated client name. It ignores case, like many file systems."""
     same: defaultdict[str, list[str]] = defaultdict(list)
     for name in names:
         same[name.casefold()].append(name)

@@ -1,7 +1,7 @@
 """Patterns that often mean a person: e-mail addresses, phone numbers, record numbers, dates of birth.
 
-A warning, never a promise: a name, a rare disease or a place says as much and matches nothing here; and a match may be
-harmless. Only what kinds occur is told, never what matched.
+A match is a warning, never a promise. A name, a rare disease or a place can identify a person too, and matches nothing
+here. A match may be harmless. Only the kinds that occur are reported, never the text that matched.
 """
 
 import re
@@ -34,7 +34,7 @@ PATTERNS: dict[str, re.Pattern[str]] = {
     "record number": re.compile(_RECORD_NUMBER, re.IGNORECASE),
     "date of birth": re.compile(_BIRTH, re.IGNORECASE),
 }
-"""What finds each kind; phone numbers are told by `_has_phone`."""
+"""The pattern of each kind. `_has_phone` finds phone numbers."""
 
 
 PHONE = "phone number"
@@ -62,7 +62,7 @@ def kinds(text: str) -> frozenset[str]:
 
 
 def _has_phone(text: str) -> bool:
-    """Whether groups of digits look like a number that can be called: with + or brackets, or ten digits in groups."""
+    """True if groups of digits look like a phone number: with + or brackets, or ten or eleven digits in groups."""
     for match in _GROUPS.finditer(text):
         written = match[0]
         digits = sum(character.isdigit() for character in written)

@@ -1,4 +1,4 @@
-"""What of the held-out records also occurs in training."""
+"""Leaks: held-out records that also occur in training."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,9 +17,9 @@ KeyCounts = Mapping[LeakKind, Counter[str]]
 
 @dataclass(frozen=True, slots=True)
 class Leak:
-    """How much of one client's held-out part also occurs in a client's training part, its own or another's.
+    """The overlap of one client's held-out part with a training part, its own or another client's.
 
-    `records` counts held-out records, `distinct` the texts, questions or concepts that they repeat.
+    `records` counts held-out records, `distinct` counts the texts, questions or concepts that they repeat.
     """
 
     client: str
@@ -31,10 +31,11 @@ class Leak:
 
 
 def leaks(clients: Sequence[ClientData]) -> tuple[Leak, ...]:
-    """What of the held-out parts also occurs in training: within each client, then in other clients.
+    """The leaks of the held-out parts into training: first within each client, then into other clients.
 
-    Within a client by exact text, question (instruction and context) and concept; across clients, for test alone, by
-    exact text and concept, because sites may well ask the same question. Only what occurs is listed.
+    Within a client they are found by exact text, question (instruction and context) and concept.
+    Across clients only test is compared, by exact text and concept, because sites may well ask the same question.
+    Only leaks that occur are listed.
     """
     training = {client.name: _keys(client.training) for client in clients}
     validation = {client.name: _keys(client.validation) for client in clients}
@@ -58,7 +59,7 @@ def leaks(clients: Sequence[ClientData]) -> tuple[Leak, ...]:
 
 
 def _keys(records: Sequence[Record]) -> KeyCounts:
-    """How often each text, question and concept occurs; a record without a concept has none to count."""
+    """The occurrences of each text, question and concept. A record without a concept counts for no concept."""
     key_of: dict[LeakKind, Callable[[Record], str]] = {
         "text": canonical_text,
         "question": lambda record: f"{normalised(record.instruction)}\x1f{normalised(record.context)}",

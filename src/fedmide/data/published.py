@@ -1,8 +1,8 @@
 """Clients read from the layout in which the original method's data was published.
 
 A folder holds `local_training_{i}.json` and, for some or all clients, `local_validation_{i}.json` and
-`local_test_{i}.json`; or it holds exactly one folder with a number as its name, the number of clients, that does.
-Nothing else is looked at, not even `local_training_{i}_v2.json` and the like, which the original leaves behind.
+`local_test_{i}.json`. Or it holds exactly one folder with these files, whose name is a number: the number of clients.
+All other files are ignored, including `local_training_{i}_v2.json` and the like, which the original leaves behind.
 """
 
 import re
@@ -23,16 +23,16 @@ _LEFT_BEHIND = re.compile(r".*_v[0-9]+")
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 
 
-_REMEDY = "data.path names the folder that holds local_training_0.json and so on, or the folder above it"
+_REMEDY = "Set data.path to the folder that holds local_training_0.json and so on, or to the folder above it"
 
 
 def read_published(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
-    """The clients in a published folder, named and ordered by number; without a file `test` is None."""
+    """The clients in a published folder, named and ordered by number. A held-out part without a file is None."""
     return read_clients(_client_files(_data_folder(path)), fields)
 
 
 def is_published(path: Path) -> bool:
-    """Whether a folder, or a numbered folder in it, holds files of this layout."""
+    """True if a folder, or a numbered folder in it, holds files of this layout."""
     return _holds_records(path) or bool(_inner(path))
 
 
@@ -66,7 +66,7 @@ def _client_files(folder: Path) -> Reading[ClientFiles]:
     problems = [f"{path}: expected a whole number for the client" for path in sorted(unnumbered)]
     training = files["training"]
     problems += [
-        f"{path}: no local_training_{name}.json beside it"
+        f"{path}: no local_training_{name}.json next to it"
         for part in ("validation", "test")
         for name, path in sorted(files[part].items())
         if name not in training
@@ -77,7 +77,7 @@ def _client_files(folder: Path) -> Reading[ClientFiles]:
 
 
 def _numbered(folder: Path, part: Part) -> dict[str, Path]:
-    """The files of one part by their client's number, as it is written."""
+    """The files of one part, by their client's number as it is written."""
     matches = ((_FILE.fullmatch(path.name), path) for path in sorted(folder.iterdir()))
     return {
         match[2]: path for match, path in matches if match and match[1] == part and not _LEFT_BEHIND.fullmatch(match[2])

@@ -1,8 +1,8 @@
-"""What everything is about: a record, its id, and the records of one client.
+"""A record, its id, and the records of one client.
 
-A record id is a hash of the record's canonical text and the number of times that text has occurred before within the
-client, so that duplicates stay apart and the order of a file does not matter to anyone but duplicates. Ids stay on the
-site, like the records.
+A record id is a hash of the record's canonical text, and the number of times that text occurred before in the client.
+So duplicates have different ids, and the order of a file matters only to duplicates. Ids stay on the site, like the
+records.
 """
 
 import hashlib
@@ -17,9 +17,9 @@ RecordId = NewType("RecordId", str)
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One example: what is asked, on which context, and the answer.
+    """One record: an instruction, its context (may be empty), and the response.
 
-    `concept` names what the record is about (a disease, a code), where the source knows it; records of one concept
+    `concept` names the subject of the record (a disease, a code), if the source knows it. Records of one concept
     are never split over training, validation and test.
     """
 
@@ -33,7 +33,7 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class ClientData:
-    """The records of one client, in their three parts, with ids assigned."""
+    """The records of one client, split into three parts, with ids assigned."""
 
     name: str
     training: tuple[Record, ...]
@@ -42,13 +42,13 @@ class ClientData:
 
 
 def canonical_text(record: Record) -> str:
-    """The text that identifies a record: Unicode NFC, line ends as newlines, fields apart by a control character."""
+    """The text that identifies a record: Unicode NFC, newlines as line ends, a control character between fields."""
     fields = (record.instruction, record.context, record.response)
     return "\x1f".join(unicodedata.normalize("NFC", field).replace("\r\n", "\n") for field in fields)
 
 
 def with_ids(records: Iterable[Record], seen: Counter[str] | None = None) -> tuple[Record, ...]:
-    """The same records with ids; `seen` carries the occurrence counts over from the client's other parts.
+    """The same records with ids. `seen` carries the counts of occurrences over from the client's other parts.
 
     >>> twice = with_ids([Record("q", "a"), Record("q", "a")])
     >>> twice[0].id[:16] == twice[1].id[:16], twice[0].id[-2:], twice[1].id[-2:]
@@ -66,6 +66,6 @@ def with_ids(records: Iterable[Record], seen: Counter[str] | None = None) -> tup
 def client_data(
     name: str, training: Iterable[Record], validation: Iterable[Record] = (), test: Iterable[Record] = ()
 ) -> ClientData:
-    """A client's data with ids that are unique over its three parts."""
+    """A client's data with ids that are unique across its three parts."""
     seen: Counter[str] = Counter()
     return ClientData(name, with_ids(training, seen), with_ids(validation, seen), with_ids(test, seen))
