@@ -39,7 +39,10 @@ def test_every_document_is_a_page_and_every_error_has_its_place(site: Path) -> N
     errors = (site / "errors.html").read_text("utf-8")
     assert all(f'id="{name}"' in errors for name in ("configerror", "dataerror", "modelerror", "runfoldererror"))
     api = (site / "api.html").read_text("utf-8")
-    assert all(f'id="fedmide.{name}"' in api for name in ("config.load", "records.Record", "methods.method.Method"))
+    assert all(
+        f'id="fedmide.{name}"' in api
+        for name in ("config.loading.load", "data.records.Record", "methods.method.Method")
+    )
 
 
 @pytest.mark.slow
