@@ -23,9 +23,9 @@ SITES = ("a", "b", "c")
 SETTINGS = ["federation.rounds=2", "personalization.epochs=1", "evaluation.bootstrap=100"]
 STARTER = """import sys
 from pathlib import Path
-from fedmide.console import tell
+from fedmide.terminal import tell
 from fedmide.flower import supervision
-from fedmide.flower.sitefolder import SiteFolder
+from fedmide.flower.site_folder import SiteFolder
 supervision._WORKER = (
     f"import runpy, sys; sys.argv = ['faulty', sys.argv[1]]; runpy.run_path({sys.argv[2]!r}, run_name='__main__')"
 )
