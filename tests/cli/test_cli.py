@@ -716,7 +716,7 @@ def test_one_file_is_made_into_clients(fedmide: Callable[..., Outcome], here: Pa
     assert sorted(told["values"].values(), key=str) == [{"x": 20}, {"y": 20}, {"z": 20}]
     assert "out: expected a new or an empty folder" in fedmide(*words, "out", "--clients", 3).refusal
     assert "--clients is missing, which --by iid needs" in fedmide(*words, "new").refusal
-    assert "--by 'halves' is no rule" in fedmide(*words, "new", "--by", "halves").refusal
+    assert "--by 'halves' is not a rule" in fedmide(*words, "new", "--by", "halves").refusal
     assert "expected at least 90" in fedmide(*words, "new", "--clients", 30).refusal
     too_much = fedmide(*words, "new", "--clients", 3, "--test-fraction", 0.6, "--validation-fraction", 0.4)
     assert "less than a tenth" in too_much.refusal

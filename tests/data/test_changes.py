@@ -44,7 +44,7 @@ def test_one_piece_is_the_client_itself() -> None:
 
 
 @given(st.integers(0, 4), st.integers(0, 9))
-def test_noise_swaps_training_responses_of_so_many_clients(number: int, seed: int) -> None:
+def test_noise_swaps_training_responses_of_the_given_number_of_clients(number: int, seed: int) -> None:
     clients = [client(name, 7) for name in "abcd"]
     after = noisy(clients, number, seed)
     changed = [(old, new) for old, new in zip(clients, after, strict=True) if old != new]
@@ -67,7 +67,7 @@ def test_more_noisy_clients_than_there_are_is_refused() -> None:
         noisy([client("a", 3)], 2, 0)
 
 
-def test_both_are_knobs_of_the_data(small_input: Any) -> None:
+def test_both_are_settings_of_the_data(small_input: Any) -> None:
     config = DataConfig(source="files", path=str(small_input.data), max_records=3)
     plain, dealt = load(config, 0), load(config.model_copy(update={"pieces": 2}), 0)
     assert [each.name for each in dealt] == [f"{each.name}-{piece}" for each in plain for piece in (1, 2)]

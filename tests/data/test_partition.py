@@ -1,4 +1,4 @@
-"""Clients out of one data set: everything in one place, nothing torn apart, shares as asked, draws that stay."""
+"""Clients made from one data set: every record in one place, groups whole, shares as asked, stable draws."""
 
 import json
 from collections import Counter
@@ -49,7 +49,7 @@ def distinct(count: int, labels: str = "pqrs") -> list[Labelled]:
 
 
 def slow_groups(records: list[Record]) -> set[frozenset[int]]:
-    """The sets of records that hang together, grown until nothing is added."""
+    """The groups of records that are tied together, grown until nothing is added."""
     groups = []
     for start in range(len(records)):
         group = {start}
@@ -69,7 +69,7 @@ def slow_groups(records: list[Record]) -> set[frozenset[int]]:
 
 
 @given(st.lists(labelled, min_size=12, max_size=80), rules, st.integers(1, 4), st.integers(0, 3))
-def test_every_record_is_in_one_part_of_one_client_and_no_group_is_torn(
+def test_every_record_is_in_one_part_of_one_client_and_no_group_is_split(
     rows: list[Labelled], rule: Rule, clients: int, seed: int
 ) -> None:
     numbered = [Labelled(Record(e.record.instruction, f"{n}", concept=e.record.concept), e.label)
@@ -97,12 +97,12 @@ def test_every_record_is_in_one_part_of_one_client_and_no_group_is_torn(
 
 
 def alone(rows: list[Labelled], number: int) -> bool:
-    """Whether a record hangs together with no other."""
+    """True if a record shares its group with no other."""
     return any(group == {number} for group in slow_groups([each.record for each in rows]))
 
 
 @given(rules.filter(lambda rule: rule.kind != "field"), st.integers(1, 6), st.integers(0, 3))
-def test_who_gets_a_record_hangs_on_no_order(rule: Rule, clients: int, seed: int) -> None:
+def test_the_client_of_a_record_depends_on_no_order(rule: Rule, clients: int, seed: int) -> None:
     rows = distinct(60)
     dealt, turned = deal(rows, rule, clients, seed, HELD_OUT), deal(rows[::-1], rule, clients, seed, HELD_OUT)
     for name, parts in dealt.items():
@@ -207,15 +207,15 @@ def test_a_field_that_no_record_has_is_refused(rule: Rule) -> None:
         ("size:1.5", Rule("size", strength=1.5)),
     ],
 )
-def test_rules_are_spelt(text: str, rule: Rule) -> None:
+def test_rules_are_parsed(text: str, rule: Rule) -> None:
     assert parse_rule(text) == rule
 
 
 @pytest.mark.parametrize(
     "text", ["", "iid:1", "field", "field:", "dirichlet:0.5", "dirichlet:0:x", "dirichlet:nan:x", "size:-1", "size:a"]
 )
-def test_what_is_no_rule_is_refused(text: str) -> None:
-    with pytest.raises(UsageError, match=r"is no rule\. Expected iid, field:NAME"):
+def test_a_text_that_is_not_a_rule_is_refused(text: str) -> None:
+    with pytest.raises(UsageError, match=r"is not a rule\. Expected iid, field:NAME"):
         parse_rule(text)
 
 
@@ -260,7 +260,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
     assert contents[0] == contents[1] != contents[2]
 
 
-def test_bad_rows_are_all_told(tmp_path: Path) -> None:
+def test_all_bad_rows_are_reported(tmp_path: Path) -> None:
     rows = [{"instruction": "Secret?", "response": ""}, {**ROWS[0], "hospital": [1]}, ROWS[1], 7]
     with pytest.raises(DataError) as refused:
         read_labelled(file_of(rows, tmp_path / "all.json"), FieldNames(), "hospital")
@@ -269,7 +269,7 @@ def test_bad_rows_are_all_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["none.json", "none.parquet", "folder", "notes.txt", "empty.jsonl"])
-def test_where_there_are_no_records_a_file_of_them_is_asked_for(tmp_path: Path, name: str) -> None:
+def test_without_records_the_error_asks_for_a_file_of_them(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     for there in ("notes.txt", "empty.jsonl"):
         (tmp_path / there).touch()
@@ -301,7 +301,7 @@ def test_the_picture_has_a_bar_for_every_value_in_scale() -> None:
     assert texts == ["all.json & <more>", "site-1", "40", "site-2", "20", "<A&B>", "(none)"]
 
 
-def test_many_values_go_together() -> None:
+def test_more_values_than_colors_are_shown_as_other() -> None:
     held = {"site-1": Counter({f"value {n:02}": 20 - n for n in range(12)})}
     root = ElementTree.fromstring(partition_svg.bars_svg(held, "x"))
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]

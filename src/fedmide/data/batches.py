@@ -10,15 +10,15 @@ from fedmide.config.sections import Positions
 from fedmide.data.tokens import Example
 
 MAX_PADDING = 64
-"""Padding tokens in one batch from which on two passes cost less than one."""
+"""The most padding tokens in a batch. With more of them, two passes cost less than one."""
 
 
 MAX_SPREAD = 4
-"""How many times the budget texts without padding may have, each counted as if it were the longest: attention does."""
+"""An unpadded batch may hold this many times the token budget, each text counted as the longest: attention does so."""
 
 
 WORTH_PARTING = 256
-"""Tokens of which two halves, each on a core of its own, take less time than all of them on one."""
+"""From this many tokens on, two halves on two cores take less time than all tokens on one core."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -26,7 +26,7 @@ class Batch:
     """Several examples side by side.
 
     ids: int64 (B, T), padded on the right. predicts: bool (B, T), true at t where the loss of token t + 1 counts.
-    lengths: tokens in each row, padding left out. rows: which examples of the caller's sequence these are.
+    lengths: tokens in each row, without padding. rows: indices of these examples in the caller's sequence.
     """
 
     ids: NDArray[np.int64]
@@ -42,12 +42,12 @@ def batches(
     max_padding: int = MAX_PADDING,
     unpadded: int = 0,
 ) -> Iterator[Batch]:
-    """Batches of at most so many tokens (or a single example), longest first, every example in exactly one.
+    """Batches of at most `tokens_per_batch` tokens (or a single example), longest first, every example in exactly one.
 
-    Longest first, so that a batch too large for the memory fails at once. Padding counts, and a batch ends early where
-    it would hold more than `max_padding` tokens of it. Examples of at most `unpadded` tokens stand without padding, in
-    batches of their own: these are of nearly one size and, but for few tokens, even in number, so that two processor
-    cores have work and are done at the same time.
+    The longest come first, so a batch that is too large for the memory fails at once. Padding counts as tokens. A batch
+    ends early if it would hold more than `max_padding` tokens of padding.
+    Examples of at most `unpadded` tokens get batches of their own, without padding. These batches have nearly the same
+    size, and their number is even unless there are few tokens. So two processor cores finish at the same time.
     """
     lengths = [len(example.ids) for example in examples]
     order = sorted(range(len(examples)), key=lambda row: -lengths[row])
@@ -58,9 +58,9 @@ def batches(
 
 
 def pad(examples: Sequence[Example], positions: Positions, rows: tuple[int, ...]) -> Batch:
-    """One batch out of the examples, in their order."""
+    """One batch of the examples, in their order."""
     longest = max(len(example.ids) for example in examples)
-    ids = np.zeros((len(examples), longest), dtype=np.int64)  # any id will do: nothing sees the padding
+    ids = np.zeros((len(examples), longest), dtype=np.int64)  # any id is fine: no token sees the padding
     predicts = np.zeros((len(examples), longest), dtype=np.bool_)
     for row, example in enumerate(examples):
         ids[row, : len(example.ids)] = example.ids

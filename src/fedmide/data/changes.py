@@ -1,7 +1,7 @@
-"""Changes of clients that a study asks for: each dealt out into several, or responses swapped at some.
+"""Changes of clients that a study asks for: each split into several, or responses swapped at some.
 
-Both draw from streams named by client, so that other clients stay as they were; the clients that are noisy at a number
-are noisy at a larger one.
+Both draw from random streams named by client, so other clients stay unchanged. If `data.noisy_clients` grows, the
+clients that were noisy stay noisy.
 """
 
 from collections import Counter
@@ -16,10 +16,10 @@ from fedmide.seeds import entropy, stream
 
 
 def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]:
-    """So many clients in place of one, each with about as many of the records of every part.
+    """Several clients (`number`) in place of one, each with about the same number of records of every part.
 
-    Groups of records (`split.grouped`) stay whole and within their part. A `DataError` where they are too few for
-    every piece to have training records.
+    Groups of records (`split.grouped`) stay whole and within their part. Raises `DataError` if there are too few groups
+    to give every piece training records.
     """
     if number == 1:
         return (client,)
@@ -35,7 +35,7 @@ def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]
             sizes[part][home[name]] += members[name]
     if not all(sizes["training"].values()):
         raise DataError(
-            f"client {client.name!r}: its training records have fewer groups that must stay together than "
+            f"client {client.name!r}: its training records form fewer groups, which must stay whole, than "
             f"data.pieces = {number}",
             "Set a smaller data.pieces",
         )
@@ -49,16 +49,18 @@ def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]
 
 
 def noisy(clients: Sequence[ClientData], number: int, seed: int) -> tuple[ClientData, ...]:
-    """The clients, of which so many have wrong labels: each training record has the response of another one."""
+    """The clients, `number` of them with wrong labels: each training record has the response of another one."""
     if number > len(clients):
-        raise DataError(f"data.noisy_clients = {number}: there are {len(clients)} clients", "Set at most so many")
+        raise DataError(
+            f"data.noisy_clients = {number}: there are {len(clients)} clients", f"Set at most {len(clients)}"
+        )
     chosen = sorted(clients, key=lambda client: entropy(seed, "noisy", client=client.name))[:number]
     names = {client.name for client in chosen}
     return tuple(_swapped(client, seed) if client.name in names else client for client in clients)
 
 
 def _swapped(client: ClientData, seed: int) -> ClientData:
-    """The client with its training records' responses handed on along a circle through all of them."""
+    """The client after its training records passed their responses on, along one random circle through all of them."""
     order = stream(seed, "swapped responses", client=client.name).permutation(len(client.training)).tolist()
     taken = dict(zip(order, [*order[1:], *order[:1]], strict=True))
     training = [

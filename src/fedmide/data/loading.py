@@ -1,4 +1,4 @@
-"""Where records come from: `load` gives the clients of any configured source, parted and limited."""
+"""Sources of records: `load` gives the clients of any configured source, split and limited."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +12,7 @@ from fedmide.data.split import Parts, limit, split
 from fedmide.errors import DataError
 
 MEDICAL_SITES, MEDICAL_TRAINING, MEDICAL_VALIDATION, MEDICAL_TEST = 8, 48, 12, 24
-"""How many sites the medical packages make, and records a site, where the configuration leaves it open."""
+"""Defaults for the medical source: number of sites, and records per site in each part."""
 
 
 _READERS = {"published": read_published, "files": read_folder, "table": read_table}
@@ -21,7 +21,7 @@ _READERS = {"published": read_published, "files": read_folder, "table": read_tab
 def load(config: DataConfig, seed: int, only: str = "") -> tuple[ClientData, ...]:
     """The clients that the configuration names, in order: one or more, each with training records.
 
-    `only`: a client beside whom the others in a folder of files need not be read, and may be broken.
+    `only`: the one client that is needed. The other clients in a folder of files need not be read, and may be broken.
     """
     clients = _made(config, seed) if config.source == "medical" else _split(_read(config, only), config, seed)
     dealt = [piece for client in clients for piece in pieces(client, config.pieces, seed)]
@@ -29,7 +29,7 @@ def load(config: DataConfig, seed: int, only: str = "") -> tuple[ClientData, ...
 
 
 def detect(path: Path) -> DataSource:
-    """What kind of source a path looks like."""
+    """The kind of source that a path looks like."""
     if path.is_file():
         return "table"
     return "published" if path.is_dir() and is_published(path) else "files"
@@ -48,10 +48,10 @@ def _made(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
 
 
 def _read(config: DataConfig, only: str) -> tuple[Parts, ...]:
-    """The first clients in the user's files, as many as wanted; of a folder of files the one that alone is wanted."""
+    """The first `config.clients` clients in the user's files (0: all); of a folder of files just `only`, if given."""
     if not config.path:
         raise DataError(
-            f'data.path is empty, expected the place of the records for data.source = "{config.source}"',
+            f'data.path is empty, expected the path of the records for data.source = "{config.source}"',
             'Set data.path, or data.source = "medical", which needs no files',
         )
     path = Path(config.path).expanduser()
@@ -61,13 +61,13 @@ def _read(config: DataConfig, only: str) -> tuple[Parts, ...]:
     if config.clients > len(found):
         raise DataError(
             f"{config.path}: {len(found)} clients, expected at least data.clients = {config.clients}",
-            "Set data.clients = 0 for all of them",
+            "Set data.clients = 0 to take all of them",
         )
     return found[: config.clients or None]
 
 
 def _split(found: Sequence[Parts], config: DataConfig, seed: int) -> tuple[ClientData, ...]:
-    """The clients parted; what is wrong with any of them as one `DataError`."""
+    """The split clients. Raises one `DataError` with the problems of all clients."""
     clients: list[ClientData] = []
     errors: list[DataError] = []
     for parts in found:

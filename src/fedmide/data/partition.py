@@ -1,8 +1,8 @@
-"""Clients made out of one data set: by a field, evenly, by Dirichlet shares of a field's values, or of skewed sizes.
+"""Clients made from one data set: by a field, evenly, by Dirichlet shares of a field's values, or of skewed sizes.
 
-What is dealt are groups of records (`split.grouped`), so no concept and no duplicate is ever in two clients, nor in two
-parts of one. Partitioners of libraries (flwr-datasets) deal rows and bring 28 packages, for what takes a few lines a
-rule here.
+Groups of records (`split.grouped`) are dealt whole. So no concept and no duplicate is ever in two clients, nor in two
+parts of one client. Partitioners of libraries (flwr-datasets) deal single rows and bring 28 packages. Here a rule takes
+a few lines.
 
 Reference: T.-M. H. Hsu et al., Measuring the effects of non-identical data distribution, arXiv 1909.06335 (Dirichlet).
 """
@@ -36,7 +36,7 @@ Kind = Literal["iid", "field", "dirichlet", "size"]
 
 @dataclass(frozen=True, slots=True)
 class Rule:
-    """How records are dealt; `strength` is Dirichlet's alpha or the exponent of the sizes."""
+    """A rule by which records are dealt. `strength`: Dirichlet's alpha, or the exponent of the sizes."""
 
     kind: Kind
     field: str = ""
@@ -45,7 +45,7 @@ class Rule:
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """A record and the value of the field that it is dealt or shown by; empty where it has none."""
+    """A record and its value in the field that it is dealt or shown by. `label` is empty without a value."""
 
     record: Record
     label: str
@@ -56,7 +56,7 @@ Dealt = Mapping[str, Mapping[Part, tuple[Labelled, ...]]]
 
 
 def parse_rule(text: str) -> Rule:
-    """The rule that a text such as "dirichlet:0.5:category" spells; raises `UsageError`.
+    """The rule that a text such as "dirichlet:0.5:category" describes. Raises `UsageError` for any other text.
 
     >>> parse_rule("dirichlet:0.5:category")
     Rule(kind='dirichlet', field='category', strength=0.5)
@@ -70,11 +70,11 @@ def parse_rule(text: str) -> Rule:
             return Rule("dirichlet", field, float(strength))
         case ["size", strength] if _positive(strength):
             return Rule("size", strength=float(strength))
-    raise UsageError(f"--by {text!r} is no rule", RULES)
+    raise UsageError(f"--by {text!r} is not a rule", RULES)
 
 
 def read_labelled(path: Path, fields: FieldNames, label: str) -> tuple[Labelled, ...]:
-    """The records in a file with their values of the field `label`; all problems as one `DataError`."""
+    """The records in a file, each with its value of the field `label`. Raises one `DataError` with all problems."""
     rows = rows_of(path, dict.fromkeys((*fields.model_dump().values(), label)))
     found = gathered((_labelled(row, fields, label) for row in rows.values), rows.problems)
     return sound(found, NEEDED if rows.values else "Give one file of records: .json, .jsonl or .parquet")
@@ -83,11 +83,13 @@ def read_labelled(path: Path, fields: FieldNames, label: str) -> tuple[Labelled,
 def deal(
     records: Sequence[Labelled], rule: Rule, clients: int, seed: int, held_out: Mapping[Part, float]
 ) -> dict[str, dict[Part, tuple[Labelled, ...]]]:
-    """The records of each client (site-1, site-2, ...) and part; every record is in exactly one.
+    """The records of each client (site-1, site-2, ...) and part. Every record is in exactly one part of one client.
 
-    `clients` = 0: with "field" as many as it has values. `held_out`: the fraction of each client's records for
-    validation and for test, in whole groups, at least one group each unless 0. A client without enough groups for its
-    parts takes some from the largest, but not where a field decides. Raises `DataError` where there are too few.
+    `clients`: 0 with the rule "field" means one client per value.
+    `held_out`: the fractions of each client's records for validation and for test. A part gets whole groups, and at
+    least one group unless its fraction is 0.
+    A client with too few groups for its parts takes some from the client with most groups, unless the rule is "field".
+    Raises `DataError` if there are too few groups.
     """
     groups = grouped([each.record for each in records])
     labels = _labels(records, groups)
@@ -113,9 +115,9 @@ def deal(
 
 
 def write(dealt: Dealt, out: Path, picture: str) -> None:
-    """A folder that is read as `data.source = "files"`, a subfolder a client, and a picture of it in SVG.
+    """Writes a folder that `data.source = "files"` reads, with one subfolder per client, and its picture in SVG.
 
-    The picture comes last: a folder that has it is whole. Raises `RunFolderError` where it can't be written.
+    The picture is written last: a folder that has it is complete. Raises `RunFolderError` if writing fails.
     """
     for name, parts in dealt.items():
         write_folder(out / name, {f"{part}.jsonl": _lines(records) for part, records in parts.items()})
@@ -123,20 +125,20 @@ def write(dealt: Dealt, out: Path, picture: str) -> None:
 
 
 def check_free(out: Path) -> None:
-    """Raises `RunFolderError` where a path is not free for a new folder."""
+    """Raises `RunFolderError` if a path is not free for a new folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise RunFolderError(f"{out}: expected a new or an empty folder", "Name another one, or empty it")
 
 
 def counts(dealt: Dealt) -> dict[str, Counter[str]]:
-    """How many records of each value each client has, over its parts."""
+    """The number of each client's records per value, over all its parts."""
     return {name: Counter(each.label for part in parts.values() for each in part) for name, parts in dealt.items()}
 
 
 def _owners(
     rule: Rule, names: Sequence[str], labels: Mapping[str, str], sizes: Mapping[str, int], seed: int
 ) -> dict[str, str]:
-    """The client that each group goes to."""
+    """The client of each group."""
     order = _order(sizes, seed, "partition")
     even = dict.fromkeys(names, 1.0)
     if rule.kind == "field":
@@ -159,8 +161,8 @@ def _owners(
 def dirichlet_shares(alpha: float, label: str, names: Iterable[str], seed: int) -> dict[str, float]:
     """Each client's share of a value's records, drawn from Dirichlet(alpha, ..., alpha), up to a common factor.
 
-    Drawn as logarithms of gamma variates, a stream each: another client leaves the others' proportions as they were,
-    and a small alpha underflows nowhere.
+    The draws are logarithms of gamma variates, from one random stream per client. So an additional client leaves the
+    proportions of the others unchanged, and a small alpha causes no underflow.
     """
     logs = {}
     for name in names:
@@ -172,19 +174,19 @@ def dirichlet_shares(alpha: float, label: str, names: Iterable[str], seed: int) 
 
 
 def _dealt(order: Sequence[str], sizes: Mapping[str, int], shares: Mapping[str, float]) -> dict[str, str]:
-    """Each group in turn to the client that is furthest below its share of all records."""
+    """The client of each group. In turn, each group goes to the client that is furthest below its share of records."""
     total, whole = sum(sizes[group] for group in order), sum(shares.values())
     room = {name: total * share / whole for name, share in shares.items()}
     owners = {}
     for group in order:
-        name = max(room, key=room.__getitem__)  # of equals the first
+        name = max(room, key=room.__getitem__)  # the first of equals
         owners[group] = name
         room[name] -= sizes[group]
     return owners
 
 
 def _filled(owners: Mapping[str, str], names: Sequence[str], sizes: Mapping[str, int], least: int) -> dict[str, str]:
-    """The same with at least so many groups for every client, taken from whoever has most of them."""
+    """The owners after every client has at least `least` groups, taken from the client with most groups."""
     held: dict[str, list[str]] = {name: [] for name in names}
     for group, name in owners.items():
         held[name].append(group)
@@ -198,7 +200,7 @@ def _filled(owners: Mapping[str, str], names: Sequence[str], sizes: Mapping[str,
 
 
 def _held_out(sizes: Mapping[str, int], fractions: Mapping[Part, float], seed: int) -> dict[str, Part]:
-    """The part of each of a client's groups: test and validation until they have their fraction, the rest trains."""
+    """The part of each of a client's groups. Each held-out part is filled up to its fraction; the rest is training."""
     order = _order(sizes, seed, "partition parts")
     part_of: dict[str, Part] = dict.fromkeys(order, "training")
     total = sum(sizes.values())
@@ -217,7 +219,7 @@ def _order(groups: Iterable[str], seed: int, purpose: str) -> list[str]:
 
 
 def _labels(records: Sequence[Labelled], groups: Sequence[str]) -> dict[str, str]:
-    """The value that most records of each group have, of equals the first by name."""
+    """The most frequent value of each group; among equally frequent ones, the first by name."""
     found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for each, group in zip(records, groups, strict=True):
         found[group][each.label] += 1

@@ -1,11 +1,11 @@
-"""A picture of how records lie over clients: one bar a client, its values side by side; plain SVG without scripts."""
+"""A picture of the records per client: one bar per client, its values side by side; plain SVG without scripts."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
 COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#dd8855", "#886644", "#44aa99")
-"""Paul Tol's bright colours and some more: told apart by most readers."""
+"""Paul Tol's bright colors and some more. Most readers can distinguish them."""
 
 
 OTHERS = "#bbbbbb"
@@ -15,7 +15,7 @@ ROW, BAR, LEFT, WIDTH, TEXT = 22, 16, 130, 560, 12
 
 
 def bars_svg(counts: Mapping[str, Mapping[str, int]], title: str) -> str:
-    """A stacked bar for each client out of its number of records of each value, with a legend of the values."""
+    """The picture as SVG: a stacked bar per client, with its number of records per value, and a legend."""
     values = shown_values(counts, len(COLOURS))
     longest = max(sum(each.values()) for each in counts.values())
     scale = WIDTH / longest
@@ -37,7 +37,7 @@ def bars_svg(counts: Mapping[str, Mapping[str, int]], title: str) -> str:
 
 
 def shown_values(counts: Mapping[str, Mapping[str, int]], most: int) -> list[str]:
-    """The values that most records have, at most so many, most frequent first; the rest go together."""
+    """The most frequent values, at most `most`, most frequent first. The picture shows the rest together."""
     totals: Counter[str] = Counter()
     for each in counts.values():
         totals.update(each)

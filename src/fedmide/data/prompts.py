@@ -1,7 +1,7 @@
-"""Records as prompts: templates are plain data, filled in one pass, so braces in a record's text stay as is.
+"""Records as prompts. Templates are plain data, filled in one pass, so braces in a record's text stay unchanged.
 
-A prompt ends where the response begins. The tokenizer's own chat template needs a tokenizer; this module only
-gives the messages that go into it.
+A prompt ends where the response begins. The tokenizer's own chat template needs a tokenizer. This module only gives the
+messages that go into it.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ _PLACEHOLDERS = {
 
 @dataclass(frozen=True, slots=True)
 class Template:
-    """The texts around a record, with `{instruction}` and `{context}` where its own go."""
+    """The texts around a record, with `{instruction}` and `{context}` in place of the record's own."""
 
     name: str
     with_context: str
@@ -56,14 +56,14 @@ PLAIN = Template(
     with_context="{context}\n\nQuestion: {instruction}\nAnswer:\n",
     without_context="Question: {instruction}\nAnswer:\n",
 )
-"""As few words as tell a question from its answer: a third of Alpaca's tokens on short records."""
+"""Just enough words to separate a question from its answer: a third of Alpaca's tokens on short records."""
 
 
 NAMED = {template.name: template for template in (ALPACA, PLAIN)}
 
 
 def render(template: Template, record: Record) -> str:
-    """The prompt's text, up to where the response begins.
+    """The prompt's text, up to the beginning of the response.
 
     >>> plain = Template("plain", "{context}: {instruction} ", "{instruction} ")
     >>> render(plain, Record("Which organ?", "The liver.", context="Jaundice {context}"))
@@ -102,20 +102,20 @@ def resolve(name: str) -> Template | Chat:
 
 
 def load_template(path: Path) -> Template:
-    """The template in a TOML file with `with_context` and `without_context`; its name is the file's."""
+    """The template in a TOML file with `with_context` and `without_context`. It has the file's name."""
     values = read_toml(path)
     unknown = [f"{path}: unknown key '{key}'" for key in values if key not in _PLACEHOLDERS]
     problems = unknown + [f"{path}: {problem}" for key in _PLACEHOLDERS for problem in _problems(key, values)]
     if problems:
         raise ConfigError(
             problems,
-            "with_context needs {instruction} and {context}, without_context {instruction} alone",
+            "with_context needs {instruction} and {context}; without_context needs {instruction} alone",
         )
     return Template(path.stem, values["with_context"], values["without_context"])
 
 
 def prompt_hash(prompt: Template | Chat, chat_template: str = "") -> str:
-    """A short hash of a prompt's texts, whatever its name; for `chat`, of the tokenizer's own template.
+    """A short hash of a prompt's texts, independent of its name; for `chat`, of the tokenizer's own template.
 
     >>> prompt_hash(ALPACA) == prompt_hash(Template("mine", ALPACA.with_context, ALPACA.without_context))
     True
@@ -125,7 +125,7 @@ def prompt_hash(prompt: Template | Chat, chat_template: str = "") -> str:
 
 
 def _problems(key: str, values: dict[str, Any]) -> list[str]:
-    """What is wrong with one of the two texts."""
+    """The problems of one of the two texts."""
     if key not in values:
         return [f"'{key}' is missing"]
     text = values[key]

@@ -1,7 +1,8 @@
 """Multiple-choice questions read from the user's own copies of public sets: MedQA, MedMCQA, PubMedQA, CareQA.
 
-Each set is known in the forms in which it is passed on: its authors' files and those of the hub. Prompts are those of
-lm-evaluation-harness (tasks medqa_4options, medmcqa, pubmedqa, careqa_en), word for word, so that figures compare.
+Each set is read in both forms in which it is published: the authors' files and those of the hub. The prompts are those
+of lm-evaluation-harness (tasks medqa_4options, medmcqa, pubmedqa, careqa_en), word for word, so that figures can be
+compared.
 
 Sources: D. Jin et al., arXiv 2009.13081; A. Pal et al., CHIL 2022; Q. Jin et al., arXiv 1909.06146;
 A. Arias-Duart et al., arXiv 2502.06666.
@@ -42,7 +43,7 @@ _SHARD = re.compile(r"(.*)-[0-9]{5}-of-([0-9]{5})")
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A prompt, what it may go on with after a space, and which of these is right."""
+    """A prompt, the possible continuations after a space, and the index of the right one."""
 
     prompt: str
     choices: tuple[str, ...]
@@ -51,9 +52,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """How a set is asked, and where a folder of it keeps the part that serves as test.
+    """The prompt and choices of a set, and the names of its test files in a folder.
 
-    `parts`: patterns of file names, without suffix; the first that any file fits is taken.
+    `parts`: patterns of file names, without suffix. The first pattern that matches a file is used.
     """
 
     prompt: str
@@ -63,7 +64,7 @@ class Form:
 
     @property
     def hash(self) -> str:
-        """What tells this prompt and these choices from others'."""
+        """A short hash that distinguishes this prompt and these choices from others."""
         return hashlib.sha256("\x1f".join((self.prompt, *self.choices)).encode()).hexdigest()[:16]
 
 
@@ -87,7 +88,7 @@ FORMS: Mapping[SetName, Form] = {
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """What a row asks: the values of the prompt's fields and the right choice, as the file counts it."""
+    """A row's question: the values of the prompt's fields, and the number of the right choice as the file counts."""
 
     values: Mapping[str, str]
     answer: int
@@ -96,36 +97,36 @@ class Asked:
 def read_questions(
     name: SetName, path: Path, tell: Callable[[str], None] = lambda message: None
 ) -> tuple[Question, ...]:
-    """The questions in a file, or in the test part of a folder or a hub id; all problems as one `DataError`.
+    """The questions in a file, or in the test part of a folder or a hub id. Raises one `DataError` with all problems.
 
-    A row whose question is null is left out, and `tell` hears how many are: CareQA has one.
+    A row whose question is null is left out, and `tell` gets the number of such rows: CareQA has one.
     """
     found = gathered(_rows(file, FORMS[name].columns) for file in _files(name, _here(name, path, tell)))
     rows = Reading(tuple(row for row in found.values if not _is_blank(row)), found.problems)
     if blank := len(found.values) - len(rows.values):
         tell(f"{path}: {blank} of {len(found.values)} rows have no question and are left out")
     asked = gathered((_ASKED[name](row) for row in rows.values), rows.problems)
-    good = sound(asked, f"Expected {name} as its authors or the hub give it")
+    good = sound(asked, f"Expected {name} in the form of its authors or of the hub")
     if not good:
         raise DataError(f"{path}: no row has a question", f"Give your own copy of {name}")
     return _counted(name, path, good)
 
 
 def fingerprint(questions: Sequence[Question]) -> str:
-    """A short hash that tells two lists of questions apart."""
+    """A short hash that distinguishes lists of questions."""
     text = json.dumps([(each.prompt, each.choices, each.answer) for each in questions])
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _counted(name: SetName, path: Path, asked: Sequence[Asked]) -> tuple[Question, ...]:
-    """The questions, their answers counted from 0: the authors' MedMCQA begins at 1, the hub's at 0."""
+    """The questions, with answers counted from 0. The authors' MedMCQA begins at 1, the hub's at 0."""
     form = FORMS[name]
     first = _first_number(path, [each.answer for each in asked]) if name == "medmcqa" else 0
     return tuple(Question(form.prompt.format(**each.values), form.choices, each.answer - first) for each in asked)
 
 
 def _first_number(path: Path, answers: Sequence[int]) -> int:
-    """Where a file's answers begin to count: the lowest or the highest possible number shows it."""
+    """The number of a file's first choice, 0 or 1. Answers with the lowest or highest possible number show it."""
     lowest, highest = min(answers), max(answers)
     if lowest < 0:
         raise DataError(f"{path}: questions without an answer", "MedMCQA's answers are in its validation part")
@@ -137,8 +138,8 @@ def _first_number(path: Path, answers: Sequence[int]) -> int:
 
 
 def _here(name: SetName, path: Path, tell: Callable[[str], None]) -> Path:
-    """The path itself; where there is none and it reads like a hub id, what the hub has of the set's test part."""
-    is_file = path.suffix.lower() in SUFFIXES  # a name that is mistyped is nothing to ask the hub for
+    """The path itself. If it does not exist and looks like a hub id, the hub's snapshot of the set's test part."""
+    is_file = path.suffix.lower() in SUFFIXES  # a mistyped file name is not a reason to ask the hub
     if path.exists() or is_file or not hub.HUB_ID.fullmatch(str(path)):
         return path
     tell(f"looking up {path} on the hub")
@@ -154,7 +155,7 @@ def _here(name: SetName, path: Path, tell: Callable[[str], None]) -> Path:
 
 
 def _files(name: SetName, path: Path) -> tuple[Path, ...]:
-    """The file itself; of a folder, such as a snapshot of the hub, the one file of its test part or all its shards."""
+    """The file itself. For a folder, such as a hub snapshot: the one file of its test part, or all its shards."""
     if not path.is_dir():
         if not path.is_file():
             raise DataError(f"{path}: no such file or folder", f"Give your own copy of {name}")
@@ -174,12 +175,12 @@ def _fits(file: Path, pattern: str) -> bool:
 
 
 def _rows(path: Path, columns: Sequence[str]) -> Reading[Row]:
-    """The rows of a file; PubMedQA's authors keep theirs in one object, by the number of the article."""
+    """The rows of a file. PubMedQA's authors keep theirs in one object, by the number of the article."""
     if path.suffix.lower() == ".json":
         try:
             values = json.loads(path.read_text("utf-8-sig"))
         except (OSError, ValueError, RecursionError):
-            return rows_of(path, columns)  # which says what is wrong, and where
+            return rows_of(path, columns)  # it reports the problem and its place
         if isinstance(values, dict):
             return Reading(tuple(Row(f"{path}: record {i}", value) for i, value in enumerate(values.values(), 1)))
     return rows_of(path, columns)
@@ -234,7 +235,7 @@ _ASKED: Mapping[SetName, Callable[[Row], Reading[Asked]]] = {
 
 
 Answer = Callable[[Mapping[str, Any]], tuple[int, str]]
-"""Finds the right choice in a row: its number, and what is wrong with it, empty where nothing is."""
+"""Finds the right choice in a row. Returns its number and its fault; the fault is empty if there is none."""
 
 
 def _letters(row: Row, question: str, options: Sequence[str], answer: Answer) -> Reading[Asked]:
@@ -242,7 +243,7 @@ def _letters(row: Row, question: str, options: Sequence[str], answer: Answer) ->
 
 
 def _asked(row: Row, fields: Mapping[str, str], answer: Answer) -> Reading[Asked]:
-    """What a row asks, its texts in the fields of these names."""
+    """A row's question. `fields`: for each field of the prompt, the name of the row's field."""
     value = row.value
     if not isinstance(value, dict):
         return _no_object(row)
@@ -260,7 +261,7 @@ def _no_object(row: Row) -> Reading[Asked]:
 
 
 def _number(field: str, first: int | None) -> Answer:
-    """A number from `first` on; None: whatever a set that is not sure of it may have."""
+    """Finds a number that counts from `first`. None: from 0 or 1, and -1 stands for a missing answer."""
     low, high = (-1, len(LETTERS)) if first is None else (first, first + len(LETTERS) - 1)
 
     def found(value: Mapping[str, Any]) -> tuple[int, str]:

@@ -1,4 +1,4 @@
-"""Rows of JSON, JSON lines and Parquet files, each with its place; problems are collected, not raised."""
+"""Rows of JSON, JSON lines and Parquet files, each with its place. Problems are collected, not raised."""
 
 import json
 import re
@@ -29,7 +29,7 @@ _NO_RECORDS = "no records, expected at least one"
 
 @dataclass(frozen=True, slots=True)
 class Reading(Generic[T]):
-    """What was read, and what was wrong."""
+    """Values that were read, and problems that were found."""
 
     values: tuple[T, ...] = ()
     problems: tuple[str, ...] = ()
@@ -37,28 +37,28 @@ class Reading(Generic[T]):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One element of a file, and where it stands."""
+    """One element of a file, and its place there."""
 
     place: str
     value: object
 
 
 def sound(reading: Reading[T], remedy: str) -> tuple[T, ...]:
-    """The values of a reading without problems; with any, a `DataError`."""
+    """The values of a reading. Raises `DataError` if it has problems."""
     if reading.problems:
         raise DataError(reading.problems, remedy)
     return reading.values
 
 
 def gathered(readings: Iterable[Reading[T]], problems: Iterable[str] = ()) -> Reading[T]:
-    """All readings as one, after the problems found before them."""
+    """All readings as one. Its problems begin with those given here, which were found earlier."""
     readings = tuple(readings)
     values = tuple(value for reading in readings for value in reading.values)
     return Reading(values, (*problems, *(problem for reading in readings for problem in reading.problems)))
 
 
 def natural_order(name: str) -> tuple[tuple[str | int, ...], str]:
-    """A key that sorts names as people do, numbers by value.
+    """A key that sorts names as people do: numbers by value.
 
     >>> sorted(["site10", "Site9", "site1"], key=natural_order)
     ['site1', 'Site9', 'site10']
@@ -81,7 +81,7 @@ def json_rows(path: Path) -> Reading[Row]:
 
 
 def rows_of(path: Path, columns: Iterable[str]) -> Reading[Row]:
-    """The elements of a .json list, a .jsonl or a .parquet file; of the last one only these columns are read."""
+    """The elements of a .json list, a .jsonl or a .parquet file. Rows of a .parquet file have only these columns."""
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
         return Reading(problems=(f"{path}: expected a file that ends in {', '.join(SUFFIXES)}",))
@@ -89,18 +89,18 @@ def rows_of(path: Path, columns: Iterable[str]) -> Reading[Row]:
 
 
 def holds_half_a_pair(text: str) -> bool:
-    """Whether a text has half of a surrogate pair, which JSON can spell and no encoding of Unicode can hold."""
+    """True if a text has half of a surrogate pair. JSON can spell it, but no encoding of Unicode can hold it."""
     return _SURROGATE.search(text) is not None
 
 
 def kind(value: object) -> str:
-    """What a value is, in words and without itself."""
+    """The kind of a value in words, without the value itself."""
     return _KINDS.get(type(value), type(value).__name__)
 
 
 def _line_rows(path: Path, text: str) -> Reading[Row]:
     rows, problems = [], []
-    # Not splitlines(): that also cuts at U+2028 and the like, which may stand in a JSON string as they are.
+    # Not splitlines(): it also cuts at U+2028 and the like, which may stand unescaped in a JSON string.
     for number, line in enumerate(text.split("\n"), start=1):
         try:
             rows += [Row(f"{path}:{number}", json.loads(line))] if line.strip() else []
@@ -124,7 +124,7 @@ def _list_rows(path: Path, text: str) -> Reading[Row]:
 
 
 def _elements(text: str) -> Iterator[tuple[int, object]]:
-    """Each element of a JSON list and the position where it begins, which `json.loads` does not tell."""
+    """Each element of a JSON list and the position where it begins, which `json.loads` does not report."""
     decoder = json.JSONDecoder()
     mark, position = _mark(text, 0)
     if mark != "[":
@@ -142,7 +142,7 @@ def _elements(text: str) -> Iterator[tuple[int, object]]:
 
 
 def _mark(text: str, position: int) -> tuple[str, int]:
-    """The mark that comes next, "[", "]" or ",", if one does, and where what follows it begins."""
+    """The next mark ("[", "]" or ",", else empty), and the position where the text after it begins."""
     match = _MARK.match(text, position)
     return (match[1], match.end()) if match else ("", position)
 
@@ -168,7 +168,7 @@ def _parquet_rows(path: Path, wanted: Iterable[str]) -> Reading[Row]:
 
 
 def text_fault(text: object, required: bool) -> str:
-    """What is wrong with what should be a text; empty where nothing is."""
+    """The fault of a value that should be a text; empty without a fault."""
     if text is None:
         return "is missing, expected text" if required else ""
     if not isinstance(text, str):

@@ -1,9 +1,9 @@
-"""A client's records parted into training, validation and test, and a count of what leaks between the parts.
+"""The split of a client's records into training, validation and test.
 
-Records of one group are never split over two parts: those that share a concept or a question, or are tied by others
-that do. An instruction that comes with several contexts, such as "Sum up the report", is as many questions. The order
-in which groups are held out follows from the seed and their names (concept, instruction) alone, so sites that share a
-concept tend to hold it out together.
+A group is never split over two parts. Its records share a concept or a question, directly or through other records.
+An instruction that comes with several contexts, such as "Sum up the report", counts as one question per context.
+The order in which groups are held out follows from the seed and their names (concept, instruction) alone. So sites
+that share a concept tend to hold it out together.
 """
 
 from collections import Counter
@@ -25,7 +25,7 @@ HeldOut = Literal["validation", "test"]
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A client as its source gave it; a part that is None is yet to be split off the training records."""
+    """A client as its source gave it. A part that is None is still to be split off the training records."""
 
     name: str
     training: tuple[Record, ...]
@@ -43,9 +43,9 @@ def normalised(text: str) -> str:
 
 
 def grouped(records: Sequence[Record]) -> list[str]:
-    """For each record the name of its group: records that share a concept or a question, directly or by others.
+    """The group's name of each record. A group shares a concept or a question, directly or through other records.
 
-    Case, spacing and Unicode form don't count.
+    Case, spacing and Unicode form do not matter.
 
     >>> tied = [Record("What?", "x", concept="J45"), Record("what? ", "y"), Record("Why?", "z", concept="j45")]
     >>> len(set(grouped(tied)))
@@ -70,11 +70,11 @@ def grouped(records: Sequence[Record]) -> list[str]:
 
 
 def split(parts: Parts, config: DataConfig, seed: int) -> ClientData:
-    """The client's data with the parts that were not given split off its training records, test first.
+    """The client's data. Parts that were not given are split off its training records, test first.
 
-    A held-out part has at least `round(fraction * n)` records, in whole groups, unless that would leave
-    nothing for training or for the part still to come; a fraction of 0 gives an empty part. Too few groups
-    are a `DataError`.
+    A held-out part has at least `round(fraction * n)` records, in whole groups. It has fewer if nothing would be left
+    for training or for the next part. A fraction of 0 gives an empty part. Raises `DataError` if there are too few
+    groups.
     """
     groups = grouped(parts.training)
     held_out = _held_out_groups(parts, Counter(groups), config, seed)
@@ -90,7 +90,7 @@ def split(parts: Parts, config: DataConfig, seed: int) -> ClientData:
 
 
 def limit(client: ClientData, config: DataConfig, seed: int) -> ClientData:
-    """The client with at most the configured number of records a part, drawn, in order and with their ids."""
+    """The client with at most the configured number of records per part. Drawn records keep their order and ids."""
 
     def drawn(part: str, records: tuple[Record, ...], most: int) -> tuple[Record, ...]:
         return _drawn(records, most, stream(seed, f"limit-{part}", client=client.name))
@@ -104,11 +104,12 @@ def limit(client: ClientData, config: DataConfig, seed: int) -> ClientData:
 
 
 def _group_keys(records: Sequence[Record]) -> list[tuple[str, ...]]:
-    """What ties each record to others: its concept, if it has one, and its question."""
+    """The keys that tie each record to others: its concept, if it has one, and its question."""
     asked = [(normalised(record.instruction), normalised(record.context)) for record in records]
     num_contexts = Counter(instruction for instruction, _ in set(asked))
     keys = []
-    # An instruction with one context is named without it: the name decides when the group is held out.
+    # The key of an instruction with a single context leaves the context out. The group's name is one of the keys,
+    # and it decides when the group is held out.
     for record, (instruction, context) in zip(records, asked, strict=True):
         question = (
             ("instruction", instruction, context) if num_contexts[instruction] > 1 else ("instruction", instruction)
@@ -135,7 +136,7 @@ def _held_out_groups(parts: Parts, sizes: Counter[str], config: DataConfig, seed
 
 
 def _fractions(parts: Parts, config: DataConfig) -> dict[HeldOut, float]:
-    """The fraction of each part that is to be split off, in the order in which they are."""
+    """The fraction of each part that is still missing, in the order in which the parts are split off."""
     wanted: dict[HeldOut, float] = {}
     if parts.test is None and config.test_fraction > 0:
         wanted["test"] = config.test_fraction
@@ -145,7 +146,7 @@ def _fractions(parts: Parts, config: DataConfig) -> dict[HeldOut, float]:
 
 
 def _groups_for(sizes: Sequence[int], fraction: float) -> int:
-    """How many of the first groups hold at least the fraction of all records, and at least one record."""
+    """The number of first groups that hold at least the fraction of all records, and at least one record."""
     target = max(1, round(fraction * sum(sizes)))
     return next(number for number, total in enumerate(accumulate(sizes), start=1) if total >= target)
 
@@ -157,8 +158,8 @@ def _too_few_groups(client: str, number: int, parts: Sequence[HeldOut]) -> DataE
     return DataError(
         f"client '{client}': groups of training records that share no question and no concept: {number}, "
         f"expected at least {len(parts) + 1} to split off {' and '.join(parts)}",
-        f"Give the client its own {' and '.join(parts)} records, set {knobs}, or let data.fields.context "
-        "name a field that tells records of one instruction apart",
+        f"Give the client its own {' and '.join(parts)} records, or set {knobs}. If records of one instruction "
+        "differ in another field, set data.fields.context to its name",
     )
 
 

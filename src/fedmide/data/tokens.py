@@ -1,11 +1,11 @@
-"""Token ids of a record, what is cut where it is too long, and batches that waste little on padding.
+"""Token ids of a record, and cuts where it is too long.
 
-Prompt and response are encoded apart and joined, so the boundary is exact and equal to what generation sees. Every
-response ends with the end-of-sequence token unless it was cut. Padding is on the right: with a causal model nothing
-before it can see it, so no attention mask is needed.
+Prompt and response are encoded separately and joined. So the boundary is exact, and the same as in generation. Every
+response ends with the end-of-sequence token unless it was cut. Padding is on the right. In a causal model no earlier
+token can see it, so no attention mask is needed.
 
-A control token's text within a record is plain text: a record can neither end its own response nor fake a turn of a
-chat. Only what a template writes around a record becomes control tokens.
+The text of a control token in a record is plain text. So a record can neither end its own response nor fake a turn of a
+chat. Only the text that a template writes around a record becomes control tokens.
 """
 
 import hashlib
@@ -25,22 +25,25 @@ from fedmide.data.records import Record, RecordId
 from fedmide.errors import DataError, ModelError
 
 ROOM = 4
-"""A prompt is cut so that the response gets its length or this part of the cutoff, whichever is less: 1 / ROOM."""
+"""If a prompt must be cut, the response keeps its full length or cutoff / ROOM, whichever is less."""
 
 
 SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro +%}"
-"""What a chat template that asks for the date is told: with the real one a record would have other tokens tomorrow."""
+"""A fixed date for chat templates that ask for it. With the real date a record would have other tokens tomorrow."""
 
 
 class Tokenizer(Protocol):
-    """What is needed of a tokenizer; transformers' own have it."""
+    """The part of a tokenizer that is used here. Those of transformers have it."""
 
     eos_token_id: int | None
     chat_template: str | None
     added_tokens_decoder: Mapping[int, Any]
 
     def __call__(self, text: str, *, add_special_tokens: bool, split_special_tokens: bool) -> Any:
-        """A mapping whose `input_ids` are the text's ids; control tokens in it are plain text where they are split."""
+        """A mapping whose `input_ids` are the text's ids.
+
+        With `split_special_tokens`, control tokens in the text are encoded as plain text.
+        """
 
     def apply_chat_template(
         self, conversation: Any, *, chat_template: str | None, tokenize: bool, add_generation_prompt: bool
@@ -52,7 +55,7 @@ class Tokenizer(Protocol):
 class Example:
     """A record as token ids, prompt first, then response.
 
-    ids: int64 (T,), 2 <= T <= cutoff. `truncated`: some of the record did not fit.
+    ids: int64 (T,), 2 <= T <= cutoff. `truncated`: a part of the record did not fit.
     """
 
     id: RecordId
@@ -61,17 +64,17 @@ class Example:
     truncated: bool = False
 
     def first_predicted(self, positions: Positions) -> int:
-        """Index of the first token whose likelihood counts; the very first token is never predicted."""
+        """Index of the first token whose likelihood counts. The very first token is never predicted."""
         return max(1, self.prompt_length if positions == "response" else 1)
 
     def num_predicted(self, positions: Positions) -> int:
-        """How many tokens count."""
+        """The number of tokens that count."""
         return len(self.ids) - self.first_predicted(positions)
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Records to examples, for one tokenizer, template and cutoff."""
+    """Makes examples of records, for one tokenizer, template and cutoff."""
 
     tokenizer: Tokenizer
     template: Template | Literal["chat"]
@@ -79,7 +82,10 @@ class Encoder:
     overflow: Literal["refuse", "cut"]
 
     def prompt_ids(self, record: Record) -> list[int]:
-        """The prompt's ids, with whatever the tokenizer puts before plain text."""
+        """The prompt's ids, after the tokens that the tokenizer puts before plain text.
+
+        A chat template writes those tokens itself.
+        """
         text, mark = self._marked_prompt(record)
         ids = list(self._opening)
         for number, piece in enumerate(text.split(mark)):
@@ -91,11 +97,11 @@ class Encoder:
         return [*self._ids(text, plain=True), _end_of_sequence(self.tokenizer)]
 
     def encode(self, record: Record) -> Example:
-        """The record's example; raises `DataError` where the prompt leaves no room for a response."""
+        """The record's example. Raises `DataError` if the prompt leaves no room for a response."""
         return self.encode_options(record, [record.response])[0]
 
     def encode_options(self, record: Record, responses: Sequence[str]) -> tuple[Example, ...]:
-        """The record with each of the responses in the place of its own, after one prompt: as the longest needs it."""
+        """The record with each response in place of its own. All share one prompt, cut as the longest one needs."""
         answers = [self.response_ids(response) for response in responses]
         prompt = self.prompt_ids(record)
         room = min(max(map(len, answers)), self.cutoff // ROOM) if self.overflow == "cut" else 1
@@ -105,10 +111,10 @@ class Encoder:
         return tuple(self._joined(record.id, prompt, answer, cut) for answer in answers)
 
     def continued(self, text: str, continuation: str, longest: int) -> Example:
-        """A text as it is, without a template, and how it goes on, which is what is predicted; no end of sequence.
+        """A plain text, without a template, and its continuation, which is predicted; no end of sequence.
 
-        Both are encoded together, so that a word that the boundary parts is tokenised as the model knows it. More than
-        `longest` tokens are cut at the beginning.
+        Both are encoded together. So a word across the boundary has the tokens that the model knows.
+        If there are more than `longest` tokens, the beginning is cut.
         """
         prompt = [*self._plain_opening, *self._ids(text, plain=True)]
         whole = [*self._plain_opening, *self._ids(text + continuation, plain=True)]
@@ -121,7 +127,7 @@ class Encoder:
         return Example(record_id, ids, len(prompt), cut or len(prompt) + len(answer) > self.cutoff)
 
     def _shortened(self, record: Record, num_tokens: int, room: int) -> list[int]:
-        """The prompt with as much of the context's beginning as leaves `room` tokens, then of the instruction's."""
+        """The prompt, cut to leave `room` tokens: first the end of the context, then the end of the instruction."""
         if self.overflow == "refuse":
             raise DataError(f"a prompt of {num_tokens} tokens leaves no room below the cutoff of {self.cutoff}")
         for field in ("context", "instruction"):
@@ -135,9 +141,9 @@ class Encoder:
         return lambda record: len(self.prompt_ids(record)) <= self.cutoff - room
 
     def _marked_prompt(self, record: Record) -> tuple[str, str]:
-        """The prompt's text and a mark that stands before and after each control token out of the record.
+        """The prompt's text, and a mark that stands before and after each control token of the record.
 
-        The mark is a hash of the record, which therefore can't hold it.
+        The mark is a hash of the record, so the record cannot contain it.
         """
         mark = hashlib.sha256(f"{record.instruction}\x1f{record.context}".encode()).hexdigest()
         if self._control is not None:
@@ -149,7 +155,7 @@ class Encoder:
         return render(self.template, record), mark
 
     def _chat(self, record: Record) -> str:
-        """The record through the tokenizer's chat template."""
+        """The record as text of the tokenizer's chat template."""
         messages, template = chat_messages(record), self.tokenizer.chat_template
         if template and "strftime_now" in template:
             template = SAME_DAY + template
@@ -167,19 +173,19 @@ class Encoder:
 
     @cached_property
     def _control(self) -> re.Pattern[str] | None:
-        """What finds the texts of control tokens, the longest first where one begins another."""
+        """A pattern for the texts of control tokens. The longest match comes first if one begins another."""
         texts = {str(token) for token in self.tokenizer.added_tokens_decoder.values() if token.special}
         longest_first = sorted(texts, key=lambda text: (-len(text), text))
         return re.compile("|".join(map(re.escape, longest_first))) if texts else None
 
     @cached_property
     def _opening(self) -> list[int]:
-        """What stands before a prompt; a chat template writes that itself."""
+        """The tokens before a prompt. A chat template writes them itself, so there are none."""
         return [] if self.template == "chat" else self._plain_opening
 
     @cached_property
     def _plain_opening(self) -> list[int]:
-        """What the tokenizer puts before plain text."""
+        """The tokens that the tokenizer puts before plain text."""
         whole: list[int] = self.tokenizer("a", add_special_tokens=True, split_special_tokens=False)["input_ids"]
         return whole[: whole.index(self._ids("a", plain=False)[0])]
 
@@ -191,12 +197,12 @@ def encoder(tokenizer: Tokenizer, model: ModelConfig, prompt: PromptConfig) -> E
     if template == "chat" and not tokenizer.chat_template:
         raise ModelError("prompt.template = 'chat': the tokenizer has no chat template", "Use another prompt.template")
     made = Encoder(tokenizer, template, model.cutoff, prompt.overflow)
-    made.prompt_ids(Record("probe", "probe", context="probe"))  # a template that fails does so here
+    made.prompt_ids(Record("probe", "probe", context="probe"))  # a broken template fails here, not at the first record
     return made
 
 
 def encode_all(encode: Encoder, records: Sequence[Record], where: str) -> tuple[Example, ...]:
-    """The records' examples, in order; all that do not fit are named at once, by position."""
+    """The records' examples, in order. One `DataError` names all records that do not fit, by position."""
     examples, problems = [], []
     for number, record in enumerate(records, 1):
         try:
@@ -204,12 +210,12 @@ def encode_all(encode: Encoder, records: Sequence[Record], where: str) -> tuple[
         except DataError as error:
             problems.append(f"{where}, record {number}: {error}")
     if problems:
-        raise DataError(problems, "Raise model.cutoff, or say prompt.overflow = 'cut' to shorten prompts")
+        raise DataError(problems, "Raise model.cutoff, or set prompt.overflow = 'cut' to shorten prompts")
     return tuple(examples)
 
 
 def _longest_beginning(record: Record, field: str, fits: Callable[[Record], bool]) -> Record:
-    """The record with the longest beginning of a field that fits, found by bisection over characters; else without."""
+    """The record with the longest beginning of a field that fits, found by bisection over characters; may be empty."""
     text = getattr(record, field)
     low, high = 0, len(text)
     while low < high:
