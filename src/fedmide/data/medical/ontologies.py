@@ -1,6 +1,6 @@
 """The Human Phenotype Ontology's files, read into small frozen facts: phenotypes and diseases.
 
-Nothing is drawn or worded here; that is the work of `medical_tasks` and `medical`.
+Nothing is drawn or worded here: `tasks` and `sites` do that.
 """
 
 import re
@@ -33,7 +33,7 @@ QUALIFIER, PHENOTYPE, FREQUENCY, ASPECT = 2, 3, 7, 10
 
 @dataclass(frozen=True, slots=True)
 class Phenotype:
-    """A phenotypic abnormality; `systems` are its top-level groups, `diseases` how many diseases show it."""
+    """A phenotypic abnormality. `systems`: its top-level groups. `diseases`: the number of diseases that show it."""
 
     id: str
     name: str
@@ -45,7 +45,7 @@ class Phenotype:
 
 @dataclass(frozen=True, slots=True)
 class Disease:
-    """An OMIM disease; `findings` are names of phenotypes, frequent ones first, then specific ones."""
+    """An OMIM disease. `findings`: names of phenotypes, the frequent ones first, of equals the specific ones."""
 
     id: str
     name: str
@@ -65,7 +65,7 @@ class _Term:
 
 @dataclass(frozen=True, slots=True)
 class _Annotations:
-    """The rows of one disease: its name, and phenotype id -> the highest frequency stated."""
+    """The rows of one disease. `frequencies`: phenotype id -> the highest frequency stated."""
 
     name: str
     frequencies: dict[str, float]
@@ -82,13 +82,13 @@ def read(terms: Path, annotations: Path, genes: Path) -> tuple[tuple[Phenotype, 
 
 
 def release(terms: Path) -> str:
-    """The ontology's release, as hp.obo states it."""
+    """The ontology's release, from hp.obo."""
     with terms.open(encoding="utf-8") as lines:
         return next((line.split()[1] for line in lines if line.startswith("data-version:")), "unknown")
 
 
 def clean(text: str) -> str:
-    r"""The text of an OBO string: escapes undone, white space single.
+    r"""The text of an OBO string, without escapes and with single spaces.
 
     >>> clean(r'A caved-in (\"excavatum\")\n  chest.')
     'A caved-in ("excavatum") chest.'
@@ -99,7 +99,7 @@ def clean(text: str) -> str:
 
 @cache  # 140,000 annotations state some 4,000 different frequencies
 def frequency(text: str) -> float:
-    """The part of patients that an annotation states: as a ratio, a percentage, an HPO term or not at all.
+    """The fraction of patients that an annotation states: as a ratio, a percentage, an HPO term or not at all.
 
     >>> frequency("3/4"), frequency("45%"), frequency("HP:0040281"), frequency("")
     (0.75, 0.45, 0.9, 0.5)
@@ -148,7 +148,7 @@ def _phenotypes(terms: Mapping[str, _Term], counts: Mapping[str, int]) -> Iterat
 
 
 def _groups(identifier: str, terms: Mapping[str, _Term], known: dict[str, frozenset[str]]) -> frozenset[str]:
-    """The children of "Phenotypic abnormality" that a term is or lies below; `known` remembers them."""
+    """The children of "Phenotypic abnormality" above a term, or the term itself if it is one. `known` is a cache."""
     if identifier not in known:
         parents = terms[identifier].parents if identifier in terms else ()
         above = [_groups(parent, terms, known) for parent in parents]
@@ -158,7 +158,7 @@ def _groups(identifier: str, terms: Mapping[str, _Term], known: dict[str, frozen
 
 
 def _read_annotations(path: Path) -> dict[str, _Annotations]:
-    """Disease -> its annotations; OMIM's only, because ORPHA and DECIPHER list the same diseases again."""
+    """Disease -> its annotations. Only OMIM's, because ORPHA and DECIPHER list the same diseases again."""
     diseases: dict[str, _Annotations] = {}
     with path.open(encoding="utf-8") as lines:
         for line in lines:
@@ -194,7 +194,7 @@ def _diseases(
         seen = [(-part, counts[phenotype], phenotype) for phenotype, part in rows.frequencies.items() if part > 0]
         yield Disease(
             id=identifier,
-            # OMIM's "@" marks where a name is not to be broken.
+            # OMIM's "@" marks a place where a name must not be broken.
             name=clean(rows.name.replace("@", "")),
             findings=tuple(terms[phenotype].name for _, _, phenotype in sorted(seen) if phenotype in terms),
             inheritance=_names_below(INHERITANCE, rows.inheritance, terms, " inheritance"),
@@ -204,7 +204,7 @@ def _diseases(
 
 
 def _names_below(root: str, identifiers: Iterable[str], terms: Mapping[str, _Term], ending: str) -> tuple[str, ...]:
-    """The names of the terms below a root, by id; the ending leaves out qualifiers such as "Sporadic"."""
+    """The names of the terms below a root, by id. `ending` leaves out qualifiers such as "Sporadic"."""
     known = (identifier for identifier in sorted(identifiers) if identifier in terms)
     below = (identifier for identifier in known if _is_below(root, identifier, terms))
     return tuple(terms[identifier].name for identifier in below if terms[identifier].name.endswith(ending))

@@ -1,12 +1,12 @@
-"""Medical sites made from what public packages carry: real knowledge, no download, no patient.
+"""Medical sites made from the data of public packages: real knowledge, no download, no patient.
 
-Each site has a family of tasks of its own, half of its records; the other half asks, in the site's words, about
-phenotypes that several sites know. So some records carry what sites have in common, and the others what one site
-knows alone: the method is to tell them apart. `Record.category` says which family a record is of; the names of the
-common ones begin with "common-".
+Half of a site's records are from a family of tasks of its own. The other half asks, in the site's words, about
+phenotypes that several sites know. So some records hold knowledge that sites have in common, and the others hold
+knowledge of one site alone. The method should distinguish them. `Record.category` names the family of a record. Names
+of common families begin with "common-".
 
-The part of a concept (training, validation or test) follows from the seed and the concept alone, over all sites:
-what one site is tested on, no site trains on.
+The part of a concept (training, validation or test) follows from the seed and the concept alone, over all sites. So no
+site trains on a concept that another site is tested on.
 """
 
 import json
@@ -56,7 +56,7 @@ Items = Mapping[str, Sequence[Item]]
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """A site before it has records; `copy` counts the earlier sites of the same family."""
+    """A site before it has records. `copy`: the number of earlier sites of the same family."""
 
     name: str
     family: str
@@ -65,14 +65,14 @@ class Site:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """Whose records are drawn, for which part; names the random streams."""
+    """A draw of records for one site and one part. It names the random streams."""
 
     seed: int
     site: Site
     part: str
 
     def order(self, of: str, length: int) -> list[int]:
-        """An order of so many concepts that is the same for all sites; each takes its share of it."""
+        """An order of `length` concepts that is the same for all sites. Each site takes its share of it."""
         drawn = stream(self.seed, f"medical {of} {self.part}").permutation(length)
         return [int(index) for index in drawn]
 
@@ -84,9 +84,9 @@ class Draw:
 def build(
     seed: int, clients: int = 8, training: int = 48, validation: int = 12, test: int = 24
 ) -> tuple[ClientData, ...]:
-    """The sites, each with exactly so many records in each part; reads the packages, which takes 1-2 seconds.
+    """The sites, each with exactly the given number of records per part. Reading the packages takes 1-2 seconds.
 
-    The first eight clients have a family each; from the ninth on families come again, with other concepts.
+    The first eight clients have one family each. From the ninth on, families repeat with other concepts.
     """
     sizes = {"training": training, "validation": validation, "test": test}
     _check_sizes(clients, sizes)
@@ -94,7 +94,7 @@ def build(
 
 
 def assemble(known: Knowledge, seed: int, clients: int, sizes: Mapping[str, int]) -> tuple[ClientData, ...]:
-    """The sites out of knowledge that has been read; a `DataError` says where it does not suffice."""
+    """The sites, made from knowledge that has been read. A `DataError` names the parts for which it is not enough."""
     material = tasks.material(known)
     common = tasks.by_concept(tasks.common_items(material))
     families = {name: tasks.by_concept(make(material), common) for name, make in tasks.FAMILIES.items()}
@@ -115,12 +115,12 @@ def assemble(known: Knowledge, seed: int, clients: int, sizes: Mapping[str, int]
             if len(records) < size
         ]
     if problems:
-        raise DataError(problems, "Ask for fewer records or fewer clients: the packages know no more concepts")
+        raise DataError(problems, "Ask for fewer records or fewer clients: the packages have no more concepts")
     return tuple(client_data(place.name, *parts) for place, parts in made.items())
 
 
 def site(number: int) -> Site:
-    """The site with a number from 0 on.
+    """The site with this number, counted from 0.
 
     >>> site(1).name, site(9).name
     ('lay-terms', 'lay-terms-2')
@@ -131,7 +131,7 @@ def site(number: int) -> Site:
 
 
 def part_of(concept: str, seed: int) -> str:
-    """The part that all records about a concept are in, at every site.
+    """The part of all records about a concept, at every site.
 
     >>> [part_of(concept, seed=0) for concept in ("HP:0001250", "OMIM:154700", "ICD10:K22")]
     ['training', 'test', 'training']
@@ -141,7 +141,7 @@ def part_of(concept: str, seed: int) -> str:
 
 
 def owned(families: Mapping[str, Items], seed: int) -> dict[str, Items]:
-    """The families with each concept left in only one of those that have it, so that no two sites own it."""
+    """The families, with each concept left in only one of those that have it. So no two families own a concept."""
     holders: dict[str, list[str]] = {}
     for family, items in families.items():
         for concept in items:
@@ -156,9 +156,10 @@ def owned(families: Mapping[str, Items], seed: int) -> dict[str, Items]:
 
 
 def write(clients: Sequence[ClientData], folder: Path) -> tuple[Path, ...]:
-    """The sites' folders in a new or empty folder: training.jsonl, validation.jsonl and test.jsonl in each.
+    """Writes the sites' folders into a new or empty folder: training.jsonl, validation.jsonl and test.jsonl in each.
 
-    All is written aside and then moved, a site at a time. `SOURCES.md` comes last: a folder that has it is whole.
+    Everything is first written to a temporary folder, then moved site by site. `SOURCES.md` comes last: a folder that
+    has it is complete. Returns the sites' folders.
     """
     _check_names(clients)
     try:
@@ -176,7 +177,7 @@ def write(clients: Sequence[ClientData], folder: Path) -> tuple[Path, ...]:
 
 
 def sources_text(sources: Sequence[Source]) -> str:
-    """What the records were made from, in Markdown, with the acknowledgement that the HPO asks for."""
+    """The sources of the records in Markdown, with the acknowledgement that the HPO asks for."""
     rows = (f"| {entry.package} | {entry.version} | {entry.licence} | {entry.data} |" for entry in sources)
     return SOURCES_TEXT.format(rows="\n".join(rows))
 
@@ -199,7 +200,7 @@ def _by_part(items: Items, seed: int) -> dict[str, Items]:
 
 
 def _records(shared: Items, own: Items, size: int, draw: Draw) -> list[Record]:
-    """One part of a site: half common, half its own, in an order of its own; fewer where concepts run out."""
+    """One part of a site: half common, half its own, shuffled. It has fewer records if there are too few concepts."""
     items = _common_items(shared, size // 2, draw) + _own_items(own, size - size // 2, draw)
     wording = draw.own("wording")
     shuffled = [items[index] for index in wording.permutation(len(items))]
@@ -207,16 +208,16 @@ def _records(shared: Items, own: Items, size: int, draw: Draw) -> list[Record]:
 
 
 def _common_items(items: Items, count: int, draw: Draw) -> list[Item]:
-    """Items about the first `count` concepts of an order that is the same for all sites, drawn by each site."""
+    """Items about the first `count` concepts in an order common to all sites. Each site draws its own items."""
     concepts = list(items)
     first = [concepts[index] for index in draw.order("common", len(concepts))[:count]]
     pool = [item for concept in first for item in items[concept]]
-    # As many items as concepts: where the concepts run out, other items about them don't fill the gap.
+    # As many items as concepts: if there are too few concepts, more items about the same ones don't fill the gap.
     return [pool[index] for index in draw.own("common").permutation(len(pool))[: len(first)]]
 
 
 def _own_items(items: Items, count: int, draw: Draw) -> list[Item]:
-    """One item for each of `count` concepts; sites of one family take one slice each of a common order."""
+    """One item for each of `count` concepts. Each site of a family takes its own slice of a common order."""
     concepts = list(items)
     start = draw.site.copy * count
     mine = [concepts[index] for index in draw.order(draw.site.family, len(concepts))[start : start + count]]
@@ -231,7 +232,7 @@ def _record(item: Item, question: str) -> Record:
 
 def _check_names(clients: Sequence[ClientData]) -> None:
     names = [client.name for client in clients]
-    problems = [f"client {name!r}: not fit for a folder's name" for name in names if not _is_file_safe(name)]
+    problems = [f"client {name!r}: not usable as a folder's name" for name in names if not _is_file_safe(name)]
     problems += [
         f"client {name}: occurs {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
     ]

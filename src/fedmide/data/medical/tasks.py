@@ -1,8 +1,8 @@
-"""What a medical site may be asked: facts turned into questions and answers, one family of tasks a function.
+"""Questions and answers made from medical facts, one function per family of tasks.
 
-Which of a family's wordings is used is drawn elsewhere. An item that would make a poor record (a long answer, a
-wording that repeats the term, a broken definition) is left out here. A concept is what an item is about: an HPO or
-OMIM id, an ICD-10-CM category, or an imaging term. Vocabularies that name the same thing share its concept.
+The wording of a question is drawn elsewhere. An item that would make a poor record is left out here: a long answer, a
+wording that repeats the term, a broken definition. A concept is the subject of an item: an HPO or OMIM id, an ICD-10-CM
+category, or an imaging term. Vocabularies that name the same thing share its concept.
 """
 
 import re
@@ -21,7 +21,7 @@ MAX_RESPONSE_CHARACTERS = 400
 MAX_SUBJECT_CHARACTERS = 100
 
 
-# So many of the phenotypes that most diseases show are what sites have in common.
+# Sites have in common the phenotypes that most diseases show, at most this many.
 COMMON_PHENOTYPES = 600
 
 
@@ -38,7 +38,7 @@ MODALITIES = {
 
 @dataclass(frozen=True, slots=True)
 class Item:
-    """One thing to ask: its family, what it is about, the wordings to choose from, and the answer."""
+    """One possible record: its family (`category`), its subject, the wordings to choose from, and the answer."""
 
     category: str
     concept: str
@@ -50,9 +50,10 @@ class Item:
 
 @dataclass(frozen=True, slots=True)
 class Material:
-    """Knowledge, sorted for use: concepts of plain names, the phenotypes that sites have in common, the others.
+    """Knowledge, sorted for use.
 
-    Phenotypes that no disease shows are in neither: most of them only fill a scheme, a term for each bone.
+    `concepts`: plain name -> concept. `common`: the phenotypes that sites have in common. `rest`: other phenotypes.
+    Phenotypes that no disease shows are in neither: most of them only fill a scheme, such as one term per bone.
     """
 
     knowledge: Knowledge
@@ -85,7 +86,7 @@ def plain_name(name: str) -> str:
 
 
 def common_items(given: Material) -> Iterator[Item]:
-    """Definitions, lay wordings and systems of the phenotypes that sites have in common, three items for each."""
+    """Definitions, lay wordings and systems of the phenotypes that sites have in common, three items per phenotype."""
     yield from definitions(given.common, "common-definitions")
     yield from lay_terms(given.common, "common-lay-terms")
     for entry in given.common:
@@ -114,7 +115,7 @@ def definitions(phenotypes: Iterable[Phenotype], category: str = "phenotype-defi
 
 
 def lay_terms(phenotypes: Iterable[Phenotype], category: str = "lay-terms") -> Iterator[Item]:
-    """The phenotypes in everyday words, where these differ from the term."""
+    """The phenotypes in everyday words, if these differ from the term."""
     for entry in phenotypes:
         if plain := _lay_wordings(entry):
             yield Item(category, entry.id, wordings.LAY_TERM, entry.name, f"In plain words: {'; '.join(plain)}.")
@@ -129,7 +130,7 @@ def disease_phenotypes(given: Material) -> Iterator[Item]:
 
 
 def diagnosis(given: Material) -> Iterator[Item]:
-    """The disease that two findings in the question and up to four more in the context belong to."""
+    """The disease with two findings in the question and up to four more in the context."""
     for disease, concept in _diseases(given):
         if len(disease.findings) >= 4:
             subject = " and ".join(disease.findings[:2])
@@ -139,7 +140,7 @@ def diagnosis(given: Material) -> Iterator[Item]:
 
 
 def inheritance_onset(given: Material) -> Iterator[Item]:
-    """Inheritance and onset of a disease, where both are known and neither varies much."""
+    """Inheritance and onset of a disease, if both are known and neither varies much."""
     for disease, concept in _diseases(given):
         if len(disease.inheritance) in (1, 2) and len(disease.onset) in (1, 2):
             response = f"{' or '.join(disease.inheritance)}; {' or '.join(disease.onset).lower()}."
@@ -147,7 +148,7 @@ def inheritance_onset(given: Material) -> Iterator[Item]:
 
 
 def disease_genes(given: Material) -> Iterator[Item]:
-    """The genes of a disease, where they are at most three."""
+    """The genes of a disease, if there are at most three."""
     for disease, concept in _diseases(given):
         if 1 <= len(disease.genes) <= 3:
             response = f"It is linked to variants in {' or '.join(disease.genes)}."
@@ -155,7 +156,7 @@ def disease_genes(given: Material) -> Iterator[Item]:
 
 
 def icd10_coding(given: Material) -> Iterator[Item]:
-    """Code and title for a diagnosis in other words than the title, and the way back."""
+    """Code and title for a diagnosis in words other than the title, and the diagnosis for a code."""
     for entry in given.knowledge.codes:
         concept = f"ICD10:{entry.code[:3]}"
         terms = [term for term in entry.inclusion_terms if _is_telling(term, entry)]
@@ -191,7 +192,7 @@ FAMILIES: Mapping[str, Callable[[Material], Iterator[Item]]] = {
 
 
 def by_concept(items: Iterable[Item], without: Iterable[str] = ()) -> dict[str, list[Item]]:
-    """Concept -> its items that are short enough, leaving out some concepts."""
+    """Concept -> its items that are short enough, without the concepts in `without`."""
     left_out = frozenset(without)
     grouped: dict[str, list[Item]] = {}
     for item in items:
@@ -202,7 +203,7 @@ def by_concept(items: Iterable[Item], without: Iterable[str] = ()) -> dict[str, 
 
 
 def _concepts(knowledge: Knowledge) -> dict[str, str]:
-    """Plain name -> concept; a name that several vocabularies have is the phenotype's, or else the disease's."""
+    """Plain name -> concept. If several vocabularies have a name, it is the phenotype's, or else the disease's."""
     phenotypes = ((entry.name, entry.id) for entry in knowledge.phenotypes)
     diseases = ((entry.name, entry.id) for entry in knowledge.diseases)
     pathologies = (entry.name for entry in knowledge.imaging)
@@ -222,7 +223,7 @@ def _diseases(given: Material) -> Iterator[tuple[Disease, str]]:
 
 
 def _is_well_named(disease: Disease) -> bool:
-    """Whether the name is a present-day one and whole: some are in capitals, doubtful, or cut short."""
+    """True if the name is current and complete. Some names are in capitals, doubtful, outdated or cut short."""
     name = disease.name
     cut = name.endswith((" and", " of", " or", " with"))
     return not (name.isupper() or "?" in name or cut or "mental retardation" in name.lower())
@@ -239,7 +240,7 @@ def _imaging(term: ImagingTerm, concept: str) -> Iterator[Item]:
 
 
 def _distinct(names: Iterable[str]) -> list[str]:
-    """The names without those that differ from an earlier one in case only."""
+    """The names without those that differ from an earlier one only in case."""
     first: dict[str, str] = {}
     for name in names:
         first.setdefault(name.casefold(), name)
@@ -256,15 +257,15 @@ def _is_fit_for_all(entry: Phenotype) -> bool:
 
 
 def _is_defined(entry: Phenotype) -> bool:
-    """Whether the definition is a whole text of its own: some begin in mid-word or cite papers."""
+    """True if the definition is a complete text of its own. Some begin in the middle of a word or cite papers."""
     text = entry.definition
     cites = any(mark in text for mark in ("PMID", "http", "["))
     return len(text.split()) >= 5 and not text[0].islower() and not cites and len(text) < MAX_RESPONSE_CHARACTERS
 
 
 def _lay_wordings(entry: Phenotype) -> list[str]:
-    """Up to two lay names that say more than the term itself does, in other words."""
-    # Of names that differ in plurals or order only, the first is kept.
+    """Up to two lay names with words that the term itself does not have."""
+    # Of names that differ only in plurals or order, the first is kept.
     names = {_words(name): name for name in reversed(entry.lay_names)}
     telling = [name for words, name in reversed(names.items()) if not words <= _words(entry.name)]
     return telling[:2]
@@ -276,7 +277,7 @@ def _is_telling(term: str, entry: Code) -> bool:
 
 
 def _words(text: str) -> frozenset[str]:
-    """The words of a text without case and plural, to tell whether two wordings differ."""
+    """The words of a text without case and plural, to compare two wordings."""
     return frozenset(word.removesuffix("s") for word in re.findall(r"[a-z0-9]+", text.lower()))
 
 

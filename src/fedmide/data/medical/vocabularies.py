@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 
 @dataclass(frozen=True, slots=True)
 class Code:
-    """An ICD-10-CM code that has no subdivisions, and terms that are coded with it."""
+    """An ICD-10-CM code without subdivisions, and terms that are coded with it."""
 
     code: str
     description: str
@@ -29,7 +29,7 @@ class ImagingTerm:
 
 @dataclass(frozen=True, slots=True)
 class Differential:
-    """What an imaging presentation may stand for."""
+    """An imaging presentation and its possible diagnoses."""
 
     presentation: str
     modality: str
@@ -44,13 +44,13 @@ def read_codes(path: Path) -> tuple[Code, ...]:
         if node.tag == "diag":
             if node.find("diag") is None:
                 codes.append(_code(node))
-            # Kept whole, the tree is so large that collecting garbage takes longer than reading it.
+            # The whole tree is so large that garbage collection would take longer than reading it.
             node.clear()
     return tuple(codes)
 
 
 def read_imaging(concepts: Path, findings: Path) -> tuple[ImagingTerm, ...]:
-    """The pathologies by name, with what each modality shows of them."""
+    """The pathologies by name, with their findings by modality."""
     pathologies = [entry for entry in _entries(concepts) if entry.get("concept_type") == "pathology"]
     definitions = {_field(entry, "name"): _field(entry, "definition") for entry in pathologies}
     # Dictionaries instead of sets keep the order of the file.
@@ -78,7 +78,7 @@ def _by_modality(findings: Mapping[str, Mapping[str, None]]) -> tuple[tuple[str,
 
 
 def _differential(entry: Mapping[str, Any]) -> Differential:
-    # A few entries give a diagnosis with its likelihood, as an object; all others give its name.
+    # A few entries give a diagnosis as an object, with its likelihood. All others give its name.
     given = entry.get("differentials") or ()
     names = (_field(item, "name") if isinstance(item, dict) else _plain(item) for item in given)
     return Differential(

@@ -1,4 +1,4 @@
-"""The questions that medical sites ask, in several wordings each; `{subject}` is what a question is about."""
+"""The questions that medical sites ask, in several wordings each. `{subject}` stands for the subject of a question."""
 
 DEFINITION = (
     'What does the clinical term "{subject}" mean?',
