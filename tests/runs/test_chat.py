@@ -19,8 +19,7 @@ from fedmide.data.tokens import Example
 from fedmide.errors import DataError, ModelError, RunFolderError, UsageError
 from fedmide.journal.creation import reopen
 from fedmide.journal.folder import RunFolder
-from fedmide.model import adapters, generation
-from fedmide.model import lora
+from fedmide.model import adapters, generation, lora
 from fedmide.model.pretrained import hf
 from fedmide.runs import chat
 

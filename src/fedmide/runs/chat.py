@@ -4,25 +4,21 @@ Every question stands alone, because that is the form that the model was trained
 to it. Nothing is written, and no record is read.
 """
 
-from collections.abc import Callable
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Literal
+
 from fedmide.data.prompts import prompt_hash
 from fedmide.data.records import Record
-from fedmide.data.tokens import Encoder
-from fedmide.data.tokens import encoder
+from fedmide.data.tokens import Encoder, encoder
 from fedmide.errors import ModelError
 from fedmide.journal.folder import RunFolder
 from fedmide.model.generation import MAX_NEW_TOKENS
 from fedmide.model.interface import Adapter
 from fedmide.model.pretrained.hf import read_peft
-from fedmide.model.pretrained.locate import fingerprint
-from fedmide.model.pretrained.locate import locate
+from fedmide.model.pretrained.locate import fingerprint, locate
 from fedmide.progress import Tell
-from fedmide.runs.resident import Resident
-from fedmide.runs.resident import open_model
-from typing import Literal
-
+from fedmide.runs.resident import Resident, open_model
 
 Voice = Literal["personalised", "aggregated", "base"]
 """Whose answer it is: the client's own model's, the common one's, or that of the model before any training."""

@@ -3,37 +3,28 @@
 Every export has a model card. A merged model is read back and compared with base and adapter before it is there at all.
 """
 
+import shutil
 from dataclasses import dataclass
-from fedmide.atomic import clear_errors
-from fedmide.atomic import to_json
-from fedmide.atomic import write_folder
-from fedmide.errors import ModelError
-from fedmide.errors import RunFolderError
-from fedmide.errors import UsageError
-from fedmide.journal.folder import RunFolder
-from fedmide.model.adapters import A
-from fedmide.model.adapters import read as read_adapter
-from fedmide.model.pretrained.gguf import write_gguf
-from fedmide.model.pretrained.hf import adapted
-from fedmide.model.pretrained.hf import load_merged
-from fedmide.model.pretrained.hf import load_tokenizer
-from fedmide.model.pretrained.hf import logits
-from fedmide.model.pretrained.hf import save_merged
-from fedmide.model.pretrained.locate import locate
-from fedmide.report.facts import RunFacts
-from fedmide.report.facts import read
-from fedmide.report.figure import number
-from fedmide.report.figure import ranged
-from fedmide.seeds import stream
 from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Literal
+
 import jinja2
-import shutil
 import torch
 import torch.nn.functional as F
 
+from fedmide.atomic import clear_errors, to_json, write_folder
+from fedmide.errors import ModelError, RunFolderError, UsageError
+from fedmide.journal.folder import RunFolder
+from fedmide.model.adapters import A
+from fedmide.model.adapters import read as read_adapter
+from fedmide.model.pretrained.gguf import write_gguf
+from fedmide.model.pretrained.hf import adapted, load_merged, load_tokenizer, logits, save_merged
+from fedmide.model.pretrained.locate import locate
+from fedmide.report.facts import RunFacts, read
+from fedmide.report.figure import number, ranged
+from fedmide.seeds import stream
 
 Dtype = Literal["float32", "bfloat16"]
 

@@ -1,48 +1,35 @@
 """What a configuration points at, read and checked before anything is written: records, model, examples."""
 
-from collections.abc import Callable
-from collections.abc import Mapping
-from collections.abc import Sequence
-from dataclasses import dataclass
-from dataclasses import replace
+import hashlib
+import platform
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
 from fedmide import version
 from fedmide.config import Config
 from fedmide.config.knobs import agreed
 from fedmide.config.knobs import fingerprint as config_fingerprint
-from fedmide.config.sections import DataConfig
-from fedmide.config.sections import ModelConfig
+from fedmide.config.sections import DataConfig, ModelConfig
 from fedmide.data import load as load_data
-from fedmide.data.prompts import prompt_hash
-from fedmide.data.prompts import resolve
-from fedmide.data.records import ClientData
-from fedmide.data.records import Record
-from fedmide.data.tokens import Encoder
-from fedmide.data.tokens import Example
-from fedmide.data.tokens import encode_all
-from fedmide.data.tokens import encoder
-from fedmide.errors import DataError
-from fedmide.errors import ModelError
-from fedmide.errors import UserError
+from fedmide.data.prompts import prompt_hash, resolve
+from fedmide.data.records import ClientData, Record
+from fedmide.data.tokens import Encoder, Example, encode_all, encoder
+from fedmide.errors import DataError, ModelError, UserError
 from fedmide.federation.messages import Facts
 from fedmide.journal.manifest import now
 from fedmide.model.interface import Adapter
 from fedmide.model.pretrained.locate import fingerprint as model_fingerprint
 from fedmide.model.pretrained.locate import locate
 from fedmide.progress import Tell
-from fedmide.runs.resident import Opener
-from fedmide.runs.resident import Resident
-from fedmide.runs.resident import open_model
+from fedmide.runs.resident import Opener, Resident, open_model
 from fedmide.version import __version__
-from functools import partial
-from importlib import metadata
-from pathlib import Path
-from typing import Any
-from typing import TypeVar
-import hashlib
-import platform
-import subprocess
-import torch
-
 
 T = TypeVar("T")
 

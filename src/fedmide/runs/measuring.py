@@ -1,26 +1,21 @@
 """What adapters make of test records and public questions, kept so that it is measured once."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import asdict
-from fedmide.data.questions import Question
-from fedmide.data.questions import SetName
-from fedmide.data.questions import fingerprint
+from typing import Any
+
+from fedmide import methods
+from fedmide.data.questions import Question, SetName, fingerprint
 from fedmide.errors import RunFolderError
 from fedmide.evaluation import summary
-from fedmide.evaluation.measure import Measured
-from fedmide.evaluation.measure import measure
-from fedmide.evaluation.questions import Scored
-from fedmide.evaluation.questions import score_questions
-from fedmide.evaluation.questions import set_figures
-from fedmide import methods
+from fedmide.evaluation.measure import Measured, measure
+from fedmide.evaluation.questions import Scored, score_questions, set_figures
 from fedmide.model.generation import default_max_new_tokens
 from fedmide.model.interface import Adapter
 from fedmide.model.pretrained.hf import read_peft
 from fedmide.progress import Advance
-from fedmide.runs.opening import Run
-from fedmide.runs.opening import record_ids
-from typing import Any
-import json
+from fedmide.runs.opening import Run, record_ids
 
 
 def _is_personalized(run: Run) -> bool:

@@ -3,38 +3,26 @@
 This is the `LocalModel` that clients train with, and what evaluation and generation use.
 """
 
-from collections import Counter
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from dataclasses import field
-from dataclasses import replace
-from fedmide.config import Config
-from fedmide.config.sections import LoraConfig
-from fedmide.config.sections import Positions
-from fedmide.data.tokens import Example
-from fedmide import methods
-from fedmide.model import adapters
-from fedmide.model import generation
-from fedmide.model import scoring
-from fedmide.model import training
-from fedmide.model.interface import Adapter
-from fedmide.model.interface import Epoch
-from fedmide.model.interface import Nll
-from fedmide.model.interface import TrainingPlan
-from fedmide.model.interface import ZERO
-from fedmide.model.lora import LoraModel
-from fedmide.model.lora import load
-from fedmide.model.routing import routed
-from fedmide.model.threads import available_cores
-from fedmide.model.threads import free_threads
-from numpy.typing import NDArray
-from pathlib import Path
-import numpy as np
 import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
 import torch
+from numpy.typing import NDArray
+
+from fedmide import methods
+from fedmide.config import Config
+from fedmide.config.sections import LoraConfig, Positions
+from fedmide.data.tokens import Example
+from fedmide.model import adapters, generation, scoring, training
+from fedmide.model.interface import ZERO, Adapter, Epoch, Nll, TrainingPlan
+from fedmide.model.lora import LoraModel, load
+from fedmide.model.routing import routed
+from fedmide.model.threads import available_cores, free_threads
 
 
 @dataclass

@@ -7,43 +7,25 @@ What was answered is kept. The same task again gets the same answer without work
 trains once; a task of an earlier round than the last is refused, so nothing that was done is undone.
 """
 
+import hashlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from dataclasses import replace
-from fedmide.atomic import write_file
-from fedmide.atomic import write_folder
-from fedmide.data.records import RecordId
-from fedmide.errors import MessageError
-from fedmide.errors import RunFolderError
-from fedmide.errors import UserError
-from fedmide.federation.client import handle
-from fedmide.federation.client_state import ClientState
-from fedmide.federation.client_state import has_trained
-from fedmide.federation.client_state import is_lost
-from fedmide.federation.client_state import keeps_memory
-from fedmide.federation.codec import decode_reply
-from fedmide.federation.codec import decode_request
-from fedmide.federation.codec import encode_facts
-from fedmide.federation.codec import encode_reply
-from fedmide.federation.codec import encode_trouble
-from fedmide.federation.ledger import before
-from fedmide.federation.ledger import standing
-from fedmide.federation.messages import ClientReply
-from fedmide.federation.messages import ClientTask
-from fedmide.federation.messages import Facts
-from fedmide.federation.messages import Hello
-from fedmide.federation.messages import Trouble
-from fedmide.federation.messages import TroubleCode
-from fedmide.journal.folder import RunFolder
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 from fedmide import methods
-from fedmide.model.adapters import is_finite
-from fedmide.model.adapters import shapes
+from fedmide.atomic import write_file, write_folder
+from fedmide.data.records import RecordId
+from fedmide.errors import MessageError, RunFolderError, UserError
+from fedmide.federation.client import handle
+from fedmide.federation.client_state import ClientState, has_trained, is_lost, keeps_memory
+from fedmide.federation.codec import decode_reply, decode_request, encode_facts, encode_reply, encode_trouble
+from fedmide.federation.ledger import before, standing
+from fedmide.federation.messages import ClientReply, ClientTask, Facts, Hello, Trouble, TroubleCode
+from fedmide.journal.folder import RunFolder
+from fedmide.model.adapters import is_finite, shapes
 from fedmide.model.pretrained.hf import peft_files
 from fedmide.progress import Tell
 from fedmide.runs.inputs import Inputs
-from pathlib import Path
-import hashlib
-
 
 EVERYONE = "(all clients)"
 """The client that has everyone's records, where a method trains in one place; no folder of a client is called so."""

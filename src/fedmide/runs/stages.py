@@ -3,20 +3,17 @@
 Each can be stopped at any moment and started again: what is whole is kept, what is not is made anew.
 """
 
-from collections.abc import Callable
-from collections.abc import Iterator
-from collections.abc import Mapping
-from collections.abc import Sequence
-from concurrent.futures import Future
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
-from dataclasses import replace
-from fedmide import report
-from fedmide.atomic import to_json
-from fedmide.atomic import write_file
-from fedmide.atomic import write_folder
-from fedmide.data.questions import Question
-from fedmide.data.questions import SetName
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, replace
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+from fedmide import methods, report
+from fedmide.atomic import to_json, write_file, write_folder
+from fedmide.data.questions import Question, SetName
 from fedmide.errors import RunFolderError
 from fedmide.evaluation import summary
 from fedmide.evaluation.measure import Measured
@@ -26,36 +23,22 @@ from fedmide.federation.messages import Metric
 from fedmide.federation.rounds import Runtime
 from fedmide.federation.rounds import run as run_rounds
 from fedmide.federation.runtimes.inprocess import InProcess
-from fedmide.federation.server import RoundSummary
-from fedmide.federation.server import ServerState
-from fedmide import methods
-from fedmide.model.interface import Adapter
-from fedmide.model.interface import Nll
-from fedmide.model.interface import total
-from fedmide.model.pretrained.hf import peft_files
-from fedmide.model.pretrained.hf import read_peft
-from fedmide.progress import Progress
-from fedmide.progress import silent
-from fedmide.runs.measuring import _ask
-from fedmide.runs.measuring import _is_personalized
-from fedmide.runs.measuring import _measured
-from fedmide.runs.measuring import _method_figures
-from fedmide.runs.measuring import _personal_adapter
-from fedmide.runs.measuring import _responses
-from fedmide.runs.measuring import _set_figures
-from fedmide.runs.opening import Run
-from fedmide.runs.opening import begin
-from fedmide.runs.site import EVERYONE
-from fedmide.runs.site import client_state
-from fedmide.runs.site import keep
-from fedmide.runs.timing import listening
-from fedmide.runs.timing import noted
-from fedmide.runs.timing import timed
-from functools import partial
-from types import MappingProxyType
-from typing import Any
-import math
-
+from fedmide.federation.server import RoundSummary, ServerState
+from fedmide.model.interface import Adapter, Nll, total
+from fedmide.model.pretrained.hf import peft_files, read_peft
+from fedmide.progress import Progress, silent
+from fedmide.runs.measuring import (
+    _ask,
+    _is_personalized,
+    _measured,
+    _method_figures,
+    _personal_adapter,
+    _responses,
+    _set_figures,
+)
+from fedmide.runs.opening import Run, begin
+from fedmide.runs.site import EVERYONE, client_state, keep
+from fedmide.runs.timing import listening, noted, timed
 
 Sets = Mapping[SetName, Sequence[Question]]
 """Public multiple-choice questions by the set that they are from."""

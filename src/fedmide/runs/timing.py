@@ -1,22 +1,19 @@
 """Progress while a stage of a run works, and how long it took, noted in its manifest."""
 
-from collections import Counter
-from collections.abc import Iterator
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from contextlib import contextmanager
-from contextlib import suppress
-from fedmide.federation.messages import ClientTask
-from fedmide.federation.rounds import Runtime
-from fedmide.federation.server import Delivery
-from fedmide.journal.manifest import STATUSES
-from fedmide.journal.manifest import now
-from fedmide.progress import Advance
-from fedmide.runs.opening import Run
-from pathlib import Path
 import resource
 import sys
 import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from pathlib import Path
+
+from fedmide.federation.messages import ClientTask
+from fedmide.federation.rounds import Runtime
+from fedmide.federation.server import Delivery
+from fedmide.journal.manifest import STATUSES, now
+from fedmide.progress import Advance
+from fedmide.runs.opening import Run
 
 
 @contextmanager

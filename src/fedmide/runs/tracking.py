@@ -7,24 +7,6 @@ and where a client's figures are over one record, neither these nor what holds t
 Tracking a run again brings its entry up to date.
 """
 
-from collections.abc import Iterator
-from collections.abc import Mapping
-from dataclasses import dataclass
-from dataclasses import replace
-from datetime import datetime
-from fedmide.atomic import to_json
-from fedmide.config.knobs import flat
-from fedmide.config import to_toml
-from fedmide.errors import TrackerError
-from fedmide.errors import first_line
-from fedmide.journal.folder import RunFolder
-from fedmide.report.facts import RunFacts
-from fedmide.report.facts import read
-from fedmide.report.write import page
-from pathlib import Path
-from types import MappingProxyType
-from typing import Any
-from typing import Literal
 import hashlib
 import importlib.util
 import math
@@ -32,7 +14,20 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
 
+from fedmide.atomic import to_json
+from fedmide.config import to_toml
+from fedmide.config.knobs import flat
+from fedmide.errors import TrackerError, first_line
+from fedmide.journal.folder import RunFolder
+from fedmide.report.facts import RunFacts, read
+from fedmide.report.write import page
 
 Tracker = Literal["mlflow", "tensorboard"]
 
