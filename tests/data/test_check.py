@@ -1,4 +1,4 @@
-"""The check of a set of clients: by hand, and on the published data what is known of it."""
+"""The check of a set of clients: by hand, and on the published data against known facts."""
 
 import json
 from dataclasses import asdict
@@ -39,7 +39,7 @@ def test_check_by_hand() -> None:
     assert set(report.leaks) == {Leak("a", "test", "a", kind, 1, 1) for kind in ("text", "question")}
 
 
-def test_a_report_is_fit_for_json_and_holds_no_text_of_a_record() -> None:
+def test_a_report_can_be_json_and_holds_no_text_of_a_record() -> None:
     secret = Record("secret-i", "secret-r", context="secret-c", category="secret-k", concept="secret-o")
     written = json.dumps(asdict(check([client_data("a", [secret], [secret], [secret])])))
     assert written.count("secret") == written.count('{"secret-k": 1}') == 3  # a category is a label, not a text
@@ -67,7 +67,7 @@ def test_the_published_data_is_as_it_is_known_to_be() -> None:
     assert [client.training.records for client in report.clients] == [300] * 8
     assert [client.test.records for client in report.clients] == [200] * 8
     within = [leak for leak in report.leaks if leak.client == leak.training_client]
-    # 4 different texts; two of them stand twice in the test file, so 6 of its records are concerned.
+    # 4 different texts. Two of them occur twice in the test file, so 6 of its records are affected.
     assert [leak for leak in within if leak.kind == "text"] == [Leak("2", "test", "2", "text", 6, 4)]
     asked_again = [leak for leak in within if leak.kind == "question"]
     # 11 instructions of client 7 are asked again, 3 of them with another context.

@@ -1,4 +1,4 @@
-"""Reading records: what is read, what is refused, and that messages name the place and hold no text."""
+"""Reading records: files that are read, files that are refused, and messages that name the place but hold no text."""
 
 import json
 import math
@@ -100,7 +100,7 @@ def test_every_element_of_a_list_is_placed_at_the_line_where_it_begins(
 
 @settings(deadline=None)  # a file system may be slow
 @given(st.text(alphabet='[]{},:"\\ \n1atrue', max_size=12))
-def test_what_json_refuses_is_refused_and_nothing_else(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+def test_only_text_that_json_refuses_is_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "c.json"
     path.write_text(text, encoding="utf-8", newline="")
     try:
@@ -236,7 +236,7 @@ def test_no_message_holds_a_text(tmp_path_factory: pytest.TempPathFactory, noise
         assert "SECRET" not in "\n".join(problems(read))
 
 
-def test_a_folder_holds_one_file_or_one_folder_a_client(tmp_path: Path) -> None:
+def test_a_folder_holds_one_file_or_one_folder_per_client(tmp_path: Path) -> None:
     write_json(tmp_path / "site10.json", [{**GOOD, "response": "ten"}])
     write_lines(tmp_path / "Site9.jsonl", [{**GOOD, "response": "nine"}])
     (tmp_path / "site1").mkdir()
@@ -290,7 +290,7 @@ def test_the_problems_of_all_files_of_a_folder_come_together(tmp_path: Path) -> 
         (["a.csv"], ": no clients found"),
     ],
 )
-def test_a_folder_that_is_not_laid_out_so_is_refused(tmp_path: Path, names: list[str], expected: str) -> None:
+def test_a_folder_with_another_layout_is_refused(tmp_path: Path, names: list[str], expected: str) -> None:
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (write_lines if name.endswith("l") else write_json)(tmp_path / name, [GOOD])
@@ -322,7 +322,7 @@ def test_a_table_holds_all_clients(
 
 
 def test_a_field_may_say_the_part_of_each_record(tmp_path: Path) -> None:
-    """Parts that a client has no record of are left to be split off."""
+    """Parts without a record of a client are split off later."""
     fields = FieldNames(part="split")
     parts = {"a": ["train", "test", "training"], "b": ["training", "dev", "validation"]}
     rows = [
@@ -351,7 +351,7 @@ def test_an_unknown_part_is_named_with_its_line(tmp_path: Path) -> None:
     assert list(found) == [f"{path}:{line}: {expected}" for line in (2, 3, 4)]
 
 
-def test_a_table_names_rows_without_an_owner_and_clients_that_differ_in_case(tmp_path: Path) -> None:
+def test_a_table_names_rows_without_a_client_and_clients_that_differ_in_case(tmp_path: Path) -> None:
     owners: list[object] = ["a", "", None, 1.5, True, "..", "a/b", "A"]
     path = write_lines(tmp_path / "all.jsonl", [{**GOOD, "client": owner} for owner in owners])
     found = problems(lambda: read_table(path, FIELDS))
@@ -360,7 +360,7 @@ def test_a_table_names_rows_without_an_owner_and_clients_that_differ_in_case(tmp
     assert found[-1].endswith("duplicate client name, whatever its case: a, A")
 
 
-def test_load_parts_the_clients_of_a_table_and_takes_the_first(tmp_path: Path) -> None:
+def test_load_splits_the_clients_of_a_table_and_takes_the_first(tmp_path: Path) -> None:
     rows = [
         {"instruction": f"Question {number}?", "response": "So.", "client": f"site{site}"}
         for site in (2, 10, 1)
@@ -387,7 +387,7 @@ def test_of_a_folder_a_single_client_is_read_as_it_is_among_others(tmp_path: Pat
         load(config, 0, "z")
 
 
-def test_load_says_what_is_wrong_with_its_settings(tmp_path: Path) -> None:
+def test_load_reports_problems_of_its_settings(tmp_path: Path) -> None:
     write_json(tmp_path / "a.json", [GOOD])
     write_json(tmp_path / "b.json", [GOOD])
     for source in ("published", "files", "table"):
@@ -424,7 +424,7 @@ def test_scores_are_read_in_every_form_and_the_objects_kept(tmp_path: Path) -> N
     assert read_scores(tmp_path / "scores.json")[1].score == 1.5
 
 
-def test_what_is_wrong_with_scores_is_named_with_its_lines(tmp_path: Path) -> None:
+def test_problems_of_scores_are_named_with_their_lines(tmp_path: Path) -> None:
     path = tmp_path / "scores.jsonl"
     path.write_text(
         '{"score": "1.5"}\n{"score": true}\n{"score": null}\n{"local_perplexity": 0, "aggregated_perplexity": -1}\n'

@@ -1,4 +1,4 @@
-"""A record's text reaches the prompt whole and unread; templates are checked as a whole."""
+"""Prompts hold a record's text unchanged, and template files are checked completely."""
 
 from pathlib import Path
 

@@ -52,7 +52,7 @@ def test_the_numbered_folder_below_is_found(tmp_path: Path) -> None:
     assert refused(tmp_path) == [": several numbered folders hold records (3, 8), expected one"]
 
 
-def test_what_is_not_so_laid_out_is_refused(tmp_path: Path) -> None:
+def test_another_layout_is_refused(tmp_path: Path) -> None:
     assert refused(tmp_path / "nowhere") == [": no such folder"]
     assert refused(tmp_path) == [": no local_training_{i}.json, in it or in a numbered folder in it"]
     write(tmp_path, "training", "a")
@@ -69,7 +69,7 @@ def test_what_is_not_so_laid_out_is_refused(tmp_path: Path) -> None:
     ]
 
 
-def test_validation_files_are_read_and_what_the_original_leaves_behind_is_not(tmp_path: Path) -> None:
+def test_validation_files_are_read_and_files_that_the_original_leaves_behind_are_not(tmp_path: Path) -> None:
     write(tmp_path, "training", 0, count=2)
     write(tmp_path, "validation", 0, count=3)
     for name in ("0_v1", "0_v2", "0_v3", "1_v2", "1_v2_v3"):
@@ -123,7 +123,7 @@ def test_the_published_sets_are_partitions_of_the_published_training_records() -
 @needs_published
 @pytest.mark.parametrize("number", [0, 1, 2, 4, 5, 7])
 def test_scores_from_perplexities_are_the_published_scores(number: int) -> None:
-    """Joined by the index of the training record: the scored files are in another order."""
+    """Scores are joined by the index of the training record, because the scored files are in another order."""
     records = read_records(PUBLISHED / "8" / f"local_training_{number}.json", FIELDS)
     measured = read_scores(PUBLISHED / "8" / f"perplexities_{number}.jsonl")
     by_text = {canonical_text(records[int(str(each.original["index"]))]): each.score for each in measured}

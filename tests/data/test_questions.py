@@ -1,4 +1,4 @@
-"""Public sets in the forms in which they are passed on, by hand; what is wrong with a file is told, not its texts."""
+"""Public sets in the forms in which they are published, by hand. Problems of a file are reported without its texts."""
 
 import json
 from pathlib import Path
@@ -139,7 +139,7 @@ def test_a_folder_without_one_test_part_is_refused(files: list[str], tmp_path: P
 
 @pytest.fixture
 def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of a snapshot of owner/name that the hub client has in its cache."""
+    """The folder of a snapshot of owner/name in the cache of the hub client."""
     repository, commit = tmp_path / "hub" / "datasets--owner--name", "0" * 40
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text(commit, encoding="utf-8")
@@ -149,7 +149,7 @@ def offline_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return repository / "snapshots" / commit / "data"
 
 
-def test_a_hub_id_is_the_snapshot_that_the_client_has(offline_hub: Path) -> None:
+def test_a_hub_id_is_the_cached_snapshot(offline_hub: Path) -> None:
     write(offline_hub / "test-00000-of-00001.jsonl", [MEDQA])
     said: list[str] = []
     found = read_questions("medqa", Path("owner/name"), said.append)
@@ -184,7 +184,7 @@ def test_of_a_repository_only_the_test_part_is_fetched(monkeypatch: pytest.Monke
     }
 
 
-def test_what_the_hub_does_not_give_is_refused(offline_hub: Path) -> None:
+def test_a_set_that_the_hub_does_not_give_is_refused(offline_hub: Path) -> None:
     with pytest.raises(DataError, match="no such file or folder here, and the hub didn't give it: "):
         read_questions("medqa", Path("owner/other"))
 
@@ -216,7 +216,7 @@ def test_a_path_that_is_not_there_is_refused_and_no_hub_is_asked(path: str, monk
         ("pubmedqa", [], "a list, expected an object"),
     ],
 )
-def test_a_bad_row_is_told_with_its_place_and_without_its_text(
+def test_a_bad_row_is_reported_with_its_place_and_without_its_text(
     name: SetName, row: Any, fault: str, tmp_path: Path
 ) -> None:
     path = write(tmp_path / "x.jsonl", [row])
@@ -227,7 +227,7 @@ def test_a_bad_row_is_told_with_its_place_and_without_its_text(
     assert "bile" not in str(refused.value) and "asked" not in str(refused.value)
 
 
-def test_a_row_without_a_question_is_left_out_and_told(tmp_path: Path) -> None:
+def test_a_row_without_a_question_is_left_out_and_reported(tmp_path: Path) -> None:
     path, said = write(tmp_path / "x.json", [CAREQA, {**CAREQA, "question": None}]), []
     assert len(read_questions("careqa", path, said.append)) == 1
     assert said == [f"{path}: 1 of 2 rows have no question and are left out"]
@@ -245,13 +245,13 @@ def test_all_problems_at_once(tmp_path: Path) -> None:
     assert len(refused.value.problems) == 2
 
 
-def test_broken_json_is_told(tmp_path: Path) -> None:
+def test_broken_json_is_reported(tmp_path: Path) -> None:
     (tmp_path / "x.json").write_text("[{")
     with pytest.raises(DataError, match="broken JSON"):
         read_questions("medqa", tmp_path / "x.json")
 
 
-def test_hashes_tell_prompts_and_questions_apart() -> None:
+def test_hashes_distinguish_prompts_and_questions() -> None:
     assert len({FORMS[name].hash for name in ("medqa", "medmcqa", "pubmedqa")}) == 3
     assert FORMS["careqa"].hash == FORMS["medmcqa"].hash
     assert set(FORMS) == set(SETS)

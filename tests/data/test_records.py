@@ -1,4 +1,4 @@
-"""Records: what makes an id, and what doesn't."""
+"""Records: the parts that enter an id, and those that do not."""
 
 import hashlib
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Parting a client's records: what holds for every client, and what leaks are found."""
+"""The split of a client's records: properties that hold for every client, and the leaks that are found."""
 
 from collections import Counter
 from dataclasses import replace
@@ -37,7 +37,7 @@ def plain(part: tuple[Record, ...]) -> list[Record]:
 
 
 def slow_groups(found: list[Record]) -> list[frozenset[int]]:
-    """For each record, the records that hang together with it, grown until nothing is added."""
+    """For each record, the records that are tied to it, grown until nothing is added."""
     contexts: dict[str, set[str]] = {}
     for record in found:
         contexts.setdefault(normalised(record.instruction), set()).add(normalised(record.context))
@@ -59,7 +59,7 @@ def slow_groups(found: list[Record]) -> list[frozenset[int]]:
 
 
 @given(st.lists(records, max_size=25))
-def test_groups_are_what_hangs_together(found: list[Record]) -> None:
+def test_groups_are_the_records_that_are_tied_together(found: list[Record]) -> None:
     names, slow = grouped(found), slow_groups(found)
     assert [frozenset(n for n, other in enumerate(names) if other == name) for name in names] == slow
 
@@ -71,7 +71,7 @@ def test_the_same_text_under_two_concepts_is_in_one_part() -> None:
     assert leaks([client]) == ()
 
 
-def test_an_instruction_with_many_contexts_is_as_many_questions() -> None:
+def test_an_instruction_is_one_question_per_context() -> None:
     found = [Record("Sum up the report.", "short", context=f"report {number // 2}") for number in range(60)]
     assert len(set(grouped(found))) == 30
     assert len(set(grouped([*found, Record("sum up  the REPORT.", "nothing")]))) == 31
@@ -151,7 +151,7 @@ def test_another_seed_holds_out_other_groups() -> None:
 
 def test_sites_that_share_concepts_hold_out_the_same_ones() -> None:
     here = tuple(Record(f"What is {number}?", "a", concept=f"C{number}") for number in range(40))
-    there = tuple(Record(f"Tell me of {number}.", "b", concept=f"c{number}") for number in range(40))
+    there = tuple(Record(f"Describe {number}.", "b", concept=f"c{number}") for number in range(40))
     clients = [split(Parts(name, found), DataConfig(), 0) for name, found in (("a", here), ("b", there))]
     assert {record.concept for record in clients[0].test} == {record.concept.upper() for record in clients[1].test}
     assert leaks(clients) == ()
@@ -172,7 +172,7 @@ def test_fraction_zero_gives_an_empty_part() -> None:
     assert (len(client.training), client.validation, client.test) == (1, (), ())
 
 
-def test_too_few_groups_name_the_client_and_what_to_do() -> None:
+def test_too_few_groups_name_the_client_and_the_remedy() -> None:
     two = (Record("Why?", "a"), Record(" WHY?", "b"), Record("How?", "c"))
     with pytest.raises(DataError) as caught:
         split(Parts("north", two), DataConfig(), seed=0)
@@ -223,7 +223,7 @@ def test_a_limit_draws_every_record_equally_often() -> None:
     drawn = Counter(
         record.id for seed in range(600) for record in limit(client, DataConfig(max_records=5), seed).training
     )
-    assert all(240 < drawn[record.id] < 360 for record in client.training)  # 300 expected, 12 a standard deviation
+    assert all(240 < drawn[record.id] < 360 for record in client.training)  # 300 expected, standard deviation 12
 
 
 def test_leaks_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Ids of prompt and response, what is cut, control tokens that stay text, and batches."""
+"""Ids of prompt and response, cuts, control tokens that stay text, and batches."""
 
 import itertools
 from collections.abc import Callable
@@ -59,7 +59,7 @@ def test_prompt_then_response_then_end(tokenizer: Any) -> None:
 
 @pytest.mark.parametrize(("cutoff", "overflow"), [(4096, "refuse"), (48, "cut"), (64, "cut")])
 def test_options_stand_after_one_prompt(tokenizer: Any, cutoff: int, overflow: Any) -> None:
-    """The prompt is cut for the longest of them, up to a quarter of the cutoff: none looks likelier for its length."""
+    """The prompt is cut for the longest option, up to a quarter of the cutoff. So no option gains by its length."""
     encode = plain(tokenizer, cutoff, overflow)
     record = replace(RECORD, context="a long story " * 20)
     options = encode.encode_options(record, ["No.", "Perhaps, as I said.", "No."])
@@ -82,7 +82,7 @@ def test_boundary_is_where_generation_starts(tokenizer: Any, instruction: str, c
 
 
 @pytest.mark.parametrize("longest", [99, 12, 5])
-def test_a_text_goes_on_without_template_or_end_and_keeps_its_last_tokens(tokenizer: Any, longest: int) -> None:
+def test_a_text_is_continued_without_template_or_end_and_keeps_its_last_tokens(tokenizer: Any, longest: int) -> None:
     example = plain(tokenizer).continued("Question: Why?\nAnswer:", " yes", longest)
     whole = in_bytes("Question: Why?\nAnswer: yes")
     assert example.ids.tolist() == whole[-longest:]
@@ -100,7 +100,7 @@ def test_chat_prompt_is_the_tokenizers(tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("closing", ["", " $eos"])
-def test_what_the_tokenizer_puts_before_text_comes_once(closing: str) -> None:
+def test_the_tokens_before_plain_text_come_once(closing: str) -> None:
     """A BOS comes first, in plain prompts only; an EOS after the prompt would end the text before the response."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({letter: number for number, letter in enumerate(alphabet)}, []))
@@ -148,7 +148,7 @@ def test_control_tokens_of_a_template_stay(tokenizer: Any) -> None:
     assert ids == [USER, *in_bytes("a<|eos|>"), EOS, ASSISTANT]
 
 
-def test_template_may_say_a_record_twice_or_trim_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_template_may_repeat_a_record_or_trim_it(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     twice = "{{ messages[0]['content'] | trim }}<|eos|>{{ messages[0]['content'] }}"
     monkeypatch.setattr(tokenizer, "chat_template", twice)
     ids = Encoder(tokenizer, "chat", 512, "refuse").prompt_ids(Record(" <|eos|> ", "b"))
@@ -291,7 +291,7 @@ def test_batches_hold_every_example_once_within_the_budget(
         size = batch.ids.size if is_padded else sum(batch.lengths)
         assert size <= budget or len(batch.rows) == 1
         assert batch.ids.size <= MAX_SPREAD * budget or len(batch.rows) == 1
-        assert is_padded is (min(batch.lengths) > unpadded), "none stands beside the other kind"
+        assert is_padded is (min(batch.lengths) > unpadded), "padded and unpadded examples are in separate batches"
         assert batch.ids.shape == batch.predicts.shape
         assert batch.lengths == tuple(lengths[row] for row in batch.rows)
         assert not is_padded or batch.ids.size - sum(batch.lengths) <= max_padding
@@ -324,7 +324,7 @@ def test_batches_are_as_full_as_the_budget_allows(random_examples: Callable[...,
         assert following.ids.shape[1] <= batch.ids.shape[1]
 
 
-def test_a_chat_template_that_asks_for_the_date_is_told_the_same_every_day(tokenizer: Any) -> None:
+def test_a_chat_template_that_asks_for_the_date_gets_the_same_every_day(tokenizer: Any) -> None:
     own = tokenizer.chat_template
     try:
         tokenizer.chat_template = "{{ strftime_now('%d %b %Y') }}:\n{{ messages[0]['content'] }}"

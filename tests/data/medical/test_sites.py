@@ -1,4 +1,4 @@
-"""Sites made from medical packages: what is read, what is asked, how it is parted, and what is written."""
+"""Sites made from medical packages: the knowledge read, the questions, the split, and the files written."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def known() -> Knowledge:
 
 @pytest.fixture(scope="module")
 def sites(known: Knowledge) -> tuple[ClientData, ...]:
-    """One client more than there are families, so that one family comes twice."""
+    """One client more than there are families, so that one family occurs twice."""
     return medical.assemble(known, seed=0, clients=9, sizes=SIZES)
 
 
@@ -54,7 +54,7 @@ def response_to(items: list[Item], subject: str) -> str:
     return item.response
 
 
-# What is read
+# Reading the packages
 
 
 TERMS = r"""format-version: 1.2
@@ -126,7 +126,7 @@ def test_the_ontology_is_read_by_hand_made_files(tmp_path: Path) -> None:
         path.write_text("".join("\t".join(row) + "\n" for row in rows), encoding="utf-8")
     phenotypes, diseases = ontologies.read(*paths)
     assert ontologies.release(paths[0]) == "hp/releases/2000-01-02"
-    # HP:1 is a top-level group itself, and counts for nobody where 0 of 9 patients had it.
+    # HP:1 is itself a top-level group, and counts for no disease in which 0 of 9 patients had it.
     assert phenotypes == (
         ontologies.Phenotype(
             "HP:2",
@@ -185,7 +185,7 @@ def test_codes_equal_what_their_package_says(known: Knowledge) -> None:
     package = pytest.importorskip("simple_icd_10_cm")
     described = {entry.code: entry for entry in known.codes}
     nodes = [code for code in package.get_all_codes(with_dots=True) if package.is_category_or_subcategory(code)]
-    # The package also makes codes with a seventh character, which the classification only describes.
+    # The package also makes codes with a seventh character. The classification only describes these.
     listed = {code for code in nodes if not package.is_extended_subcategory(code)}
     assert {code for code in listed if not listed & set(package.get_children(code))} == described.keys()
     for code in sorted(described):
@@ -194,7 +194,7 @@ def test_codes_equal_what_their_package_says(known: Knowledge) -> None:
         assert " ".join(package.get_description(code).split()) == described[code].description
 
 
-# What is asked
+# Questions and answers
 
 
 def test_known_questions_have_the_known_answers(asked: dict[str, list[Item]]) -> None:
@@ -232,13 +232,13 @@ def test_a_thing_that_two_vocabularies_name_is_one_concept(known: Knowledge) -> 
     assert concepts["gout"] == "HP:0001997"
 
 
-def test_a_lay_wording_is_not_the_term_over_again(asked: dict[str, list[Item]]) -> None:
+def test_a_lay_wording_does_not_repeat_the_term(asked: dict[str, list[Item]]) -> None:
     for item in asked["lay-terms"]:
         wording = item.response.removeprefix("In plain words: ").removesuffix(".")
         assert wording.lower() != item.subject.lower()
 
 
-# How the sites are made
+# Making the sites
 
 
 def test_every_part_has_exactly_the_size_asked_for(sites: tuple[ClientData, ...]) -> None:
@@ -351,7 +351,7 @@ def test_sites_do_not_depend_on_the_order_of_sets() -> None:
     assert len(digests) == 1
 
 
-# What is written
+# Writing the sites
 
 
 def test_written_sites_are_read_back(sites: tuple[ClientData, ...], tmp_path: Path) -> None:
