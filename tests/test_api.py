@@ -94,7 +94,7 @@ def test_rows_become_a_data_frame(run_path: Path, monkeypatch: pytest.MonkeyPatc
         return imports(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", without_pandas)
-    with pytest.raises(UsageError, match=r"pandas is not installed\. pip install pandas"):
+    with pytest.raises(UsageError, match=r"pandas is not installed\. Install it: pip install pandas"):
         clients.to_pandas()
 
 

@@ -1,7 +1,7 @@
-"""fedmide: federated instruction tuning, personalised by data alone (FedMIDE).
+"""fedmide: federated instruction tuning, personalized by data alone (FedMIDE).
 
-`run` does a run and `read_run` reads one, both as `Results`; `register` makes a method of your own known. They are
-looked up when they are used, so that importing the package costs nothing.
+`run` does a run and `read_run` reads one; both give `Results`. `register` adds a method of your own. These names are
+imported at their first use, so that importing the package costs nothing.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -1,10 +1,10 @@
-"""The package as a library: do a run, and read what a run left as plain tables.
+"""The package as a library: do a run, and read its results as plain tables.
 
     import fedmide
     results = fedmide.run("examples/tiny.toml", out="runs/first")
     results.clients().to_pandas()
 
-A run from here is the same as one of the command line, in the same run folder. Nothing is shown that is not in it.
+A run from here is the same as one from the command line, in the same kind of run folder. All results come from there.
 """
 
 from __future__ import annotations
@@ -28,38 +28,40 @@ Row = dict[str, Any]
 
 
 class Table(list[Row]):
-    """Rows of plain values under the same names."""
+    """Rows of plain values; all rows have the same keys."""
 
     def to_pandas(self) -> pandas.DataFrame:
-        """The rows as a data frame; raises `UsageError` where pandas is not installed."""
+        """The rows as a data frame; raises `UsageError` if pandas is not installed."""
         try:
             from pandas import DataFrame
         except ImportError:
-            raise UsageError("pandas is not installed", "pip install pandas, or use the rows as they are") from None
+            raise UsageError(
+                "pandas is not installed", "Install it: pip install pandas. Or use the rows as they are"
+            ) from None
         return DataFrame(list(self))
 
 
 @dataclass(frozen=True)
 class Results:
-    """What a run left in its folder, as far as it has come."""
+    """The results of a run, finished or not, read from its folder."""
 
     path: Path
     config: Config
     manifest: Mapping[str, Any]
     """Versions, fingerprints of data and model, seconds, status."""
     metrics: Mapping[str, Any]
-    """All that was measured, as in metrics.json; empty before the evaluation."""
+    """All measurements, as in metrics.json; empty before the evaluation."""
 
     def rounds(self) -> Table:
-        """A row for each client and round: loss in nats per token, sizes of its sets, bytes, seconds."""
+        """One row per client and round: loss in nats per token, sizes of its sets, bytes, seconds."""
         return Table(asdict(turn) for turn in turns(self._folder))
 
     def clients(self) -> Table:
-        """A row for each client and adapter: response NLL (nats per token) and choice accuracy, with 95 % intervals."""
+        """One row per client and adapter: response NLL (nats per token) and choice accuracy, with 95 % intervals."""
         return Table(self._measured())
 
     def over_clients(self) -> Table:
-        """A row for each adapter and measure: mean over the clients, the worst of them, and how they differ."""
+        """One row per adapter and measure: mean over the clients, the worst client, and the spread."""
         return Table(
             {"adapter": adapter, "measure": measure, **figures}
             for adapter, measures in self.metrics.get("over_clients", {}).items()
@@ -68,12 +70,12 @@ class Results:
         )
 
     def scores(self, client: str) -> Table:
-        """A row for each entry of a client's ledger: a record's score, its set, and why. It is to stay on the site."""
+        """One row per entry of a client's ledger: a record's score, its set, and the reason. Keep it on the site."""
         self._check(client)
         return Table(asdict(entry) for entry in self._folder.read_ledger(client))
 
     def responses(self, client: str) -> Table:
-        """A row for each response that a client's model generated, beside its reference. It is to stay on the site."""
+        """One row per response that a client's model generated, with its reference. Keep it on the site."""
         self._check(client)
         return Table(self._folder.read_predictions(client))
 
@@ -106,10 +108,10 @@ class Results:
 
 
 def run(config: Config | Mapping[str, Any] | str | Path, out: str | Path = "", quiet: bool = False) -> Results:
-    """The whole method, from records to metrics, in a run folder: `out`, otherwise runs/NAME-NNN.
+    """Does the whole method, from records to metrics, in a run folder: `out`, by default runs/NAME-NNN.
 
-    `config` is a TOML file, its values, or what `fedmide.config.load` gives. Where `out` is a run of the same
-    configuration it goes on, and what is done is not done again. Progress goes to stderr unless `quiet`. Raises
+    `config`: a TOML file, its values, or the result of `fedmide.config.load`. If `out` is a run with the same
+    configuration, it is resumed, and no finished work is repeated. Progress goes to stderr unless `quiet`. Raises
     `fedmide.errors.UserError`, whose text says what to do.
     """
     from fedmide.progress import silent
@@ -128,7 +130,7 @@ def run(config: Config | Mapping[str, Any] | str | Path, out: str | Path = "", q
 
 
 def read_run(path: str | Path) -> Results:
-    """What a run has left in its folder so far; raises `RunFolderError` where that is no run folder."""
+    """The results of the run in a folder, as far as it is; raises `RunFolderError` if that is not a run folder."""
     folder = reopen(Path(path))
     return Results(folder.path, folder.config, folder.read_manifest(), folder.read_metrics())
 

@@ -1,6 +1,6 @@
-"""Files and folders that are there whole or not at all, whatever stops the process or the machine.
+"""Files and folders that are written completely or not at all, even if the process or the machine stops.
 
-A file that only grows is the exception: its last line may be there in part.
+A file that only grows is the exception: its last line may be incomplete.
 """
 
 import errno
@@ -16,10 +16,11 @@ from typing import Any, Literal
 from fedmide.errors import RunFolderError
 
 DISK_RESERVE_BYTES = 50_000_000
+"""Free bytes that must be left on the disk."""
 
 
 def check_room(folder: Path, needed_bytes: int) -> None:
-    """Raises `RunFolderError` where the disk has no room for so much."""
+    """Raises `RunFolderError` if the disk does not have room for this many bytes."""
     with clear_errors(folder):
         existing = next(parent for parent in [folder, *folder.resolve().parents] if parent.exists())
         free = shutil.disk_usage(existing).free
@@ -27,28 +28,28 @@ def check_room(folder: Path, needed_bytes: int) -> None:
         raise RunFolderError(
             f"{folder}: no room on disk: {(needed_bytes + DISK_RESERVE_BYTES) / 1e6:.0f} MB needed, "
             f"{free / 1e6:.0f} MB free",
-            "Free some, or give --out on another disk",
+            "Free some space, or give --out on another disk",
         )
 
 
 @contextmanager
 def clear_errors(path: Path) -> Iterator[None]:
-    """Makes one `RunFolderError` of what the system refuses."""
+    """Turns an error of the operating system into a `RunFolderError`."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise RunFolderError(
                 f"{path}: no room on disk",
-                "Free some and give the command again; a run that has begun goes on with fedmide run --resume RUN, one "
-                "over Flower with fedmide flower resume SERVER RUN",
+                "Free some space and give the command again. To resume a run: fedmide run --resume RUN, one "
+                "between sites: fedmide flower resume SERVER RUN",
                 is_disk=True,
             ) from None
         raise RunFolderError(f"{path}: can't be written: {error.strerror}", is_disk=True) from None
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all; one that stood there is replaced."""
+    """Writes a file completely or not at all; an existing one is replaced."""
     aside = path.with_name(f".{path.name}.partial")
     with clear_errors(path), _removed_on_error(aside):
         _make_folder(path.parent)
@@ -58,7 +59,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def append_file(path: Path, data: bytes) -> None:
-    """Adds to a file, which is made where there is none; stopped meanwhile, a part of the data may be there."""
+    """Adds to a file, which is created if there is none. If this is stopped, only part of the data may be there."""
     with clear_errors(path):
         is_new = not path.exists()
         _write_synced(path, data, "ab")
@@ -67,7 +68,7 @@ def append_file(path: Path, data: bytes) -> None:
 
 
 def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
-    """Writes a folder of files whole or not at all; one that stood there is replaced."""
+    """Writes a folder of files completely or not at all; an existing one is replaced."""
     aside, former = path.with_name(f".{path.name}.partial"), path.with_name(f".{path.name}.former")
     with clear_errors(path), _removed_on_error(aside):
         _remove(aside)
@@ -75,7 +76,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
         for name, data in files.items():
             _write_synced(aside / name, data)
         _sync_folder(aside)
-        if path.exists():  # moved away first: removed in place it would for a moment be there in part
+        if path.exists():  # moved first: a removal in place would leave part of it for a moment
             _remove(former)
             path.replace(former)
         aside.replace(path)
@@ -84,7 +85,7 @@ def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
 
 
 def to_json(values: Mapping[str, Any]) -> bytes:
-    """The values as JSON that a person can read.
+    """The values as indented JSON, with null for numbers that are not finite.
 
     >>> to_json({"mean": math.nan, "names": ("a", "é")}).decode().split()
     ['{', '"mean":', 'null,', '"names":', '[', '"a",', '"é"', ']', '}']
@@ -93,7 +94,7 @@ def to_json(values: Mapping[str, Any]) -> bytes:
 
 
 def without_nan(value: Any) -> Any:
-    """The same values with null where a number is not finite: JSON has no word for those."""
+    """The same values, with null for numbers that are not finite, because JSON has no word for those."""
     if isinstance(value, Mapping):
         return {key: without_nan(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
@@ -102,7 +103,7 @@ def without_nan(value: Any) -> Any:
 
 
 def lines_of(text: str) -> list[str]:
-    r"""The lines of JSON lines. Not splitlines(): that also cuts at U+2028 and others, which JSON texts may hold.
+    r"""The lines of a JSON Lines text. `splitlines()` would also cut at U+2028 and others, which JSON texts may hold.
 
     >>> lines_of('"a\u2028b"\n"c"\n')
     ['"a\u2028b"', '"c"']
@@ -112,7 +113,7 @@ def lines_of(text: str) -> list[str]:
 
 @contextmanager
 def _removed_on_error(aside: Path) -> Iterator[None]:
-    """Leaves nothing half-written behind; on a full disk that would take the room it lacks."""
+    """Removes a half-written file after an error, because on a full disk it would take needed room."""
     try:
         yield
     except OSError:
@@ -121,7 +122,7 @@ def _removed_on_error(aside: Path) -> Iterator[None]:
 
 
 def _remove(path: Path) -> None:
-    """Removes a file or a folder, if it is there and can be."""
+    """Removes a file or folder, if it exists and can be removed."""
     shutil.rmtree(path, ignore_errors=True)
     with suppress(OSError):
         path.unlink()
@@ -135,7 +136,7 @@ def _write_synced(path: Path, data: bytes, mode: Literal["wb", "ab"] = "wb") -> 
 
 
 def _make_folder(path: Path) -> None:
-    """Makes a folder and those above it that are not there, each so that it lasts."""
+    """Creates a folder and its missing parents, each synced to disk."""
     if path.is_dir():
         return
     missing = [folder for folder in (path, *path.parents) if not folder.exists()]
@@ -145,8 +146,8 @@ def _make_folder(path: Path) -> None:
 
 
 def _sync_folder(path: Path) -> None:
-    """Makes the names in a folder last: a renamed file may otherwise be lost when power fails."""
+    """Syncs the names in a folder to disk: a power failure could otherwise lose a renamed file."""
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    with suppress(OSError):  # not every network file system can
+    with suppress(OSError):  # some network file systems can't
         os.fsync(descriptor)
     os.close(descriptor)

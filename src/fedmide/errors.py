@@ -1,23 +1,24 @@
-"""Every exception that fedmide raises on purpose.
+"""The exceptions that fedmide raises on purpose.
 
     FedMIDEError
-    ├── UserError            something the user can mend: one paragraph on stderr, exit code 2
+    ├── UserError            something that the user can fix: one paragraph on stderr, exit code 2
     │   ├── ConfigError      the configuration: unknown key, value out of range
     │   ├── DataError        records: broken file, missing field, empty response, leak
     │   ├── ModelError       base model or adapter: no weights, targets that match nothing
     │   ├── RunFolderError   a run folder: wrong config, in use, incomplete, no room on disk
-    │   ├── TrackerError     a tracker: not installed, or it does not take the run
-    │   └── UsageError       a command line or a call that asks for something that is not there
+    │   ├── TrackerError     a tracker: not installed, or it refuses the run
+    │   └── UsageError       a command line or call that asks for something that does not exist
     └── MessageError         a message that can't be decoded or must not be trusted
 
-A user error carries *all* problems found, so that a file is mended in one go. Messages name the place (file, line,
-client), what was expected and what to do; they never hold the text of a record.
+A user error holds *all* problems that were found, so that a file can be fixed in one pass. Messages name the place
+(file, line, client), what was expected and what to do. They never hold the text of a record.
 """
 
 import difflib
 from collections.abc import Iterable, Sequence
 
 MAX_SHOWN = 20
+"""The most problems that the text of one error names."""
 
 
 class FedMIDEError(Exception):
@@ -25,7 +26,7 @@ class FedMIDEError(Exception):
 
 
 class UserError(FedMIDEError):
-    """One or more problems that the user can mend."""
+    """One or more problems that the user can fix."""
 
     def __init__(self, problems: str | Sequence[str], remedy: str = "") -> None:
         self.problems: tuple[str, ...] = (problems,) if isinstance(problems, str) else tuple(problems)
@@ -54,7 +55,7 @@ class ModelError(UserError):
 
 
 class RunFolderError(UserError):
-    """The run folder can't be used; `is_disk`: because it can't be written to."""
+    """The run folder can't be used. `is_disk`: True if the reason is that it can't be written to."""
 
     def __init__(self, problems: str | Sequence[str], remedy: str = "", is_disk: bool = False) -> None:
         super().__init__(problems, remedy)
@@ -62,11 +63,11 @@ class RunFolderError(UserError):
 
 
 class TrackerError(UserError):
-    """A tracker is not installed, or does not take the run."""
+    """A tracker is not installed, or it refuses the run."""
 
 
 class UsageError(UserError):
-    """The command line, or a call, asks for something that is not there."""
+    """The command line, or a call, asks for something that does not exist."""
 
 
 class MessageError(FedMIDEError):
@@ -74,7 +75,7 @@ class MessageError(FedMIDEError):
 
 
 def first_line(error: Exception) -> str:
-    """What another library's error says, shortly: its first line, or its kind where it says nothing.
+    """The first line of another library's error, or its type if it has no text.
 
     >>> first_line(ValueError("one\\ntwo")), first_line(KeyError())
     ('one', 'KeyError')
@@ -83,7 +84,7 @@ def first_line(error: Exception) -> str:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """What to add to a message on a name that is not known; "" where no known one is near.
+    """A hint for a message about an unknown name: the closest known one, or "" if none is close.
 
     >>> did_you_mean("fedprx", ["fedavg", "fedprox"]), did_you_mean("x", ["fedavg"])
     (" (did you mean 'fedprox'?)", '')

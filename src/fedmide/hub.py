@@ -1,4 +1,4 @@
-"""What the hub gives by an id such as owner/name: a snapshot in the hub client's own cache."""
+"""Downloads from the hub by an id such as owner/name; snapshots lie in the hub client's own cache."""
 
 import re
 from collections.abc import Callable, Sequence
@@ -17,12 +17,12 @@ def snapshot(
     refused: Callable[[str], UserError],
     without: Sequence[str] = (),
 ) -> Path:
-    """The folder with those files of a repository that patterns name.
+    """The folder with the files of a repository that match the patterns in `files`.
 
-    Where the hub does not give it, raises what `refused` makes of its reason, a line.
+    If the download fails, `refused` turns the reason, one line, into the error that is raised.
     """
     import huggingface_hub
-    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, as the client has it
+    from huggingface_hub.utils import httpx  # type: ignore[attr-defined]  # httpx or httpx2, depending on the client's version
 
     try:
         return Path(

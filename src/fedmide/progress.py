@@ -1,22 +1,22 @@
-"""Long work as whoever waits for it sees it, and what it leaves in the manifest: how long it took, how much it held."""
+"""The interfaces by which long work reports messages and progress."""
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 Tell = Callable[[str], None]
-"""Says something to whoever waits."""
+"""A function that is called with each message to the user."""
 
 
 Advance = Callable[[int, str], None]
-"""Tells how many units of work were done, and a word on the latest."""
+"""A function that is called with the number of units just done, and a short note on the last one."""
 
 
 class Progress(Protocol):
-    """Shows long work to whoever waits for it."""
+    """A display of long work."""
 
     def __call__(self, stage: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-        """A stage of `total` units; within it the returned function is called as units are done."""
+        """A context for a stage of `total` units. In it, the work calls the given function as units are done."""
 
 
 def silent(stage: str, total: int, unit: str) -> AbstractContextManager[Advance]:

@@ -1,7 +1,7 @@
 """Named random streams: every draw in fedmide comes from one, so no draw shifts another.
 
-A stream is named by what it is for, the round and the client. Adding a client, a worker or a draw elsewhere leaves
-every other stream as it was.
+A stream is named by its purpose, the round and the client. Adding a client, a worker or a draw elsewhere leaves every
+other stream unchanged.
 """
 
 import hashlib

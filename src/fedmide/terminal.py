@@ -1,4 +1,4 @@
-"""What a person at a terminal sees of long work, on stderr: messages, bars, lines in a log."""
+"""The display of long work on stderr: messages, progress bars, lines in a log."""
 
 import sys
 import time
@@ -26,27 +26,27 @@ if TYPE_CHECKING:
 
 
 LINE_SECONDS = 10.0
-"""How often a log hears of the progress."""
+"""Seconds between two progress lines in a log."""
 
 
 class Rate(ProgressColumn):
-    """Units of work a minute."""
+    """A column of the progress bar: units of work per minute."""
 
     def render(self, task: Task) -> Text:
-        """The rate as text, once there is one."""
+        """The rate as text; empty until there is one."""
         speed = task.finished_speed or task.speed
         return Text(f"{speed * 60:.1f}/min" if speed else "", style="progress.data.speed")
 
 
 def tell(message: str) -> None:
-    """Says something on stderr."""
+    """Prints a message on stderr."""
     sys.stderr.write(f"fedmide: {message}\n")
     sys.stderr.flush()
 
 
 @contextmanager
 def bars(stage: str, total: int, unit: str) -> Iterator["Advance"]:
-    """A progress bar on stderr; on something that is no terminal, such as a log, a line now and then."""
+    """A progress bar on stderr; in a log, or anything else but a terminal, a line from time to time."""
     console = Console(stderr=True)
     if not console.is_terminal:
         yield _lines(stage, total, unit)
@@ -56,7 +56,7 @@ def bars(stage: str, total: int, unit: str) -> Iterator["Advance"]:
         BarColumn(bar_width=12),
         MofNCompleteColumn(),
         Rate(),
-        TimeElapsedColumn(),  # moves while a first unit takes long
+        TimeElapsedColumn(),  # moves even while the first unit takes long
         TimeRemainingColumn(),
         TextColumn("[dim]{task.fields[note]}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
     )
@@ -66,7 +66,7 @@ def bars(stage: str, total: int, unit: str) -> Iterator["Advance"]:
 
 
 def _lines(stage: str, total: int, unit: str) -> "Advance":
-    """Tells when a stage begins and when all is done, and in between once in `LINE_SECONDS`."""
+    """Prints a line when a stage begins, when all is done, and every `LINE_SECONDS` in between."""
     begun = told = time.monotonic()
     done = 0
     tell(f"{stage}: {total} {unit}" if total else f"{stage}: nothing left to do")

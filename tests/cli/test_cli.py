@@ -56,7 +56,7 @@ class Outcome:
         return found[0]
 
 
-PROGRESS = ("fedmide: reading the records", "fedmide: loading ", "fedmide: the run is in", "fedmide: going on with")
+PROGRESS = ("fedmide: reading the records", "fedmide: loading ", "fedmide: the run is in", "fedmide: resuming")
 
 
 @pytest.fixture
@@ -360,7 +360,7 @@ def test_a_run_tells_of_its_progress_and_ends_with_a_table_and_its_folder(
         "fedmide: the run is in runs/small-001",
         "fedmide: rounds: 4 client rounds",
     ]
-    for line in ("rounds: 4/4 client rounds", "personalisation: 2/2 clients", "evaluation: 6/6 adapters"):
+    for line in ("rounds: 4/4 client rounds", "personalization: 2/2 clients", "evaluation: 6/6 adapters"):
         assert f"fedmide: {line}, " in first.err
     second = fedmide("train", small_input.config, *settings, "--json")
     assert second.json["run"] == "runs/small-002" and second.json["status"] == "trained"
@@ -503,7 +503,7 @@ def test_changed_data_is_refused(fedmide: Callable[..., Outcome], small_input: A
     file.write_text(file.read_text().replace("Find", "Seek"))
     told = fedmide("run", "--resume", "R").refusal
     assert told == (
-        "R: the records of client 'b' are not those that the run began with. Bring it back, or start a new run"
+        "R: the records of client 'b' are not those that the run began with. Undo the change, or start a new run"
     )
 
 
@@ -527,7 +527,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         told = fedmide("run", small_input.config, *settings, "--out", "R")
-    assert told.code == 2 and "no room on disk. Free some and give the command again" in told.err
+    assert told.code == 2 and "no room on disk. Free some space and give the command again" in told.err
     assert "Traceback" not in told.err
     assert fedmide("run", "--resume", "R", "--json").json["status"] == "evaluated"
 

@@ -204,7 +204,7 @@ def test_a_site_that_lost_its_ledger_is_refused(elsewhere: Sites, small_input: A
         ledger = tmp_path / "site-b" / "runs" / opened.federation / "clients" / "b" / "ledger.jsonl"
     ledger.unlink()
     with (
-        pytest.raises(RunFolderError, match=r"client b is not personalised: .*ledger"),
+        pytest.raises(RunFolderError, match=r"client b is not personalized: .*ledger"),
         opening.resume(tmp_path / "run", elsewhere=("a", "b"), tell=told.append) as opened,
     ):
         stages.personalize(remote(opened, lambda: elsewhere))
@@ -224,7 +224,7 @@ def test_a_site_whose_records_are_others_by_now_is_refused_and_its_log_says_why(
     records.write_text(kept.splitlines()[0] + "\n")
     elsewhere.sites[2] = folder.site(said.append)
     with (
-        pytest.raises(RunFolderError, match=r"client b is not personalised: its ledger can't be used"),
+        pytest.raises(RunFolderError, match=r"client b is not personalized: its ledger can't be used"),
         opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened,
     ):
         stages.personalize(remote(opened, lambda: elsewhere))
@@ -250,7 +250,7 @@ def test_a_site_that_lost_its_own_adapter_does_not_tune_the_mean_instead(
     kept = last.read_bytes()
     last.unlink()
     with (
-        pytest.raises(RunFolderError, match=r"client b is not personalised: its ledger can't be used"),
+        pytest.raises(RunFolderError, match=r"client b is not personalized: its ledger can't be used"),
         opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened,
     ):
         stages.personalize(remote(opened, lambda: elsewhere))

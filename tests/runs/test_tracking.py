@@ -187,12 +187,17 @@ def test_what_is_missing_is_told(folder: RunFolder, monkeypatch: pytest.MonkeyPa
     find = importlib.util.find_spec
     with monkeypatch.context() as patch:
         patch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "alembic" else find(name))  # type: ignore[attr-defined]
-        with pytest.raises(TrackerError, match=r"alembic is not installed\. pip install 'fedmide\[mlflow\]'"):
+        with pytest.raises(
+            TrackerError, match=r"alembic is not installed\. Install it: pip install 'fedmide\[mlflow\]'"
+        ):
             track(folder, "mlflow")
     with pytest.raises(TrackerError, match=r"MLflow at file:nowhere: .*maintenance mode"):
         track(folder, "mlflow", "file:nowhere")
     Path("taken").write_text("")
-    with pytest.raises(TrackerError, match=r"taken/run: can't be written: .*Give another place"):
+    with pytest.raises(
+        TrackerError,
+        match=r"taken/run: can't be written: .*Give another log folder: fedmide track RUN --to tensorboard --uri",
+    ):
         track(folder, "tensorboard", "taken")
 
 

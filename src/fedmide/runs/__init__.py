@@ -1,1 +1,1 @@
-"""A run: opened, taken through its stages, and its results put to use."""
+"""A run: open it, do its stages, and use its results."""

@@ -1,7 +1,7 @@
-"""A client's personalised model, asked in words: the run's own prompt around a question, the answer as it comes.
+"""A chat with a site's tuned model: the run's prompt around each question, and the answer as it is generated.
 
-Every question stands alone, because that is the form that the model was trained in: what was said before is not shown
-to it. Nothing is written, and no record is read.
+Each question stands alone, because the model was trained in that form: it does not see earlier questions or answers.
+Nothing is written, and no record is read.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,16 +21,16 @@ from fedmide.progress import Tell
 from fedmide.runs.resident import Resident, open_model
 
 Voice = Literal["personalised", "aggregated", "base"]
-"""Whose answer it is: the client's own model's, the common one's, or that of the model before any training."""
+"""The model that answers: the client's tuned one, the one with the common adapter, or the base without training."""
 
 
 OTHERS: tuple[Voice, ...] = ("aggregated", "base")
-"""The voices that are no client's own."""
+"""The voices that belong to no client."""
 
 
 @dataclass(frozen=True)
 class Chat:
-    """A loaded model with an adapter for each voice, the client's first."""
+    """A loaded model with one adapter per voice. The client's voice is the first."""
 
     resident: Resident
     encode: Encoder
@@ -40,9 +40,9 @@ class Chat:
     def answer(
         self, voice: Voice, question: str, context: str = "", hear: Callable[[str], None] = lambda piece: None
     ) -> str:
-        """What the voice answers; `hear` is told each piece of it as it comes.
+        """The voice's answer to a question; `hear` is called with each piece of it as soon as it is generated.
 
-        Raises `DataError` where question and context are longer than the model's cutoff.
+        Raises `DataError` if question and context are longer than the model's cutoff.
         """
         example = self.encode.encode(Record(question, "", context=context))
         longest = self.max_new_tokens
@@ -58,23 +58,27 @@ def begin(
     max_new_tokens: int = 0,
     tell: Tell = lambda line: None,
 ) -> Chat:
-    """The client's model ready to answer, and others beside it; an answer has at most so many tokens.
+    """The client's model, ready to answer, and the other voices that are asked for.
 
-    0: as many as the run's own responses, 256 where its configuration leaves that open. Raises `RunFolderError` where
-    the run has no such adapter yet, `ModelError` where base model or prompt are not what the run was made with.
+    `max_new_tokens`: the most tokens of an answer. 0 stands for the limit of the run's responses, which is 256 if the
+    configuration sets none. Raises `RunFolderError` if the run does not have such an adapter yet, and `ModelError` if
+    base model or prompt are not those of the run.
     """
     paths = {"personalised": folder.tuned(client), "aggregated": folder.tuned() if "aggregated" in beside else None}
     config, manifest = folder.config, folder.read_manifest()
     base = locate(config.model.name, progress=tell)
     if fingerprint(base) != manifest["model"]["fingerprint"]:
-        raise ModelError(f"{base}: not the model that {folder.path} was trained on", "Bring that one back")
+        raise ModelError(
+            f"{base}: not the model that {folder.path} was trained on",
+            f"Put the files of that {config.model.name} back, or start a new run with this model",
+        )
     tell(f"loading {config.model.name}")
     resident = open_model(config, base, tell=tell)
     encode = encoder(resident.model.tokenizer, config.model, config.prompt)
     if prompt_hash(encode.template, str(resident.model.tokenizer.chat_template or "")) != manifest["prompt"]:
         raise ModelError(
             f"prompt.template = {config.prompt.template!r}: not the template that {folder.path} was trained with",
-            "Bring that one back",
+            "Put that template back, or start a new run with this one",
         )
     adapters = {name: read_peft(path, resident.model.shapes) for name, path in paths.items() if path is not None}
     found = {**adapters, "base": resident.fresh(config.seed)}

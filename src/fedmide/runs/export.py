@@ -1,6 +1,7 @@
-"""A run's model for use elsewhere: a PEFT folder, or a transformers folder with the adapter in the weights.
+"""The export of a run's model: a PEFT folder, or a transformers folder with the adapter merged into the weights.
 
-Every export has a model card. A merged model is read back and compared with base and adapter before it is there at all.
+Every export has a model card. A merged model is read back and compared with base and adapter. It appears only if they
+agree.
 """
 
 import shutil
@@ -33,25 +34,26 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 MOST_DIVERGENCE = {"float32": 1e-4, "bfloat16": 0.1}
-"""Nats between the predictions of the merged model and the adapter's from which on an export is refused."""
+"""The most nats between the predictions of the merged model and those of the adapter; above it export is refused."""
 
 
 PROBES = (4, 48)
-"""Token sequences that the two are compared on, and their length."""
+"""Number of token sequences on which the two are compared, and the length of each."""
 
 
 GGUF_FILE = "model.gguf"
 
 
 VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""The values that `--max-lora-rank` of vLLM takes."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """How far a merged model is from base and adapter, over the probes' positions.
+    """Differences between a merged model and base with adapter, over all positions of the probes.
 
-    `divergence`: mean KL divergence of the next token's distribution, nats. `same_choice`: part of the positions at
-    which both like the same token best.
+    `divergence`: mean KL divergence between the distributions of the next token, in nats. `same_choice`: share of the
+    positions at which both give the same token the highest probability.
     """
 
     largest_logit_difference: float
@@ -61,7 +63,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Exported:
-    """What was written where, and how near a merged model is to the adapter; None without merging."""
+    """The paths that were written, and how close a merged model is to the adapter (None without merging)."""
 
     path: Path
     parity: Parity | None
@@ -71,21 +73,21 @@ class Exported:
 def export(
     folder: RunFolder, out: Path, client: str = "", merge: bool = False, dtype: Dtype = "float32", gguf: bool = False
 ) -> Exported:
-    """Writes the common model, or a client's personalised one, into a new folder; with `gguf` a merged one as GGUF too.
+    """Writes the common model, or a client's tuned one, into a new folder; with `gguf` a merged one also as GGUF.
 
-    Raises `RunFolderError` where the run has no such adapter or the place is taken, `ModelError` where the base can't
-    be merged into or the merged model is not what the adapter was.
+    Raises `RunFolderError` if the run has no such adapter or `out` exists. Raises `ModelError` if the adapter can't be
+    merged into the base, or if the merged model predicts something else than base and adapter.
     """
     adapter = folder.tuned(client)
     if out.exists():
-        raise RunFolderError(f"{out} exists already", "Give another place")
+        raise RunFolderError(f"{out} exists already", "Give the name of a folder that does not exist yet")
     if merge and (kind := folder.config.model.quantization) != "none":
         raise ModelError(
             f"{folder.path}: the adapter was trained over a base in {kind}, into which it can't be merged",
-            "Export without --merge",
+            "Give the command without --merge",
         )
     if gguf and not merge:
-        raise UsageError("--gguf writes a merged model", "Say --merge too")
+        raise UsageError("--gguf writes a merged model", "Add --merge to the command")
     facts = read(folder)
     if not merge:
         files = {path.name: path.read_bytes() for path in sorted(adapter.iterdir())}
@@ -106,7 +108,7 @@ def export(
 
 
 def compare(first: torch.Tensor, second: torch.Tensor) -> Parity:
-    """How far the second logits (B, T, V) are from the first.
+    """The differences of the second logits (B, T, V) from the first.
 
     >>> same = torch.zeros(1, 2, 3)
     >>> compare(same, same + 1.0)
@@ -119,7 +121,7 @@ def compare(first: torch.Tensor, second: torch.Tensor) -> Parity:
 
 
 def serving(folder: RunFolder, exported: Exported) -> tuple[str, ...]:
-    """The commands that serve what was exported, and every client's adapter at once."""
+    """Commands that serve the exported model, and one that serves the common adapter and every client's tuned one."""
     clients = [name for name in folder.read_manifest()["data"] if folder.personal_adapter(name).is_dir()]
     modules = [f"common={folder.adapter}", *(f"{name}={folder.personal_adapter(name)}" for name in clients)]
     rank = max(_rank(folder.adapter), *(_rank(folder.personal_adapter(name)) for name in clients), 0)
@@ -136,7 +138,7 @@ def serving(folder: RunFolder, exported: Exported) -> tuple[str, ...]:
 
 
 def card(facts: RunFacts, client: str, parity: Parity | None, dtype: Dtype) -> str:
-    """The model card: what this is, how it was made, what it measured, what it is for and what not."""
+    """The model card: the model, how it was made, what was measured, its use and its limits."""
     model, config = facts.manifest["model"], facts.config
     is_hub_id = "/" in model["name"] and not Path(model["name"]).expanduser().exists()
     return _template().render(
@@ -155,7 +157,7 @@ def card(facts: RunFacts, client: str, parity: Parity | None, dtype: Dtype) -> s
 
 
 def _merged(folder: RunFolder, adapter: Path, out: Path, dtype: Dtype) -> Parity:
-    """Writes the merged model with its tokenizer and compares it with the adapter, as it will be read."""
+    """Writes the merged model with its tokenizer, reads it back, and compares it with base and adapter."""
     base = locate(folder.config.model.name)
     tokenizer = load_tokenizer(base)
     draws = stream(folder.config.seed, "parity").integers(len(tokenizer), size=PROBES)
@@ -170,9 +172,10 @@ def _merged(folder: RunFolder, adapter: Path, out: Path, dtype: Dtype) -> Parity
     parity = compare(expected, logits(load_merged(out), probes))
     if not parity.divergence <= MOST_DIVERGENCE[dtype]:
         raise ModelError(
-            f"the merged model is not what the adapter was: {parity.divergence:.2g} nats apart, expected at most "
+            f"the merged model is not what the adapter was: their predictions are {parity.divergence:.2g} nats apart, "
+            f"expected at most "
             f"{MOST_DIVERGENCE[dtype]:g}",
-            "Export without --merge, or with --dtype float32",
+            "Give the command without --merge, or with --dtype float32",
         )
     return parity
 
@@ -184,7 +187,7 @@ def _rank(adapter: Path) -> int:
 
 
 def _measured(facts: RunFacts, client: str) -> list[tuple[str, ...]]:
-    """The test figures, a row for each client; a common model's are under the aggregated adapter."""
+    """The test figures, one row per client: under the tuned adapter of `client`, else under the common adapter."""
     stage = "personalized" if client else "aggregated"
     return [
         (

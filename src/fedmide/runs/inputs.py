@@ -1,4 +1,4 @@
-"""What a configuration points at, read and checked before anything is written: records, model, examples."""
+"""The inputs that a configuration names (records, model, prompt), read and checked before anything is written."""
 
 import hashlib
 import platform
@@ -35,15 +35,16 @@ T = TypeVar("T")
 
 
 LoadData = Callable[[DataConfig, int], tuple[ClientData, ...]]
-"""Gives the clients that a configuration names, for a seed."""
+"""A function that reads the clients that a configuration names, for a seed."""
 
 
 VERSIONED = ("torch", "transformers", "peft", "safetensors", "numpy")
+"""The packages whose versions the manifest names."""
 
 
 @dataclass(frozen=True)
 class SiteExamples:
-    """One client's records as examples."""
+    """One client's records as token sequences, by split."""
 
     training: tuple[Example, ...]
     validation: tuple[Example, ...]
@@ -51,13 +52,13 @@ class SiteExamples:
 
     @property
     def num_truncated(self) -> int:
-        """Examples that did not fit whole."""
+        """Number of examples that were cut to fit the cutoff."""
         return sum(example.truncated for example in self.training + self.validation + self.test)
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """Records and examples by client, the encoder between them, the loaded model, and what the manifest says."""
+    """Records and examples by client, the encoder that turns one into the other, the loaded model, and the manifest."""
 
     clients: Mapping[str, ClientData]
     examples: Mapping[str, SiteExamples]
@@ -71,35 +72,37 @@ class Inputs:
 
     @property
     def federation(self) -> str:
-        """What tells this federation from another: a hash of all that its parties must have alike."""
+        """The identity of this federation: a hash of everything that must be equal at all its sites and the server."""
         return str(self.manifest["federation"])
 
     def facts(self, client: str = "") -> Facts:
-        """What a party says of itself, so that others see what differs; `client`: which site it is."""
+        """The facts that a site or the server states, so that others see what differs; `client`: the site's name."""
         model, prompt = self.manifest["model"]["fingerprint"], self.manifest["prompt"]
         return Facts(self.federation, client, __version__, model, prompt, agreed(self.resident.config))
 
     @property
     def prompt_hash(self) -> str:
-        """What tells this prompt from another's: of the template, the tokenizer's own where that is used."""
+        """The identity of the prompt: a hash of the template, or of the tokenizer's own if that is used."""
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
 
 
 def only(name: str) -> LoadData:
-    """What reads this one client: a site holds its own records, whoever else's its configuration leads to."""
+    """A function that reads this client only: a site loads its own records, even if the configuration names others."""
 
     def load(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
         clients = load_data(config, seed, name)
         if own := tuple(client for client in clients if client.name == name):
             return own
         found = ", ".join(client.name for client in clients)
-        raise DataError(f"{config.path}: no client {name!r} there, only {found}", "Name file or folder like the site")
+        raise DataError(
+            f"{config.path}: no client {name!r} there, only {found}", f"Name the file or folder of this site {name}"
+        )
 
     return load
 
 
 def without_records(names: Sequence[str]) -> LoadData:
-    """What reads nothing: a server of sites that are elsewhere has no records."""
+    """A function that gives clients without records: the server of a federation does not hold the sites' records."""
     return lambda config, seed: tuple(ClientData(name, ()) for name in names)
 
 
@@ -110,12 +113,12 @@ def read(
     load: LoadData = load_data,
     opener: Opener = open_model,
 ) -> Inputs:
-    """All that the configuration points at; `tell` hears what is being waited for.
+    """Reads everything that the configuration names; `tell` gets a message before each step that takes time.
 
-    `threads` of the processor are used, 0: as the configuration says. `load` gives the records, `opener` the model.
+    `threads`: CPU threads to use; 0 stands for the configured number. `load` reads the records, `opener` the model.
 
-    What is wrong with the records, the prompt and a model's folder is raised together, then what is wrong with the
-    model, then which records do not fit it.
+    Problems of the records, the prompt and the model's folder are raised together. Only without any are problems of
+    the model raised, and last the records that do not fit it.
     """
     tell("reading the records")
     errors: list[UserError] = []
@@ -158,7 +161,7 @@ def _encode_clients(encode: Encoder, clients: Sequence[ClientData]) -> dict[str,
 
 
 def _attempt(errors: list[UserError], step: Callable[[], T]) -> T | None:
-    """What a step gives, or None and its error in the list, so that later steps can add theirs."""
+    """The result of a step. If it fails: None, and its error goes into the list, so that later steps can add theirs."""
     try:
         return step()
     except UserError as error:
@@ -167,7 +170,7 @@ def _attempt(errors: list[UserError], step: Callable[[], T]) -> T | None:
 
 
 def _together(errors: Sequence[UserError]) -> UserError:
-    """One error with the problems and remedies of all."""
+    """One error that holds the problems and remedies of all of them."""
     kinds = {type(error) for error in errors}
     kind = kinds.pop() if len(kinds) == 1 else UserError
     remedies = dict.fromkeys(error.remedy for error in errors if error.remedy)
@@ -224,7 +227,7 @@ def _data_fingerprint(client: ClientData) -> str:
 
 
 def _commit() -> str | None:
-    """The commit that this code stands at, "-dirty" where it was changed since; None outside a checkout."""
+    """The commit of this code, with "-dirty" if files were changed since; None outside a checkout."""
     checkout = Path(version.__file__).resolve().parents[2]
     if not (checkout / ".git").exists():
         return None

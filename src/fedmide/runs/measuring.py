@@ -1,4 +1,4 @@
-"""What adapters make of test records and public questions, kept so that it is measured once."""
+"""Measurements of adapters on test records and public questions, stored so that each is made once."""
 
 import json
 from collections.abc import Sequence
@@ -19,13 +19,13 @@ from fedmide.runs.opening import Run, record_ids
 
 
 def _is_personalized(run: Run) -> bool:
-    """Whether the clients are personalised; some of them, and others not, is refused."""
-    if run.folder.is_site:  # which of the sites count is the server's to know
+    """True if all clients have tuned adapters, False if none has; a mix is refused."""
+    if run.folder.is_site:  # only the server knows which sites count
         return all(run.folder.personal_adapter(name).is_dir() for name in run.inputs.clients)
     missing = [name for name in run.inputs.clients if not run.folder.is_personalized(name)]
     if 0 < len(missing) < len(run.inputs.clients):
         raise RunFolderError(
-            f"{run.folder.path}: clients not yet personalised: {', '.join(missing)}",
+            f"{run.folder.path}: clients not yet personalized: {', '.join(missing)}",
             f"First: fedmide personalize {run.folder.path}",
         )
     return not missing
@@ -36,7 +36,7 @@ def _personal_adapter(run: Run, name: str) -> Adapter:
 
 
 def _responses(run: Run, name: str) -> bytes:
-    """A client's predictions as JSON lines: record, reference and what the model says."""
+    """A client's predictions as JSON lines: record, reference and the model's response."""
     config, examples = run.config.generation, run.inputs.examples[name]
     count = config.max_records or len(examples.test)
     longest = config.max_new_tokens or default_max_new_tokens(examples.training)
@@ -58,7 +58,7 @@ def _responses(run: Run, name: str) -> bytes:
 
 
 def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Measured:
-    """What a client's test records measure under an adapter; kept, so that it is measured once."""
+    """The measurements of a client's test records under an adapter: read if stored, else made and stored."""
     earlier = run.folder.read_evaluation(name, stage)
     if earlier is not None:
         return Measured.from_dict(earlier)
@@ -74,7 +74,7 @@ def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter
 
 
 def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Adapter, advance: Advance) -> None:
-    """Asks every adapter a public set; what one makes of it is kept, so that it is asked once."""
+    """Asks every adapter the questions of a public set; an adapter's answers are stored, so that it is asked once."""
     longest = run.inputs.resident.model.num_positions or run.config.model.cutoff
     own: list[tuple[summary.StageName, str]] = [("personalized", client) for client in run.inputs.clients]
     scored: dict[tuple[summary.StageName, str], Scored] = {}
@@ -86,7 +86,9 @@ def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Ada
             adapter = _adapter(run, client, stage, aggregated)
             found = score_questions(run.inputs.resident, adapter, run.inputs.encode, questions, longest)
             run.folder.save_questions(name, about, asdict(found))
-            earlier = run.folder.read_questions(name, about) or {}  # sums that are no number read alike, now and later
+            earlier = (
+                run.folder.read_questions(name, about) or {}
+            )  # read back: sums that are not finite look the same now and later
         scored[stage, client] = Scored.from_dict(earlier)
         advance(1, f"{name}, {about}")
     run.folder.save_questions(name, "figures", set_figures(name, questions, scored, run.config))

@@ -1,6 +1,6 @@
-"""A run opened: its folder, which no other process gets at meanwhile, and what its configuration points at.
+"""Opening a run: lock its folder against other processes, and read the inputs that its configuration names.
 
-All input is read and checked before anything is written, and again whenever a run goes on.
+All input is read and checked before anything is written, and again whenever a run is resumed.
 """
 
 import secrets
@@ -32,14 +32,14 @@ from fedmide.runs.resident import Opener, open_model
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder and what its configuration points at."""
+    """A run folder and the inputs that its configuration names."""
 
     folder: RunFolder
     inputs: Inputs
     tell: Tell
     federation: str
     runtime: Runtime | None = None
-    """How sites are reached that are not in this process."""
+    """The way to reach sites outside of this process; None if all are in it."""
 
     @property
     def config(self) -> Config:
@@ -55,10 +55,10 @@ def start(
     opener: Opener = open_model,
     elsewhere: Sequence[str] = (),
 ) -> Iterator[Run]:
-    """A new run in a new folder, which no other process gets at meanwhile.
+    """A new run in a new folder, which is locked against other processes as long as the run is open.
 
-    All input is read and checked before anything is written. `elsewhere` are the names of sites whose records this
-    machine does not hold; each such run is a federation of its own, told from others by a drawn ending.
+    All input is read and checked before anything is written. `elsewhere`: names of sites whose records this machine
+    does not hold. Each such run is a federation of its own, distinguished from others by a random suffix.
     """
     check_new(path, config)
     reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
@@ -83,10 +83,10 @@ def resume(
     opener: Opener = open_model,
     elsewhere: Sequence[str] = (),
 ) -> Iterator[Run]:
-    """An earlier run, to go on with, which no other process gets at meanwhile, on as many threads as it began with.
+    """An earlier run, to be resumed: locked against other processes, and on as many threads as it began with.
 
-    Refused where its configuration, its data, its model or its ledgers are no longer the same, and where it is what a
-    site keeps of a federation: without the others the site would train alone, over the ledger that it needs there.
+    Refused if its configuration, data, model or ledgers have changed. Also refused if the folder is a site's copy of a
+    federation: the site would train alone, and overwrite the ledger that it needs in the federation.
     """
     folder = reopen(path, config)
     with locked(path):
@@ -94,18 +94,19 @@ def resume(
         if folder.is_site:
             raise RunFolderError(
                 f"{path} is what site {earlier['site']} keeps of a federation, whose rounds are the server's",
-                "At the server: fedmide flower resume SERVER RUN; here: fedmide flower site evaluate SITE",
+                "At the server, resume it with: fedmide flower resume SERVER RUN. "
+                "At this site, measure with: fedmide flower site evaluate SITE",
             )
-        tell(f"going on with {path}")
+        tell(f"resuming {path}")
         reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
         inputs = reader(folder.config, tell, earlier["threads"], opener=opener)
         if problems := list(changed(earlier, inputs.manifest)):
-            raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring it back, or start a new run")
+            raise RunFolderError([f"{path}: {problem}" for problem in problems], "Undo the change, or start a new run")
         for difference in other_versions(earlier, inputs.manifest):
             tell(f"{difference}: from here on bytes may differ")
         folder.rebuild_events(list(inputs.clients))
         run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
-        if not elsewhere:  # sites that are elsewhere are asked by who reaches them
+        if not elsewhere:  # the runtime that reaches the sites elsewhere asks them itself
             next_round = folder.last_round(begin(run)).round
             _check_ledgers(run, next_round)
             _check_memories(run, next_round)
@@ -116,7 +117,7 @@ def resume(
 
 
 def set_sizes(run: Run) -> dict[str, tuple[int, int]]:
-    """How many shared and personal records each site told of in the last round, where its reply in that counted."""
+    """The numbers of shared and personal records in each site's last reply, without replies that did not count."""
     last = {event["client"]: event for event in _round_events(run)}
     told = {name: event["metrics"] for name, event in last.items() if "shared" in event["metrics"]}
     return {name: (int(each["shared"]["sum"]), int(each["personal"]["sum"])) for name, each in told.items()}
@@ -133,7 +134,7 @@ def record_ids(run: Run, name: str) -> list[RecordId]:
 
 
 def _check_ledgers(run: Run, next_round: int) -> None:
-    """Refuses a run whose ledgers do not say what the sites said of them in the last round that they answered in."""
+    """Refuses a run if a ledger contradicts the numbers in its site's last reply."""
     if not methods.of(run.config).enrolls:
         return
     problems = []
@@ -142,11 +143,11 @@ def _check_ledgers(run: Run, next_round: int) -> None:
         if told != (len(now.shared), len(now.personal)):
             problems.append(f"{run.folder.site(name)}: the ledger is not the one that its last round left")
     if problems:
-        raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+        raise RunFolderError(problems, "Restore the files in clients/ from a backup, or start a new run")
 
 
 def _check_memories(run: Run, next_round: int) -> None:
-    """The same for what a method keeps on the sites: of the last round that counted for each, or of a later one."""
+    """Refuses a run if a site's method state is older than the last round that counted for it, or missing."""
     if not keeps_memory(run.config):
         return
     trained = {event["client"]: event["round"] for event in _round_events(run) if has_trained(event["metrics"])}
@@ -156,9 +157,9 @@ def _check_memories(run: Run, next_round: int) -> None:
         if is_lost(run.folder.read_memory(name, next_round), number)
     ]
     if problems:
-        raise RunFolderError(problems, "Bring the files in clients/ back, or start a new run")
+        raise RunFolderError(problems, "Restore the files in clients/ from a backup, or start a new run")
 
 
 def _round_events(run: Run) -> list[dict[str, Any]]:
-    """What is told of clients and rounds, without the tuning after them."""
+    """The events of the rounds, without those of the tuning after them."""
     return [event for event in run.folder.events() if event["stage"] != "personalize"]

@@ -1,6 +1,6 @@
-"""The resident model: one base model that any client's adapter is put into, with its work counted.
+"""The resident model: one loaded base model that works with any client's adapter and counts its work.
 
-This is the `LocalModel` that clients train with, and what evaluation and generation use.
+It is the `LocalModel` that clients train with. Evaluation and generation use it too.
 """
 
 import time
@@ -27,8 +27,8 @@ from fedmide.model.threads import available_cores, free_threads
 
 @dataclass
 class Resident:
-    """A loaded model. `work` counts what went through it by kind, padding left out; `heard` is told. `seconds`: how
-    long it has trained, scored and generated."""
+    """A loaded model. `work`: tokens or responses so far by kind of work, without padding; `heard` is called with each
+    new count. `seconds`: time spent in training, scoring and generation."""
 
     model: LoraModel
     config: Config
@@ -38,7 +38,7 @@ class Resident:
     _fresh: dict[int, Adapter] = field(default_factory=dict)
 
     def fresh(self, seed: int) -> Adapter:
-        """An adapter that changes nothing yet, of the configured rank; the last one is kept, since all clients ask."""
+        """A new adapter of the configured rank, which changes nothing yet; the last one is cached, for all clients."""
         if seed not in self._fresh:
             shapes = {
                 name: (self.config.lora.r, inner) if name.endswith(adapters.A) else (outer, self.config.lora.r)
@@ -59,8 +59,8 @@ class Resident:
         return tuple(found)
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
-        """The states after each pass of a training that starts from the adapter."""
-        model = self._holding(adapter)  # only when the first state is asked for: until then another may be put in
+        """Trains from the adapter, and gives the state after each epoch."""
+        model = self._holding(adapter)  # at the first `next`, not before: until then another adapter may be put in
         epochs = training.train(model, examples, plan, self._count("tokens trained"))
         while True:
             with self._timed("training"):
@@ -70,7 +70,7 @@ class Resident:
             yield replace(epoch, adapter=adapters.cut_like(epoch.adapter, adapter))
 
     def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
-        """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""
+        """The last layer's hidden state at the last token of each example's prompt under the adapter, (N, D)."""
         model = self._holding(adapter)
         found = [model.last_state(torch.from_numpy(each.ids[: each.prompt_length])).numpy() for each in examples]
         return np.stack(found) if found else np.zeros((0, 1), np.float32)
@@ -88,7 +88,7 @@ class Resident:
         return tuple(found)
 
     def stream(self, adapter: Adapter, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
-        """The response to one example's prompt under the adapter, told to `hear` as it comes."""
+        """The response to one example's prompt under the adapter; `hear` gets each piece as soon as it is generated."""
         ((_, each),) = self._by_record(adapter, [example])
         text = generation.stream(self._holding(each), example, max_new_tokens, hear)
         self._count("responses generated")(1)
@@ -102,7 +102,7 @@ class Resident:
         return model
 
     def _by_record(self, adapter: Adapter, examples: Sequence[Example]) -> Iterator[tuple[Sequence[int], Adapter]]:
-        """Which examples have which adapter: all the same, but where two are weighted per record."""
+        """Rows of the examples with their adapter: one for all, or one per prompt if two are weighted per record."""
         if adapters.MOST not in adapter:
             yield range(len(examples)), adapter
             return
@@ -134,12 +134,13 @@ class Resident:
 def open_model(
     config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
 ) -> Resident:
-    """The model in a folder, under LoRA layers as configured, on so many threads; 0: as configured.
+    """Loads the model in a folder, with LoRA layers as configured.
 
-    `tell` hears of what turns out otherwise than configured.
+    `threads`: CPU threads to use; 0 stands for the configured number. `tell` gets a message if something turns out
+    otherwise than configured.
     """
     torch.set_num_threads(threads or config.runtime.threads or free_threads(tell))
-    # batches side by side do not wait for each other at every product, and change no bit: every core is worth it
+    # parallel batches do not wait for each other at every product, and do not change a bit: use every core
     num_workers = config.runtime.threads or available_cores()
     held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing, num_workers
     model = load(folder, config.model, _lora(config), *held)
@@ -147,21 +148,21 @@ def open_model(
 
 
 def _begun(model: LoraModel, config: Config, tell: Callable[[str], None]) -> Resident:
-    """The model for a run of its own."""
+    """The model for a new run: its batch sizes begin as configured again."""
     for room in (model.training_room, model.scoring_room, model.generation_room):
         room.begin(tell)
     return Resident(model, config)
 
 
 Opener = Callable[[Config, Path, int, Callable[[str], None]], Resident]
-"""What opens the model in a folder, as `open_model` does."""
+"""A function that opens the model in a folder, as `open_model` does."""
 
 
 @dataclass
 class Kept:
-    """Opens models, and keeps the last one with its prefixes: the next run that needs the same one has it at once.
+    """Opens models, and keeps the last one with its cached prefixes, so that the next run with the same one reuses it.
 
-    All runs have as many threads as the first, unless they say how many.
+    All runs use as many threads as the first, unless their configuration gives a number.
     """
 
     key: tuple[object, ...] = ()
@@ -171,24 +172,24 @@ class Kept:
     def __call__(
         self, config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
     ) -> Resident:
-        """The resident model, its work counted from nothing."""
+        """The resident model, with all counts at zero."""
         wanted = threads or config.runtime.threads or self.threads
         key = (folder, config.model, _lora(config), config.runtime, config.training.checkpointing)
         if self.model is None or key != self.key or wanted != self.threads:
-            self.model = None  # let go before another is loaded
+            self.model = None  # free its memory before another is loaded
             self.key, self.model = key, open_model(config, folder, wanted, tell).model
             self.threads = torch.get_num_threads()
         return _begun(self.model, config, tell)
 
 
 def _lora(config: Config) -> LoraConfig:
-    """What the network's layers are made for; the scale alpha / r is the same at any rank."""
+    """The LoRA settings for the rank that the method needs; the scale alpha / r stays as configured."""
     rank = methods.of(config).rank(config)
     return config.lora.model_copy(update={"r": rank, "alpha": config.lora.alpha * rank / config.lora.r})
 
 
 def likeness(state: NDArray[np.float32], references: NDArray[np.float32]) -> float:
-    """The mean cosine of a state (D,) with others (N, D), not below 0; 0 where there are none.
+    """The mean cosine similarity of a state (D,) to others (N, D), at least 0; 0 if there are none.
 
     >>> likeness(np.array([1.0, 0.0]), np.array([[2.0, 0.0], [0.0, 3.0]]))
     0.5

@@ -1,10 +1,10 @@
-"""A site at work: its records, its folder, and what it answers to a message.
+"""A site at work: its records, its folder, and its answers to messages.
 
-Whatever happens here, an answer holds nothing but what `messages` has a field for: of an error the server hears one
-word from a closed list, and its details go to `tell`, which is the site's own log.
+An answer holds only what `messages` has a field for, also after an error. Then the server gets one word from a closed
+list, and the details go to `tell`, which is the site's own log.
 
-What was answered is kept. The same task again gets the same answer without work, so a message that is delivered twice
-trains once; a task of an earlier round than the last is refused, so nothing that was done is undone.
+Answers are stored. If a task arrives again, the site sends the same answer without work: a message that is delivered
+twice trains once. A task of an earlier round than the last one is refused, so finished work is never undone.
 """
 
 import hashlib
@@ -28,14 +28,14 @@ from fedmide.progress import Tell
 from fedmide.runs.inputs import Inputs
 
 EVERYONE = "(all clients)"
-"""The client that has everyone's records, where a method trains in one place; no folder of a client is called so."""
+"""The client that holds all records if a method trains in one place; no client's folder can have this name."""
 
 
 _DIGEST_BYTES = 32
 
 
 def client_state(folder: RunFolder, inputs: Inputs, name: str, federation: str, next_round: int) -> ClientState:
-    """A client's state before a round, out of its records and of what it kept."""
+    """A client's state before a round, made from its records and from what it stored."""
     owners = inputs.examples if name == EVERYONE else {name: inputs.examples[name]}
     training = {
         RecordId(example.id if owner == name else f"{owner}/{example.id}"): example
@@ -54,7 +54,7 @@ def client_state(folder: RunFolder, inputs: Inputs, name: str, federation: str, 
 
 
 def keep(folder: RunFolder, inputs: Inputs, state: ClientState) -> None:
-    """Makes a client's state last: what its rounds left or, once it has one, its personalised adapter."""
+    """Stores a client's state: the result of its rounds or, once there is one, its tuned adapter."""
     if state.adapter is None:
         folder.save_site(state)
     else:
@@ -63,7 +63,7 @@ def keep(folder: RunFolder, inputs: Inputs, state: ClientState) -> None:
 
 @dataclass(frozen=True)
 class Site:
-    """One client with its records and a loaded model. `open_folder` gives the folder of a federation."""
+    """One client with its records and a loaded model. `open_folder` opens the folder of a federation, by its name."""
 
     name: str
     inputs: Inputs
@@ -71,10 +71,10 @@ class Site:
     tell: Tell = lambda message: None
 
     def answer(self, frame: bytes) -> bytes:
-        """The answer to a frame, as a frame; raises nothing that this site's records or disk could cause."""
+        """The answer to a frame, as a frame. An error of any kind becomes an answer too: nothing is raised."""
         try:
             return self._answer(frame)
-        except Exception as error:  # noqa: BLE001 - the text of any may be a patient's
+        except Exception as error:  # noqa: BLE001 - the text of any error may come from a patient's record
             self.tell(f"{type(error).__name__}: {error}")
             return self._trouble(_code(error))
 
@@ -83,7 +83,9 @@ class Site:
         if isinstance(request, Hello):
             return encode_facts(self._facts(request))
         if not self._belongs_to(request.federation):
-            self.tell(f"asked by federation {request.federation}, this site belongs to {self.inputs.federation}")
+            self.tell(
+                f"refused a task of federation {request.federation}: this site belongs to {self.inputs.federation}"
+            )
             return self._trouble("federation")
         return self._once(request, frame)
 
@@ -106,16 +108,16 @@ class Site:
         return len(now.shared), len(now.personal)
 
     def _once(self, task: ClientTask, frame: bytes) -> bytes:
-        """The answer to a task: the kept one where it was given before."""
+        """The answer to a task: the stored one if this task was answered before."""
         folder = self.open_folder(task.federation)
         kept, digest = _kept_path(folder, self.name), hashlib.sha256(frame).digest()
         earlier = kept.read_bytes() if kept.exists() else b""
         if earlier[:_DIGEST_BYTES] == digest:
-            self.tell(f"round {task.round}: answered before")
+            self.tell(f"round {task.round}: answered before, the same answer is sent again")
             return earlier[_DIGEST_BYTES:]
         last = decode_reply(earlier[_DIGEST_BYTES:]) if earlier else None
         if self._last_round(folder, last) > task.round:
-            self.tell(f"round {task.round}: a later one was done already")
+            self.tell(f"round {task.round}: refused, because a later round is done already")
             return self._trouble("round")
         state = client_state(folder, self.inputs, self.name, task.federation, task.round)
         _check_memory(folder, state, last, task.round)
@@ -129,30 +131,31 @@ class Site:
         return answer
 
     def _keep_aggregated(self, folder: RunFolder, task: ClientTask) -> None:
-        """Keeps what the site's own model is measured against, where the method sends it whole."""
+        """Stores the common adapter, which the tuned one is measured against, if the method sends all of it."""
         if shapes(task.adapter) == shapes(self.inputs.fresh_adapter()):
             write_folder(folder.adapter, peft_files(task.adapter, self.inputs.resident.model.lora))
 
     def _last_round(self, folder: RunFolder, last: ClientReply | None) -> int:
-        """The latest round that this site has worked on, by its kept answer and by its ledger."""
+        """The latest round that this site has worked on, by its stored answer and by its ledger."""
         rounds = [entry.round for entry in folder.read_ledger(self.name)]
         return max([*rounds, *([] if last is None else [last.round])], default=-(2**31))
 
 
 def _check_memory(folder: RunFolder, state: ClientState, last: ClientReply | None, next_round: int) -> None:
-    """Refuses to go on without what the round of the last answer left here, where that is needed once more."""
+    """Refuses to continue if the method's state of the last answered round is needed but missing."""
     if last is None or last.round >= next_round or not has_trained(last.metrics) or not keeps_memory(state.config):
         return
     if last.adapter is not None and not is_finite(last.adapter) and not methods.of(state.config).remembers:
-        return  # an own adapter that ran off was not kept
+        return  # a local adapter that diverged was not stored
     if is_lost(state.memory, last.round):
         raise RunFolderError(
-            f"{folder.site(state.name)}: the memory of round {last.round} is missing", "Bring the file back"
+            f"{folder.site(state.name)}: the memory of round {last.round} is missing",
+            "Restore the file from a backup; without it this site can't continue the federation",
         )
 
 
 def _code(error: Exception) -> TroubleCode:
-    """The one word on an error that leaves the site."""
+    """The one word about an error that leaves the site."""
     if isinstance(error, MessageError):
         return "message"
     if isinstance(error, RunFolderError):

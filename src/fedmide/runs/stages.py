@@ -1,6 +1,6 @@
-"""The stages of a run, each on its run folder: train, personalise, generate, evaluate.
+"""The stages of a run, each on its run folder: train, personalize, generate, evaluate.
 
-Each can be stopped at any moment and started again: what is whole is kept, what is not is made anew.
+Each stage can be stopped at any moment and started again: it keeps every complete result and makes the missing ones.
 """
 
 import math
@@ -41,15 +41,15 @@ from fedmide.runs.site import EVERYONE, client_state, keep
 from fedmide.runs.timing import listening, noted, timed
 
 Sets = Mapping[SetName, Sequence[Question]]
-"""Public multiple-choice questions by the set that they are from."""
+"""Public multiple-choice questions, by the name of their set."""
 
 
 WRITERS = 8
-"""Sites whose files are written at a time, while the next ones train: a disk takes longest to say that it has them."""
+"""Sites whose files are written at the same time, while the next ones train; most of it is waiting for the disk."""
 
 
 def train(run: Run, progress: Progress = silent) -> None:
-    """Stages 0 and 1: warm-up, split and federated rounds. Leaves `adapter/` and the ledgers."""
+    """Stages 0 and 1: warm-up, split and federated rounds. Writes `adapter/` and the ledgers."""
     state = run.folder.last_round(_begin_training(run))
     writing: list[Future[None]] = []
     writers = ThreadPoolExecutor(WRITERS)
@@ -61,7 +61,7 @@ def train(run: Run, progress: Progress = silent) -> None:
     shown = listening(run, progress("rounds", num_tasks, "client rounds"))
 
     def commit(after: ServerState, summary: RoundSummary) -> None:
-        """Makes the round last, once what its sites keep does."""
+        """Commits the round, after the files of all its sites are on disk."""
         if run.runtime:
             _check_quorum(run, summary)
         for written in writing:
@@ -78,37 +78,37 @@ def train(run: Run, progress: Progress = silent) -> None:
 
 
 def personalize(run: Run, progress: Progress = silent) -> None:
-    """Stage 2: each client tunes the aggregated adapter or its own last one. Leaves `clients/ID/adapter/`."""
+    """Stage 2: each client tunes the common adapter, or its own last one. Writes `clients/ID/adapter/`."""
     state = _trained(run)
     plan = server.plan(state, run.config)
     tasks = [task for task in plan if not run.folder.is_personalized(task.client)]
     waiting = replace(state, clients=tuple(task.client for task in tasks))
     runtime = run.runtime or _in_process(run, waiting, partial(keep, run.folder, run.inputs))
     problems: list[str] = []
-    shown = listening(run, progress("personalisation", len(tasks), "clients"))
+    shown = listening(run, progress("personalization", len(tasks), "clients"))
     with timed(run, "personalized", len(tasks)), shown as advance:
         for delivery in noted(run, runtime, advance)(tasks):
             _, tuned = server.apply(state, [delivery], run.config)
             if refused := tuned.clients[0].refused:
-                problems.append(f"client {delivery.client} is not personalised: {refused}")
+                problems.append(f"client {delivery.client} is not personalized: {refused}")
                 continue
             run.folder.commit_personalization(tuned)
             if tuned.clients[0].metrics.get("epoch") == Metric(0):
                 run.tell(
-                    f"client {delivery.client}: no epoch of its tuning is fit to be kept, the aggregated adapter is"
+                    f"client {delivery.client}: no epoch of its tuning can be used, so it keeps the common adapter"
                 )
         if problems:
-            raise RunFolderError(problems, f"Mend that, then go on with {run.folder.path}")
+            raise RunFolderError(problems, f"Fix this, then resume the run: {_resuming(run)}")
 
 
 def generate(run: Run, progress: Progress = silent) -> None:
-    """Stage 3: each client's responses to its test prompts, with its personalised adapter. Leaves `predictions/`."""
+    """Stage 3: each client's responses to its test prompts, with its tuned adapter. Writes `predictions/`."""
     _aggregated(run)
     if not run.config.generation.enabled:
         return
     if not _is_personalized(run):
         raise RunFolderError(
-            f"{run.folder.path}: no client is personalised", f"First: fedmide personalize {run.folder.path}"
+            f"{run.folder.path}: no client is personalized", f"First: fedmide personalize {run.folder.path}"
         )
     names = [name for name in run.inputs.clients if not run.folder.predictions(name).exists()]
     shown = listening(run, progress("generation", len(names), "clients"))
@@ -119,9 +119,9 @@ def generate(run: Run, progress: Progress = silent) -> None:
 
 
 def validate(run: Run) -> dict[str, Nll]:
-    """The response NLL of each client's validation records under its personalised adapter; kept in validation.json.
+    """The response NLL of each client's validation records under its tuned adapter; also written to validation.json.
 
-    Test records are not looked at: this is what settings may be chosen by.
+    Test records are not used, so settings may be chosen by these figures.
     """
     _trained(run)
     measured = {
@@ -138,11 +138,11 @@ def evaluate(
     questions: Sets = MappingProxyType({}),
     wanted: Sequence[summary.StageName] = summary.STAGES,
 ) -> dict[str, Any]:
-    """What metrics.json holds: likelihood, choice and text metrics of each client's test records.
+    """The content of metrics.json: NLL, choice and text metrics of each client's test records.
 
-    Under the base model, the aggregated adapter and, where there is one, the client's personalised one; or under the
-    `wanted` ones of these. What a client measured is kept on its site, so that an evaluation that was stopped goes on.
-    Public `questions` are asked too; the figures of those that were asked before stay.
+    They are measured under the base model, the common adapter and, if there is one, the client's tuned adapter, or
+    under the `wanted` ones of these. Each client's measurements are stored on its site, so that an evaluation can be
+    resumed. Public `questions` are asked too; figures of sets that were asked earlier stay.
     """
     aggregated = _aggregated(run)
     there = {"base": True, "aggregated": bool(aggregated), "personalized": _is_personalized(run)}
@@ -174,21 +174,21 @@ def evaluate(
 
 
 def _write_report(run: Run) -> None:
-    """Leaves `report.html`. Whatever goes wrong with it is told, and is no reason for a run to fail."""
+    """Writes `report.html`. If that fails, a message says so, and the run does not fail."""
     try:
         run.tell(f"the report is in {report.write(run.folder)}")
     except Exception as error:  # noqa: BLE001
-        run.tell(f"no report could be written ({type(error).__name__}); see fedmide report {run.folder.path}")
+        run.tell(f"no report could be written ({type(error).__name__}); to see why: fedmide report {run.folder.path}")
 
 
 def _begin_training(run: Run) -> ServerState:
-    """The state before the first round; where all train in one place, of a single client that has all records."""
+    """The state before the first round. If a method trains in one place, its only client holds all records."""
     begun = begin(run)
     return replace(begun, clients=(EVERYONE,)) if methods.of(run.config).in_one_place else begun
 
 
 def _trained(run: Run) -> ServerState:
-    """The state after the last federated round; a run that is not there yet is refused."""
+    """The state after the last federated round; a run with rounds left to do is refused."""
     state = run.folder.last_round(begin(run))
     if state.round < run.config.federation.rounds or not run.folder.adapter.is_dir():
         raise RunFolderError(
@@ -198,7 +198,7 @@ def _trained(run: Run) -> ServerState:
 
 
 def _aggregated(run: Run) -> Adapter:
-    """The adapter after the last federated round; at a site what came of it to be personalised, {} if only a part."""
+    """The common adapter after the last round. At a site: the one it got for tuning, or {} if it got only a part."""
     if not run.folder.is_site:
         return _trained(run).adapter
     kept = run.folder.adapter
@@ -206,23 +206,28 @@ def _aggregated(run: Run) -> Adapter:
 
 
 def _troubles(run: Run, summary: RoundSummary) -> Iterator[str]:
-    """What went wrong in a round that went on."""
+    """Messages on replies that did not count in a round that counts."""
     title = run.folder.round_name(summary.round)
     for row in summary.clients:
         if row.refused:
             yield f"{title}, client {row.client}: its reply does not count: {row.refused}"
     if not summary.aggregated and methods.of(run.config).travels:
-        yield f"{title}: nobody's adapter counts, the aggregated one stays as it was"
+        yield f"{title}: no adapter counts, so the common adapter stays as it was"
+
+
+def _resuming(run: Run) -> str:
+    """The commands that resume a run, in one process or between sites."""
+    return f"fedmide run --resume {run.folder.path}, between sites fedmide flower resume SERVER {run.folder.path}"
 
 
 def _in_process(run: Run, state: ServerState, save: Callable[[ClientState], None]) -> Runtime:
-    """The runtime of sites that are all in this process, as they stand before a round."""
+    """The runtime of sites that are all in this process, in their state before a round."""
     sites = {name: client_state(run.folder, run.inputs, name, run.federation, state.round) for name in state.clients}
     return InProcess(sites, run.inputs.resident, save)
 
 
 def _check_quorum(run: Run, summary: RoundSummary) -> None:
-    """Stops a run before a round that too few sites took part in would count."""
+    """Refuses a round with too few replies that count, before it is committed."""
     counted = sum(not row.refused for row in summary.clients)
     needed = math.ceil(run.config.replies.quorum * len(summary.clients))
     if counted < needed:
@@ -230,5 +235,5 @@ def _check_quorum(run: Run, summary: RoundSummary) -> None:
         raise RunFolderError(
             f"{run.folder.round_name(summary.round)}: {counted} of {len(summary.clients)} replies count, "
             f"{needed} are needed: {'; '.join(reasons)}",
-            f"Mend that, then go on with {run.folder.path}; or lower replies.quorum",
+            f"Fix this, then resume the run: {_resuming(run)}; or lower replies.quorum in a new run",
         )

@@ -1,4 +1,4 @@
-"""Progress while a stage of a run works, and how long it took, noted in its manifest."""
+"""Progress of a stage while it works, and its duration, written to the manifest."""
 
 import resource
 import sys
@@ -18,7 +18,7 @@ from fedmide.runs.opening import Run
 
 @contextmanager
 def listening(run: Run, shown: AbstractContextManager[Advance]) -> Iterator[Advance]:
-    """The same progress, which also tells of the model's work within a client."""
+    """The same progress, which also shows the model's work on the current client."""
     resident = run.inputs.resident
     with shown as advance:
         resident.heard = lambda kind, total: advance(0, f"{total:,} {kind}")
@@ -29,7 +29,7 @@ def listening(run: Run, shown: AbstractContextManager[Advance]) -> Iterator[Adva
 
 
 def noted(run: Run, runtime: Runtime, advance: Advance) -> Runtime:
-    """The same runtime, with progress told after every delivery."""
+    """The same runtime, which advances the progress after every delivery."""
 
     def deliver(tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
         for delivery in runtime(tasks):
@@ -40,7 +40,7 @@ def noted(run: Run, runtime: Runtime, advance: Advance) -> Runtime:
 
 
 def _note(run: Run, round_number: int, delivery: Delivery) -> str:
-    """A word on what a client has just done."""
+    """A short note on a client's finished work: round, name, loss."""
     title = f"{run.folder.round_name(round_number)}, " if round_number < run.config.federation.rounds else ""
     loss = delivery.reply.metrics.get("loss") if delivery.reply else None
     return f"{title}client {delivery.client}" + (f", loss {loss.sum / loss.count:.3f}" if loss else "")
@@ -48,10 +48,10 @@ def _note(run: Run, round_number: int, delivery: Delivery) -> str:
 
 @contextmanager
 def timed(run: Run, status: str, work: int) -> Iterator[None]:
-    """Notes in the manifest that a stage ended, and how long it has worked, restarts included: in all, and this
-    process's model by kind of work.
+    """Writes to the manifest that a stage ended, and its seconds, including those before restarts: in all, and by kind
+    of the model's work.
 
-    A stage that had no work left does not set the status back to its own.
+    A stage that had no work left does not set the status of the run back to its own.
     """
     begun, by_kind = time.perf_counter(), Counter(run.inputs.resident.seconds)
     ended = {}
@@ -75,8 +75,8 @@ def timed(run: Run, status: str, work: int) -> Iterator[None]:
 
 
 def _peak_memory_mb() -> int:
-    """The most memory that this process has held so far, in 10^6 bytes."""
-    with suppress(OSError, StopIteration):  # Linux; what getrusage tells there counts a parent's memory too
+    """The peak memory of this process so far, in 10^6 bytes."""
+    with suppress(OSError, StopIteration):  # Linux, where getrusage also counts a parent's memory
         lines = Path("/proc/self/status").read_text().splitlines()
         return round(int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024 / 1e6)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,10 +1,10 @@
-"""A run in a tracker, MLflow or TensorBoard, made from its run folder alone.
+"""A run's entry in a tracker (MLflow or TensorBoard), made from its run folder alone.
 
-What goes there: the configuration; what each client tells of a round, which the server hears too; the figures over a
-client's test records; the report without the sites' scores. Nothing of a single record does: no ledger, no prediction,
-and where a client's figures are over one record, neither these nor what holds them.
+The entry holds the configuration, each client's metrics per round (which the server gets too), the figures over each
+client's test records, and the report without the sites' scores. It holds nothing of a single record: no ledger and no
+prediction. If a client's figures are over one record, these figures and the files that hold them are left out.
 
-Tracking a run again brings its entry up to date.
+Tracking a run again updates its entry.
 """
 
 import hashlib
@@ -35,19 +35,19 @@ Tracker = Literal["mlflow", "tensorboard"]
 NEEDS: Mapping[Tracker, tuple[str, ...]] = MappingProxyType(
     {"mlflow": ("mlflow", "sqlalchemy", "alembic"), "tensorboard": ("tensorboard",)}
 )
-"""The modules that a tracker's extra brings."""
+"""The modules that the extra of a tracker installs."""
 
 
 EXPERIMENT = "fedmide"
-"""The MLflow experiment that runs go to."""
+"""The MLflow experiment that holds all runs."""
 
 
 STORE = "sqlite:///mlflow.db"
-"""MLflow's store where nothing else is said: a file in the working directory, as `mlflow ui` expects it."""
+"""MLflow's default store: a file in the working directory, as `mlflow ui` expects it."""
 
 
 OURS = ".fedmide"
-"""What TensorBoard's files from here end with."""
+"""The ending of TensorBoard files that fedmide wrote."""
 
 
 ALONE = "a client's figures are over a single record, so neither they nor the report are tracked"
@@ -58,7 +58,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_\-./ ]")
 
 @dataclass(frozen=True)
 class Point:
-    """One figure. `step` is a round: the warm-up's are negative, what comes after the last one has its number."""
+    """One figure. `step`: its round. Warm-up rounds are negative; later figures have the last number plus one."""
 
     name: str
     value: float
@@ -67,9 +67,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Tracked:
-    """What a tracker is told of a run. `key` tells it from any other run; `withheld` says what was left out, and why.
+    """The data of a run for a tracker. `key` identifies the run; `withheld`: what was left out, and why.
 
-    `rounds` never change; `final` may, when the run is evaluated anew.
+    `rounds` never change. `final` may change if the run is evaluated again.
     """
 
     name: str
@@ -85,16 +85,16 @@ class Tracked:
 
 
 def check_installed(tracker: Tracker) -> None:
-    """Raises `TrackerError` where what the tracker needs is not installed."""
+    """Raises `TrackerError` if a module that the tracker needs is not installed."""
     if missing := [name for name in NEEDS[tracker] if importlib.util.find_spec(name) is None]:
-        raise TrackerError(f"{', '.join(missing)} is not installed", f"pip install 'fedmide[{tracker}]'")
+        raise TrackerError(f"{', '.join(missing)} is not installed", f"Install it: pip install 'fedmide[{tracker}]'")
 
 
 def track(folder: RunFolder, tracker: Tracker, place: str = "") -> tuple[str, str]:
-    """Where the run is tracked now, and what was left out of it.
+    """Writes the run to a tracker. The result: its place there, and what was left out.
 
-    `place`: for MLflow the URI of a store, otherwise MLFLOW_TRACKING_URI's or `STORE`; for TensorBoard a log folder,
-    otherwise `tensorboard/` in the run folder. Raises `TrackerError`.
+    `place`: for MLflow the URI of a store, by default MLFLOW_TRACKING_URI's or `STORE`; for TensorBoard a log folder,
+    by default `tensorboard/` in the run folder. Raises `TrackerError`.
     """
     check_installed(tracker)
     told = tracked(folder)
@@ -106,14 +106,16 @@ def track(folder: RunFolder, tracker: Tracker, place: str = "") -> tuple[str, st
 
 
 def tracked(folder: RunFolder) -> Tracked:
-    """What a tracker is told of the run, as far as it has come."""
+    """The data of a run for a tracker, finished or not."""
     facts = read(folder)
     manifest, alone = facts.manifest, _is_over_one(facts.metrics.get("clients", {}))
     begun = datetime.fromisoformat(manifest["started"])
     knobs = {name: str(value) for name, value in flat(facts.config).items()}
     files = {"config.toml": to_toml(facts.config).encode()}
     if not alone:
-        files["report.html"] = page(replace(facts, scores={})).encode()  # whatever lies in the run folder by that name
+        files["report.html"] = page(
+            replace(facts, scores={})
+        ).encode()  # made here, not the report.html in the run folder
         files |= {"metrics.json": to_json(facts.metrics)} if facts.metrics else {}
     return Tracked(
         name=facts.name,
@@ -130,7 +132,7 @@ def tracked(folder: RunFolder) -> Tracked:
 
 
 def _round_points(facts: RunFacts) -> Iterator[Point]:
-    """What the clients told of each round, and the training loss over all of them."""
+    """The metrics of each client and round, and the training loss over all clients."""
     for turn in facts.turns:
         about = "personalisation/" if turn.stage == "personalize" else ""
         for name in ("loss", "shared", "personal", "enrolled", "steps", "trained_tokens", "bytes_up", "seconds"):
@@ -142,7 +144,7 @@ def _round_points(facts: RunFacts) -> Iterator[Point]:
 
 
 def _final_points(facts: RunFacts, alone: bool) -> Iterator[Point]:
-    """What the run cost and, unless they are over one record, the figures of the test records."""
+    """The cost of the run and, unless they are over one record, the figures of the test records."""
     found = {"cost": facts.metrics.get("federation", {}), "seconds": facts.manifest["seconds"]}
     if not alone:
         found["final"] = facts.metrics.get("over_clients", {})
@@ -155,7 +157,7 @@ def _final_points(facts: RunFacts, alone: bool) -> Iterator[Point]:
 
 
 def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
-    """Each number in nested values, by the names that lead to it."""
+    """Each number in nested values, with the path of names to it."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}/{inner}", number) for inner, number in _numbers(value))
@@ -164,21 +166,21 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _is_over_one(values: Mapping[str, Any]) -> bool:
-    """Whether any of the nested figures is over a single record."""
+    """True if any of the nested figures is over a single record."""
     inner = [value for value in values.values() if isinstance(value, Mapping)]
     return values.get("num_records") == 1 or any(map(_is_over_one, inner))
 
 
 def _finite(points: Iterator[Point]) -> tuple[Point, ...]:
-    """The points that a tracker can hold, by names that it takes."""
+    """The points with finite values, under names that a tracker accepts."""
     return tuple(
         replace(point, name=_NOT_IN_A_NAME.sub("_", point.name)) for point in points if math.isfinite(point.value)
     )
 
 
 def _to_mlflow(told: Tracked, uri: str) -> str:
-    """Writes the run into MLflow's store; the same run's entry is brought up to date."""
-    # before the import, which reads them
+    """Writes the run to MLflow's store; an earlier entry of the same run is updated."""
+    # MLflow reads these during its import
     for name, value in {
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "DO_NOT_TRACK": "true",
@@ -186,7 +188,7 @@ def _to_mlflow(told: Tracked, uri: str) -> str:
     }.items():
         os.environ.setdefault(name, value)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # MLflow's own use of what SQLAlchemy will drop
+        warnings.simplefilter("ignore")  # MLflow itself uses functions that SQLAlchemy deprecates
         from mlflow import MlflowClient
         from mlflow.entities import Metric, Param
         from mlflow.exceptions import MlflowException
@@ -199,7 +201,7 @@ def _to_mlflow(told: Tracked, uri: str) -> str:
                 for points, at in ((told.rounds, told.begun), (told.final, told.updated))
                 for point in points
             ]
-            for first in range(0, len(metrics), 1000):  # as many as it takes at a time
+            for first in range(0, len(metrics), 1000):  # the most that MLflow takes in one call
                 client.log_batch(run_id, metrics=metrics[first : first + 1000])
             knobs = [Param(name, value) for name, value in told.knobs.items()]
             for first in range(0, len(knobs), 100):
@@ -212,13 +214,14 @@ def _to_mlflow(told: Tracked, uri: str) -> str:
                 client.set_terminated(run_id, end_time=_milliseconds(told.updated))
         except MlflowException as error:
             raise TrackerError(
-                f"MLflow at {uri}: {first_line(error)}", "Check the place and that it can be reached"
+                f"MLflow at {uri}: {first_line(error)}",
+                "Check that the store's address is right and that it can be reached",
             ) from None
     return f"MLflow run {run_id} at {uri}"
 
 
 def _mlflow_run(client: Any, told: Tracked, uri: str) -> str:
-    """The id of the run's entry, which is made where there is none."""
+    """The id of the run's entry, which is created if there is none."""
     known = client.get_experiment_by_name(EXPERIMENT)
     experiment = known.experiment_id if known else client.create_experiment(EXPERIMENT, _artifacts(uri))
     for found in client.search_runs([experiment], f"tags.`fedmide.run` = '{told.key}'", max_results=1):
@@ -228,14 +231,14 @@ def _mlflow_run(client: Any, told: Tracked, uri: str) -> str:
 
 
 def _artifacts(uri: str) -> str | None:
-    """Where files lie: beside a local store, which would put them into the working directory; else as it likes."""
+    """The folder for files: next to a local store, which would use the working directory; None: the store decides."""
     if not uri.startswith("sqlite:///"):
         return None
     return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlruns" / EXPERIMENT).as_uri()
 
 
 def _to_tensorboard(told: Tracked, folder: Path) -> str:
-    """Writes the run as TensorBoard's events; an earlier file from here is replaced."""
+    """Writes the run as TensorBoard events, and removes the files of an earlier call."""
     from torch.utils.tensorboard import SummaryWriter
 
     earlier = list(folder.glob(f"events.out.tfevents.*{OURS}"))
@@ -247,7 +250,10 @@ def _to_tensorboard(told: Tracked, folder: Path) -> str:
             knobs = "\n".join(f"    {name} = {value}" for name, value in told.knobs.items())
             writer.add_text("configuration", knobs, 0, told.begun.timestamp())
     except OSError as error:
-        raise TrackerError(f"{folder}: can't be written: {error.strerror}", "Give another place") from None
+        raise TrackerError(
+            f"{folder}: can't be written: {error.strerror}",
+            "Give another log folder: fedmide track RUN --to tensorboard --uri FOLDER",
+        ) from None
     for path in earlier:
         path.unlink()
     return f"TensorBoard's log folder {folder}"
