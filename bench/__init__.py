@@ -1,5 +1,5 @@
 """Measurements against what a user would otherwise run: `make bench` prints one table and writes bench/latest.json.
 
-Timings on shared machines drift, so a figure is a ratio within one run, A and B in turn, medians of repeats. Nothing
-here is timed in the test suite.
+Timings on shared machines drift. So a figure is a ratio within one run: A and B take turns, and the median of the
+repeats counts. The test suite times nothing here.
 """

@@ -38,13 +38,13 @@ from fedmide.runs import opening, stages
 from fedmide.runs.resident import Kept
 
 ROUNDS = 3
-"""How often a whole round is repeated; the stock one takes most of the time."""
+"""Repeats of a whole round; the stock round takes most of the time."""
 
 TURNS = 3
-"""How often scoring, training and the peak have their turn, after a first one that does not count."""
+"""Turns of scoring, training and the peak, after a first one that does not count."""
 
 AGREEMENT = 1e-3
-"""Nats a token by which the results of the two may differ."""
+"""The most nats per token by which the results of the two may differ."""
 
 Figures = dict[str, Any]
 TARGETS = {
@@ -64,12 +64,12 @@ TARGETS = {
 
 
 def main() -> None:
-    """What `make bench` measures, one after the other, or what has one of the words given in its name."""
+    """Runs the measurements of `make bench` in order, or those whose names contain one of the given words."""
     console, wanted = Console(stderr=True), sys.argv[1:]
     path = Path(__file__).parent / "latest.json"
     found: Figures = json.loads(path.read_text()) if wanted and path.exists() else {}
     if any(found.get(name) != value for name, value in _facts().items() if name != "date"):
-        found = {}  # figures of another commit or machine do not stand beside these
+        found = {}  # figures of another commit or machine do not belong in one table with these
     for name, part in MEASURES.items():
         is_wanted = any(word in name for word in wanted) if wanted else name not in ASKED_FOR
         if not is_wanted:
@@ -96,13 +96,13 @@ def _facts() -> Figures:
 
 @dataclass(frozen=True)
 class Products:
-    """Products at the model's shapes, layer after layer as in a pass, so that no weight is still in the cache."""
+    """Products in the model's shapes, layer after layer as in a pass, so that no weight is still in the cache."""
 
     given: list[torch.Tensor]
     weights: list[list[torch.Tensor]]
 
     def __call__(self) -> None:
-        """All of them, once."""
+        """Computes all products once."""
         for layer in self.weights:
             for one, weight in zip(self.given, layer, strict=True):
                 torch.nn.functional.linear(one, weight)
@@ -114,7 +114,7 @@ class Products:
 
 
 def fastest_products(work: Workload, dtype: torch.dtype) -> Products:
-    """Those of as many rows as are done fastest."""
+    """The products with the number of rows that gives the most operations per second."""
     config = _network_config(work)
     hidden, inner, keys = config.hidden_size, config.intermediate_size, config.num_key_value_heads * config.head_dim
     shapes = [(hidden + 2 * keys, hidden), (hidden, hidden), (2 * inner, hidden), (hidden, inner)]
@@ -126,9 +126,9 @@ def fastest_products(work: Workload, dtype: torch.dtype) -> Products:
 
 
 def shares() -> Iterator[Figures]:
-    """Scoring and training as a share of the peak in the model's type: operations that must be done over time.
+    """Scoring and training as a share of the peak in the model's type: necessary operations, divided by time.
 
-    The peak is measured in turn with both, and each share is of the peak of its turn.
+    The peak takes turns with both, and each share is relative to the peak of the same turn.
     """
     work = workload()
     examples = _examples(work)
@@ -155,7 +155,7 @@ def shares() -> Iterator[Figures]:
 
 
 def profiles() -> Iterator[Figures]:
-    """Where the time of scoring and training goes."""
+    """The shares of kinds of operations in the time of scoring and training."""
     work = workload("runtime.threads=1")
     model, examples, config = work.inputs.resident.model, _examples(work), work.config
     model.put(work.inputs.fresh_adapter())
@@ -169,7 +169,7 @@ def profiles() -> Iterator[Figures]:
 
 
 def rounds() -> Iterator[Figures]:
-    """A whole round against the stock one: as a user would run that, at equal precision, with kept prefixes."""
+    """A whole round against the stock round: as a user would run that, at equal precision, with cached prefixes."""
     pairs = {
         "round_speedup_as_run": ((), torch.float32),
         "round_speedup_equal_precision": ((), _own_type()),
@@ -181,10 +181,10 @@ def rounds() -> Iterator[Figures]:
         work = workload(*overrides)
         kind = (work.inputs.resident.model.dtype, dtype, work.config.lora.blocks)
         stock = Stock(locate("smollm2-135m"), work.config, dtype)
-        if kind not in known:  # where the model's own type is float32, three of the pairs are one
+        if kind not in known:  # if the model's own type is float32, three of the pairs are the same
             records = {client: each.training for client, each in work.inputs.clients.items()}
             federation = Federation(work)
-            federation.round()  # what is computed once is computed
+            federation.round()  # fills the caches
             stock.round({client: each[:4] for client, each in records.items()})
             contest = {"stock": lambda: stock.round(records), "ours": federation.round}  # noqa: B023
             known[kind] = alternating(contest, ROUNDS)
@@ -196,9 +196,10 @@ def rounds() -> Iterator[Figures]:
 
 
 def agreement() -> Iterator[Figures]:
-    """Whether both do the same: one local training of the same adapter, and what comes of it; both in float32.
+    """The differences between ours and stock after one local training of the same adapter, both in float32.
 
-    All records are one step of the optimiser, so that their order does not count. Ends the bench where they don't.
+    All records form one step of the optimizer, so that their order does not matter. Too large a difference ends the
+    bench.
     """
     work = workload("model.dtype=float32", "lora.dropout=0")
     name, client = next(iter(work.inputs.clients.items()))
@@ -225,7 +226,7 @@ def agreement() -> Iterator[Figures]:
 
 
 def overhead() -> Iterator[Figures]:
-    """What of a run's warm-up and one round is not forward, backward or optimiser, writing included."""
+    """Overhead of a run's warm-up and one round: everything but forward, backward and optimizer, with all writing."""
     work = workload("federation.rounds=1", "warmup.rounds=1", "model.dtype=auto")
     opened = Kept()
     shares_of: list[float] = []
@@ -241,7 +242,7 @@ def overhead() -> Iterator[Figures]:
 
 
 def generated() -> Iterator[Figures]:
-    """Tokens a second: batched against transformers' greedy `generate` under PEFT, every fourth prompt alone."""
+    """Tokens per second: our batches against transformers' greedy `generate` under PEFT, every fourth prompt alone."""
     work = workload()
     model, longest = work.inputs.resident.model, 32
     model.put(work.inputs.fresh_adapter())
@@ -267,7 +268,7 @@ def generated() -> Iterator[Figures]:
 
 
 def parts() -> Iterator[Figures]:
-    """Adapter swap, codec, start-up."""
+    """Times of adapter swap, codec and start-up."""
     work = workload()
     model, adapter = work.inputs.resident.model, work.inputs.fresh_adapter()
     data = adapters.encode(adapter)
@@ -284,7 +285,7 @@ def parts() -> Iterator[Figures]:
 
 
 def stages_alone() -> Iterator[Figures]:
-    """Personalisation and evaluation of one client, in tokens and records a second."""
+    """Personalization and evaluation of one client, in tokens and records per second."""
     work = workload()
     inputs, config = (
         work.inputs,
@@ -306,7 +307,7 @@ def stages_alone() -> Iterator[Figures]:
 
 
 def growth() -> Iterator[Figures]:
-    """Time a record and peak memory with 1,000 and 4,000 records, tiny model, 8 clients."""
+    """Time per record and peak memory with 1,000 and 4,000 records, tiny model, 8 clients."""
     found = {count: _tiny_run(8, 1, count // 8) for count in (1000, 4000)}
     yield {
         "seconds_per_1000_records": {str(count): each["seconds"] * 1000 / count for count, each in found.items()},
@@ -315,7 +316,7 @@ def growth() -> Iterator[Figures]:
 
 
 def many() -> Iterator[Figures]:
-    """Peak memory with 64 clients against 8, and a client's round beside its model's work with 1,000 clients."""
+    """Peak memory with 64 clients against 8, and the overhead of a client round, without model work, with 1,000."""
     runs = [{count: _tiny_run(count, 1) for count in (8, 64, 1000)} for _ in range(3)]
     peaks = {count: [run[count]["peak_memory_mb"] for run in runs] for count in (8, 64, 1000)}
     yield {
@@ -333,7 +334,7 @@ MEASURES = {
     "start-up, adapter swap, codec": parts,
     "generation": generated,
     "what is not the model": overhead,
-    "personalisation and evaluation": stages_alone,
+    "personalization and evaluation": stages_alone,
     "many records": growth,
     "many clients": many,
     "agreement": agreement,
@@ -341,11 +342,11 @@ MEASURES = {
 }
 
 ASKED_FOR = ("profile",)
-"""What is measured where its name is given, and else not: it is no contest, and takes minutes."""
+"""Measurements that run only if their name is given: they compare nothing, and take minutes."""
 
 
 def _own_type() -> torch.dtype:
-    """The type that the model has on this machine where none is set."""
+    """The type that the model has on this machine if none is set."""
     return devices.dtype("auto", torch.device("cpu"))
 
 
@@ -358,7 +359,7 @@ def _examples(work: Workload) -> list[Example]:
 
 
 def _operations(work: Workload, examples: list[Example]) -> float:
-    """Multiplications of one product of each weight and token, attention over what is before included."""
+    """Multiplications of one product of each weight and token, including attention over the tokens before it."""
     config = _network_config(work)
     decoder = work.inputs.resident.model.prefixes.decoder  # type: ignore[union-attr]
     block = sum(layer.weight.shape[0] * layer.num_in for layer in _layers(decoder))
@@ -369,7 +370,7 @@ def _operations(work: Workload, examples: list[Example]) -> float:
 
 
 def _network_config(work: Workload) -> Any:
-    """What transformers says of the base model's sizes."""
+    """The sizes of the base model, from its transformers configuration."""
     return work.inputs.resident.model.network.get_base_model().config
 
 
@@ -379,7 +380,7 @@ def _layers(decoder: Any) -> list[Any]:
 
 
 def _tiny_run(num_clients: int, num_rounds: int, num_records: int = 4) -> dict[str, float]:
-    """A run of the tiny model in a process of its own."""
+    """The figures of a run of the tiny model in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "bench.tiny", str(num_clients), str(num_rounds), str(num_records), folder]
         done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ})

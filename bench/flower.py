@@ -1,9 +1,9 @@
-"""What Flower adds: seconds of a round beyond the sites' work, in process, simulated, deployed; and a reload.
+"""The overhead of Flower: seconds per round in process, simulated and deployed, and the time of a reload.
 
     python -m bench.flower [CLIENTS] [inprocess simulation deployment reload]
 
-prints a JSON object. The federation is the tiny model on records of four lines, so that its work is milliseconds. The
-reload is of SmolLM2-135M: what a process for each message would load, against the message to a worker that has it.
+prints a JSON object. The federation trains the tiny model on four records per site, so its work takes milliseconds.
+The reload is of SmolLM2-135M: a process that loads it for a message, against a message to a worker that has it loaded.
 """
 
 import json
@@ -28,12 +28,12 @@ from fedmide.flower.site_folder import SiteFolder
 from fedmide.journal.creation import reopen
 
 ROUNDS, MANY = 3, 100
-"""With many clients there is one round: it is long."""
+"""Rounds, and the number of clients from which on there is only one round, because it takes long."""
 FEDMIDE = (sys.executable, "-m", "fedmide")
 
 
 def main() -> None:
-    """Measures what is asked for, one after the other, in folders that are removed."""
+    """Runs the chosen measurements in order, in temporary folders."""
     numbers = [int(word) for word in sys.argv[1:] if word.isdigit()]
     wanted = [word for word in sys.argv[1:] if not word.isdigit()] or list(MEASURES)
     found = {}
@@ -62,7 +62,7 @@ def deployment(folder: Path, clients: int) -> dict[str, Any]:
 
 
 def reload(folder: Path, clients: int) -> dict[str, Any]:
-    """Seconds until a site of SmolLM2-135M answers: the first message, which loads it, and later ones."""
+    """Seconds until a site with SmolLM2-135M answers: to the first message, which loads it, and to later ones."""
     config = folder / "federation.toml"
     overrides = ["data.source=medical", "data.clients=1", "data.max_records=16", "runtime.threads=1"]
     config.write_text(to_toml(parse(apply_overrides({}, overrides))))
@@ -89,7 +89,7 @@ MEASURES: dict[str, Callable[[Path, int], dict[str, Any]]] = {
 
 
 def _federation(folder: Path, clients: int) -> Path:
-    """A configuration, and records of so many clients."""
+    """Writes a configuration, and the records of this many clients."""
     (folder / "data").mkdir()
     for client in range(clients):
         rows = [{"instruction": f"What is {client} and {number}?", "response": "So."} for number in range(4)]
@@ -116,7 +116,7 @@ def _consortium(folder: Path, config: Path, sites: tuple[str, ...]) -> Iterator[
 
 
 def _run(folder: Path, command: list[str]) -> dict[str, Any]:
-    """What a run's events say: of each round the longest wait, and the bytes each way."""
+    """Figures from a run's events: the longest wait of each round, and the bytes each way."""
     begun = time.perf_counter()
     subprocess.run([*FEDMIDE, *command], check=True, capture_output=True)
     whole = time.perf_counter() - begun

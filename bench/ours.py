@@ -1,4 +1,4 @@
-"""The same round as fedmide does it, and its parts: `server.plan`, `client.handle`, codec, `server.apply`."""
+"""The round as fedmide does it, with its steps: `server.plan`, `client.handle`, codec, `server.apply`."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +20,7 @@ from fedmide.federation.runtimes.inprocess import InProcess
 
 @dataclass(frozen=True)
 class Federation:
-    """Sites whose first half of records is personal, before round 1."""
+    """Sites before round 1. The first half of each site's records is personal."""
 
     work: Workload
 
@@ -32,7 +32,7 @@ class Federation:
         return server.ServerState(fingerprint(self.work.config), tuple(inputs.clients), 1, adapter)
 
     def sites(self) -> dict[str, ClientState]:
-        """The sites: their ledgers say which half is personal and what their own adapter made of it."""
+        """The sites. Their ledgers name the personal half, with its NLL under the local adapter."""
         name_of = fingerprint(self.work.config)
         found = {}
         for name, examples in self.work.inputs.examples.items():
@@ -55,7 +55,7 @@ class Federation:
 
 
 def _entries(record: Any, is_personal: bool) -> Iterator[Entry]:
-    """The split's verdict and, for a personal record, the own adapter's measurement: so low that none is enrolled."""
+    """The split's result and, for a personal record, its NLL under the local adapter, too low for it to be enrolled."""
     which = "personal" if is_personal else "shared"
     judged = Entry(0, record, 5, 0.0, 1.0, 2.7, which, "below-threshold", 1.0, -1)  # type: ignore[arg-type]
     yield judged
@@ -64,7 +64,7 @@ def _entries(record: Any, is_personal: bool) -> Iterator[Entry]:
 
 
 class Busy:
-    """Seconds in which at least one worker was in a watched function."""
+    """A stopwatch: the seconds in which at least one worker was in a watched function."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -85,7 +85,7 @@ class Busy:
 
 @contextmanager
 def timed_work(model: Any) -> Iterator[Busy]:
-    """The seconds that go into forward, backward and optimiser, while the model works within."""
+    """The seconds that the model spends in forward, backward and optimizer while this context is open."""
     busy = Busy()
     kind = type(model)
     own = {name: getattr(kind, name) for name in ("nll", "backpropagate")}

@@ -1,4 +1,4 @@
-"""Where the time of a pass goes: shares of kinds of operations, by torch's profiler, on one thread."""
+"""Shares of kinds of operations in the time of a pass, by torch's profiler, on one thread."""
 
 from collections import Counter
 from collections.abc import Callable
@@ -13,11 +13,11 @@ KINDS = {
     "elementwise": ("aten::mul", "aten::add", "aten::sub", "aten::div", "aten::silu", "aten::exp", "aten::rsqrt"),
     "reductions": ("aten::sum", "aten::amax", "aten::linalg_vector_norm", "aten::log"),
 }
-"""Kinds by the beginnings of operations' names; the first that fits counts."""
+"""Kinds of operations, by the beginnings of their names; the first that fits counts."""
 
 
 def shares(work: Callable[[], object]) -> dict[str, float]:
-    """The share of each kind of operation in the time that all of them take; the rest is "other"."""
+    """The share of each kind of operation in the time of all; the rest is "other"."""
     work()
     with profile(activities=[ProfilerActivity.CPU]) as profiled:
         work()

@@ -1,7 +1,7 @@
-"""The same round as a user would write it with public libraries, after the original: Trainer, PEFT, files, one by one.
+"""The same round as a user would write it with Trainer and PEFT, one client after the other, as the original does.
 
-PEFT layers are built anew for each client and round, records are tokenised again each round, batches are padded on the
-left to a multiple of 8, a record's perplexity is taken alone, adapters travel through files.
+PEFT layers are built again for each client and round, and records are tokenized again each round. Batches are padded on
+the left to a multiple of 8. The perplexity of each record is computed alone. Adapters travel through files.
 """
 
 import tempfile
@@ -24,7 +24,7 @@ LINEAR = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 class Stock:
-    """A base model and what is done with it in a round."""
+    """A base model and the steps of a round with it."""
 
     def __init__(self, folder: Path, config: Config, dtype: torch.dtype) -> None:
         transformers.utils.logging.set_verbosity_error()
@@ -36,7 +36,7 @@ class Stock:
         self.aggregated: dict[str, torch.Tensor] = {}
 
     def round(self, clients: Mapping[str, Sequence[Record]]) -> dict[str, torch.Tensor]:
-        """Scores the personal half, trains on the other, scores again; the mean of the clients' adapters."""
+        """Scores the personal half, trains on the other half, scores again; gives the mean of the adapters."""
         with tempfile.TemporaryDirectory() as folder:
             common = Path(folder) / "aggregated.safetensors"
             save_file(self.aggregated, common)
@@ -67,7 +67,7 @@ class Stock:
         return found
 
     def train(self, network: Any, records: Sequence[Record], folder: Path) -> float:
-        """One local epoch; the training loss."""
+        """Trains for the configured epochs, and returns the training loss."""
         settings = self.config.training
         arguments = transformers.TrainingArguments(
             output_dir=str(folder / "trainer"),
@@ -97,7 +97,7 @@ class Stock:
             return float(trainer.train().training_loss)
 
     def tokenized(self, record: Record) -> dict[str, list[int]]:
-        """A record as the Trainer takes it: labels on the response and the end of sequence."""
+        """A record in the form that the Trainer takes: labels on the response and the end of sequence."""
         prompt = self.tokenizer(render(ALPACA, record))["input_ids"]
         answer = [*self.tokenizer(record.response)["input_ids"], self.tokenizer.eos_token_id]
         ids = (prompt + answer)[: self.config.model.cutoff]
@@ -105,7 +105,7 @@ class Stock:
         return {"input_ids": ids, "attention_mask": [1] * len(ids), "labels": labels}
 
     def network(self, state: Mapping[str, torch.Tensor]) -> Any:
-        """The base under new LoRA layers that hold these arrays, by PEFT's names; without any, what PEFT draws."""
+        """The base with new LoRA layers that hold these arrays, by PEFT's names; without any, PEFT's random ones."""
         lora, top = self.config.lora, self.config.lora.blocks.removeprefix("top:")
         blocks = self.base.config.num_hidden_layers
         config = peft.LoraConfig(
@@ -124,7 +124,7 @@ class Stock:
         return network
 
     def generate(self, network: Any, record: Record, most: int) -> int:
-        """How many tokens `generate` continues a record's prompt by, greedily."""
+        """Generates greedily from a record's prompt, and returns the number of new tokens."""
         network.eval()
         ids = torch.tensor([self.tokenizer(render(ALPACA, record))["input_ids"]])
         with torch.inference_mode():

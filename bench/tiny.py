@@ -32,7 +32,7 @@ threads = 1
 
 
 def main() -> None:
-    """Writes the records, trains, and prints peak memory and what a client's round takes beside the model's work."""
+    """Writes the records, trains, and prints peak memory, overhead per client round, and seconds."""
     num_clients, num_rounds, num_records = map(int, sys.argv[1:4])
     folder = Path(sys.argv[4])
     (folder / "data").mkdir()

@@ -1,4 +1,4 @@
-"""What is measured on: records of two clients, SmolLM2-135M, one round of training and scoring."""
+"""The workload of the bench: records of two clients, SmolLM2-135M, one round of training and scoring."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ from fedmide.runs.inputs import Inputs, read
 
 PUBLISHED = Path(__file__).resolve().parents[2] / "shared" / "fedmide-data"
 SHORT = 24
-"""Records a client; half of them are personal, and scored before and after the training of the others."""
+"""Records per client. Half of them are personal, and are scored before and after the training on the others."""
 
 
 @dataclass(frozen=True)
@@ -21,9 +21,9 @@ class Workload:
 
 
 def workload(*overrides: str) -> Workload:
-    """Two clients on the published data where it lies beside the repository, else on the demo's sites.
+    """Two clients on the published data if it lies next to the repository, else on the demo's sites.
 
-    On all cores, whatever else they do: what is compared with it has as many threads.
+    Uses all cores, even busy ones, because the code that it is compared with uses as many threads.
     """
     source = ["data.source=published", f"data.path={PUBLISHED}"] if PUBLISHED.is_dir() else ["data.source=medical"]
     sizes = [f"data.max_records={SHORT}", "data.max_test_records=16", "data.clients=2", "data.validation_fraction=0"]

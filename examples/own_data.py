@@ -1,6 +1,6 @@
-"""Your own records: a table with an owner column, or JSON lines, a file an owner. Takes seconds, downloads nothing."""
+"""Run on your own records: one table with a site column (or one file per site). Takes seconds, downloads nothing."""
 
-# %% Records of two sites, as a program of yours may have them: a question, an answer, and whose they are.
+# %% Records of two sites, as your program may have them: a question, an answer, and the name of the site.
 import json
 import tempfile
 from pathlib import Path
@@ -21,7 +21,7 @@ rows = [
 table = folder / "records.jsonl"
 table.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
-# %% The configuration says where they are and what their fields are called. `model` and the rest are for a quick try.
+# %% The configuration names the file and its fields. `model` and the settings after it make the run quick.
 config = {
     "data": {
         "source": "table",
@@ -36,7 +36,7 @@ config = {
     "generation": {"max_new_tokens": 8},
 }
 
-# %% What is not said is split off: a fifth of the records for testing, a tenth of the others for validation.
+# %% Run. By default a fifth of the records is split off for testing, and a tenth of the others for validation.
 results = fedmide.run(config, out=folder / "run", quiet=True)
 for name, counts in results.manifest["data"].items():
     print(name, {part: counts[part] for part in ("training", "validation", "test")})

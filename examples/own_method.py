@@ -1,6 +1,6 @@
-"""Your own federated method, here the median of the clients' adapters. Takes seconds, downloads nothing."""
+"""Write your own federated method: the median of the sites' adapters. Takes seconds, downloads nothing."""
 
-# %% A method is data and a few functions; what it does not say is FedAvg's. This one changes what the server does.
+# %% A method is data and a few functions; whatever it does not define is as in FedAvg. This one changes the server.
 import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
@@ -15,7 +15,7 @@ from fedmide.methods.method import Answer, Common, plain
 
 
 def median(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
-    """The common adapter is the median of the clients', number by number: one that lies cannot pull it far."""
+    """The common adapter: the median of the sites' adapters per value, so that one false adapter can't move it far."""
     adapters = [answer.arrays for answer in answers]
     if not adapters:
         return None
@@ -28,12 +28,12 @@ MEDIAN = Method(
     summary="fedavg-ft, but the server takes the median",
     source="Yin et al. 2018, arXiv:1803.01498, on adapters",
     combine=median,
-    tuning=plain,  # at the end each client tunes on its own records
+    tuning=plain,  # at the end each site tunes on its own records
 )
 fedmide.register(MEDIAN)
 
-# %% From here on it is a method like any other: the same loop, data, messages, evaluation and report.
-# Paths are from the repository's root.
+# %% Now it is a method like any other: the same loop, data, messages, evaluation and report.
+# Start this file in the repository's root.
 work = Path(tempfile.mkdtemp())
 for method in ("fedavg-ft", "own:median"):
     changes = [f"method={method}", "data.clients=3", "generation.enabled=false"]

@@ -1,6 +1,6 @@
-"""Your own base model: a folder as transformers writes it. Takes seconds, downloads nothing."""
+"""Use your own base model: a folder in the format of transformers. Takes seconds, downloads nothing."""
 
-# %% Any causal language model with safetensors weights will do. This one is random and tiny, made by the package.
+# %% Any causal language model with safetensors weights works. This one is random and tiny, made by the package.
 import tempfile
 from pathlib import Path
 
@@ -14,15 +14,15 @@ model.mkdir()
 write_tiny_random(model)
 print(sorted(path.name for path in model.iterdir()))
 
-# %% A small run, pointed at the folder. `lora.targets` names linear layers of your model, or says all-linear.
-# Paths are from the repository's root.
+# %% A small run with this model. `lora.targets` names linear layers of your model; "all-linear" stands for all of them.
+# Start this file in the repository's root.
 changes = [f"model.name={model}", 'lora.targets=["q_proj", "v_proj", "down_proj"]', "lora.blocks=all", "lora.r=4"]
 config = load(Path("examples/tiny.toml"), [*changes, "generation.enabled=false"])
 results = fedmide.run(config, out=work / "run", quiet=True)
 trained = results.metrics["method"]["trained_parameters"]
 print(f"{trained} values trained over weights in {results.manifest['model']['dtype']}")
 
-# %% What comes out are PEFT folders, which load over the same model without this package.
+# %% The tuned adapters are PEFT folders. PEFT loads them over the same model without this package.
 from peft import LoraConfig, PeftModel  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
