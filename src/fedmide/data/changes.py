@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 
-from fedmide.data.records import ClientData, Record, client_data
+from fedmide.data.records import ClientData, Part, Record, client_data
 from fedmide.data.split import grouped
 from fedmide.errors import DataError
 from fedmide.seeds import entropy, stream
@@ -23,7 +23,7 @@ def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]
     """
     if number == 1:
         return (client,)
-    parts = {"training": client.training, "validation": client.validation, "test": client.test}
+    parts = client.parts()
     names = iter(grouped([record for records in parts.values() for record in records]))
     groups = {part: list(islice(names, len(records))) for part, records in parts.items()}
     sizes = {part: Counter(dict.fromkeys(range(number), 0)) for part in parts}
@@ -40,7 +40,7 @@ def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]
             "Set a smaller data.pieces",
         )
 
-    def of(piece: int, part: str) -> list[Record]:
+    def of(piece: int, part: Part) -> list[Record]:
         return [record for record, name in zip(parts[part], groups[part], strict=True) if home[name] == piece]
 
     return tuple(

@@ -65,7 +65,7 @@ def check(clients: Sequence[ClientData]) -> Report:
 
 
 def _client(client: ClientData) -> ClientReport:
-    return ClientReport(client.name, _part(client.training), _part(client.validation), _part(client.test))
+    return ClientReport(client.name, **{part: _part(records) for part, records in client.parts().items()})
 
 
 def _part(records: Sequence[Record]) -> PartReport:

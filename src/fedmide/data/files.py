@@ -8,19 +8,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from fedmide.config.sections import FieldNames
-from fedmide.data.records import Record
+from fedmide.data.records import PARTS, Part, Record
 from fedmide.data.rows import SUFFIXES, Reading, Row, gathered, kind, natural_order, rows_of, sound, text_fault
 from fedmide.data.split import Parts
 from fedmide.errors import DataError
-
-Part = Literal["training", "validation", "test"]
-
-
-PARTS: tuple[Part, ...] = ("training", "validation", "test")
-
 
 _PART_NAMES: Mapping[str, Part] = {
     **{part: part for part in PARTS},

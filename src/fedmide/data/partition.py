@@ -18,8 +18,8 @@ import numpy as np
 
 from fedmide.atomic import write_file, write_folder
 from fedmide.config.sections import FieldNames
-from fedmide.data.files import NEEDED, Part, checked_record
-from fedmide.data.records import Record
+from fedmide.data.files import NEEDED, checked_record
+from fedmide.data.records import Part, Record
 from fedmide.data.rows import Reading, Row, gathered, rows_of, sound
 from fedmide.data.split import grouped
 from fedmide.errors import DataError, RunFolderError, UsageError

@@ -9,7 +9,8 @@ import re
 from pathlib import Path
 
 from fedmide.config.sections import FieldNames
-from fedmide.data.files import PARTS, ClientFiles, Part, read_clients
+from fedmide.data.files import ClientFiles, read_clients
+from fedmide.data.records import PARTS, Part
 from fedmide.data.rows import Reading
 from fedmide.data.split import Parts
 from fedmide.errors import DataError

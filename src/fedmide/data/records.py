@@ -10,9 +10,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import NewType
+from typing import Literal, NewType, get_args
 
 RecordId = NewType("RecordId", str)
+
+
+Part = Literal["training", "validation", "test"]
+
+
+PARTS: tuple[Part, ...] = get_args(Part)
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +45,10 @@ class ClientData:
     training: tuple[Record, ...]
     validation: tuple[Record, ...] = ()
     test: tuple[Record, ...] = ()
+
+    def parts(self) -> dict[Part, tuple[Record, ...]]:
+        """The records of each part, in the order of `PARTS`."""
+        return {"training": self.training, "validation": self.validation, "test": self.test}
 
 
 def canonical_text(record: Record) -> str:

@@ -251,8 +251,7 @@ def _check_empty(folder: Path) -> None:
 
 def _write_site(client: ClientData, folder: Path) -> None:
     folder.mkdir()
-    parts = {"training": client.training, "validation": client.validation, "test": client.test}
-    for part, records in parts.items():
+    for part, records in client.parts().items():
         rows = ({name: asdict(record)[name] for name in FIELDS} for record in records)
         text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         (folder / f"{part}.jsonl").write_text(text, encoding="utf-8", newline="\n")
