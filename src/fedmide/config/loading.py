@@ -112,7 +112,7 @@ def _problem(details: Any) -> str:
 
 def _suggestion(key: str) -> str:
     names = [name for name, _ in knobs()]
-    sections = [name for name, field in Config.model_fields.items() if name not in ("seed", "method", "preset")]
+    sections = [name for name in Config.model_fields if name not in ("seed", "method", "preset")]
     close = difflib.get_close_matches(key, names + sections, n=1, cutoff=0.6)
     same_leaf = [name for name in names if name.rsplit(".", 1)[-1] == key.rsplit(".", 1)[-1]]
     nearest = close or same_leaf
