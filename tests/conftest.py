@@ -25,7 +25,7 @@ from fedmide.model.pretrained.locate import locate
 from fedmide.runs import opening, stages
 from tests.needs import NEEDS, find_chromium
 
-settings.register_profile("untimed", deadline=None)  # a busy machine is no fault of the code
+settings.register_profile("untimed", deadline=None)  # a slow machine is not an error of the code
 settings.load_profile("untimed")
 
 SMALL = {
@@ -51,11 +51,11 @@ SHAPES: dict[str, dict[str, Any]] = {
     "gpt_neox": {},
     "gpt2": {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0},
 }
-"""Architectures, and what makes a small one show its peculiarities on texts of a few dozen tokens."""
+"""Architectures, with settings that make a small model show its special features on a few dozen tokens."""
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skips a test where something that it needs is missing; fails it where all of it must be there."""
+    """Skips a test if something that it needs is missing; fails it where everything must be there."""
     for marker in item.iter_markers("needs"):
         for name in marker.args:
             find, remedy = NEEDS[name]
@@ -84,7 +84,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def one_thread() -> None:
-    """Torch on one thread: small matrices are slower on several, and bytes repeat."""
+    """Torch on one thread: small matrices are slower on several, and the bytes are reproducible."""
     import torch
 
     torch.set_num_threads(1)
@@ -94,7 +94,7 @@ def one_thread() -> None:
 def shape_folder(
     request: pytest.FixtureRequest, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, one_thread: None
 ) -> Path:
-    """A folder called like its architecture, with a small random model and the tiny model's tokenizer."""
+    """A folder with the name of its architecture, a small random model, and the tiny model's tokenizer."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -114,7 +114,7 @@ def shape_folder(
 
 @pytest.fixture(scope="session")
 def shape_model(shape_folder: Path) -> Any:
-    """The model in `shape_folder` in float32 under adapters on all its linear layers; a test puts in its own."""
+    """The model in `shape_folder` in float32 with LoRA on all its linear layers; each test puts its own adapter in."""
     from fedmide.config.sections import LoraConfig, ModelConfig
     from fedmide.model import lora
 
@@ -124,7 +124,7 @@ def shape_model(shape_folder: Path) -> Any:
 
 @pytest.fixture(scope="session")
 def random_examples() -> Callable[..., tuple[Example, ...]]:
-    """A maker of examples of random bytes: so many, of so many tokens at least and at most."""
+    """A function that makes `count` examples of random bytes, of `shortest` to `longest` tokens."""
 
     def make(count: int, shortest: int = 2, longest: int = 40, seed: int = 0) -> tuple[Example, ...]:
         draw = np.random.default_rng(seed)
@@ -140,7 +140,7 @@ def random_examples() -> Callable[..., tuple[Example, ...]]:
 
 
 def line_adapter(value: float) -> Adapter:
-    """The `LineModel`'s adapter that stands at a number."""
+    """The adapter of `LineModel` with this number as its value."""
     return {
         "line.lora_A.weight": np.ones((1, 1), np.float32),
         "line.lora_B.weight": np.full((1, 1), value, np.float32),
@@ -148,9 +148,9 @@ def line_adapter(value: float) -> Adapter:
 
 
 class LineModel:
-    """A model to compute by hand: an adapter is a number, a record is one too (its token), the NLL is their distance.
+    """A model to compute by hand: an adapter is a number, a record is a number (its token), the NLL is their distance.
 
-    A pass of training takes the adapter half of the way to the mean of the records.
+    An epoch of training moves the adapter half of the way to the mean of the records.
     """
 
     def fresh(self, seed: int) -> Adapter:
@@ -170,10 +170,10 @@ class LineModel:
 
 
 class DiceModel:
-    """A model whose figures are thrown by dice: the adapter and the record decide the NLL, the start, the records and
-    the plan decide where a training ends. Part of the NLLs (`odd`) are no numbers, infinite or too large.
+    """A model with random figures: the NLL depends on adapter and record, and the result of a training on its start,
+    records and plan. The share `odd` of the NLLs is NaN, infinite or too large.
 
-    `trained` and `scored` keep what it was asked: the bytes of the adapter it began with and the records' ids.
+    `trained` and `scored` list its calls: the bytes of the first adapter, and the ids of the records.
     """
 
     def __init__(self, salt: int = 0, odd: float = 0.0) -> None:
@@ -219,7 +219,7 @@ class DiceModel:
 
 
 def line_site(name: str, values: Sequence[int], config: Config, **changes: Any) -> ClientState:
-    """A site whose records are these numbers, of two predicted tokens and more, called a0, a1, ... for site a."""
+    """A site whose records are these numbers, with two or more predicted tokens, named a0, a1, ... for site a."""
     examples = [
         Example(RecordId(f"{name}{number}"), np.array([value] * (3 + number % 3), np.int64), 2)
         for number, value in enumerate(values)
@@ -295,27 +295,27 @@ class SmallInput:
         return self.folder / "data"
 
     def hashes(self) -> dict[str, str]:
-        """A hash of each file, by its path below the folder."""
+        """The hash of each file, by its path in the folder."""
         files = sorted(path for path in self.folder.rglob("*") if path.is_file())
         return {str(path.relative_to(self.folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
 
 @pytest.fixture
 def small_input(tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, one_thread: None) -> SmallInput:
-    """Input for a small whole run in a folder of the test's own; the tiny model is found in the cache."""
+    """Input for a small complete run in the test's own folder; the tiny model is in the cache."""
     monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
     return write_small_input(tmp_path / "input")
 
 
 @pytest.fixture(scope="session")
 def small_input_at() -> Callable[[Path], SmallInput]:
-    """What writes input for a small whole run into a new folder."""
+    """A function that writes input for a small complete run to a new folder."""
     return write_small_input
 
 
 @pytest.fixture(scope="session")
 def finished_run(tiny_folder: Path, one_thread: None) -> Callable[..., Path]:
-    """What writes input for a small run into a new folder, and does all of its stages in `run` beside it."""
+    """A function that writes input for a small run to a new folder, and does all its stages in `run` in that folder."""
 
     def finish(folder: Path, overrides: Sequence[str] = ()) -> Path:
         with pytest.MonkeyPatch.context() as patch:
@@ -331,7 +331,7 @@ def finished_run(tiny_folder: Path, one_thread: None) -> Callable[..., Path]:
 
 @pytest.fixture(scope="session")
 def lasting() -> Callable[[Path], dict[str, Any]]:
-    """What reads every file of a run folder, the times in it left out; None for a folder."""
+    """A function that reads every file of a run folder without the times in it; None for a folder."""
     return read_lasting
 
 
@@ -347,7 +347,7 @@ def without_times(path: Path) -> Any:
     def without(values: dict[str, Any]) -> dict[str, Any]:
         return {key: each for key, each in values.items() if key not in TIMES}
 
-    if path.name == "report.html":  # it shows the times and the folder's name; what it is made from is compared
+    if path.name == "report.html":  # it shows times and the folder's name; the files that it is made from are compared
         return path.read_bytes()[:15]
     if path.suffix != ".json" and path.name != "events.jsonl":
         return path.read_bytes()

@@ -1,4 +1,4 @@
-"""Things of the machine that some tests need and that Python and make do not bring."""
+"""Programs and data that some tests need, and that do not come with Python or make."""
 
 import os
 import shutil
@@ -48,4 +48,4 @@ NEEDS: dict[str, tuple[Callable[[], object], str]] = {
     "bash": (lambda: shutil.which("bash"), "bash"),
     "namespaces": (can_isolate, "network namespaces: run as root, or allow unprivileged user namespaces"),
 }
-"""Per thing that Python and make do not bring: how to look for it, and how to get it."""
+"""Things that do not come with Python or make, each with a function that looks for it and a way to get it."""

@@ -1,4 +1,4 @@
-"""The package as a library: the same run as the command's, its figures as rows, a method from outside."""
+"""The package as a library: the same run as by command, its figures as rows, and a user's own method."""
 
 import builtins
 import shutil
@@ -26,7 +26,7 @@ def run_path(tmp_path_factory: pytest.TempPathFactory, finished_run: Callable[..
     return finished_run(tmp_path_factory.mktemp("read"))
 
 
-def test_a_run_from_here_is_the_commands(
+def test_a_run_from_python_equals_the_commands(
     small_input: Any, run_path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     results = fedmide.run(str(small_input.config), out=tmp_path / "run", quiet=True)
@@ -37,7 +37,7 @@ def test_a_run_from_here_is_the_commands(
     assert (results.path / "adapter" / "adapter_model.safetensors").read_bytes() == adapter
 
 
-def test_values_and_configurations_do_too_and_a_run_goes_on(
+def test_values_and_configurations_work_too_and_a_run_is_resumed(
     small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -55,7 +55,7 @@ def test_values_and_configurations_do_too_and_a_run_goes_on(
         fedmide.run(config.model_copy(update={"seed": 4}), out="again")
 
 
-def test_rows_say_what_the_folder_says(run_path: Path) -> None:
+def test_rows_equal_the_files_of_the_folder(run_path: Path) -> None:
     results, folder = fedmide.read_run(str(run_path)), reopen(run_path)
     events = folder.events()
     rounds = results.rounds()
@@ -116,10 +116,10 @@ def test_the_package_is_light_to_import() -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", program], check=True)
 
 
-# --- a method from outside
+# --- a user's own method
 
 
-def test_a_method_from_outside_runs_and_is_told_by_its_name(
+def test_a_users_own_method_runs_under_its_name(
     small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_OWN", {})
@@ -135,7 +135,7 @@ def test_a_method_from_outside_runs_and_is_told_by_its_name(
     assert ours.metrics["clients"] == theirs.metrics["clients"]
     assert ours.metrics["method"]["name"] == "own:mine"
     monkeypatch.setattr(registry, "_OWN", {})
-    assert fedmide.read_run(ours.path).config.method == "own:mine"  # who only reads needs no method
+    assert fedmide.read_run(ours.path).config.method == "own:mine"  # reading a run does not need the method
 
 
 def load_again(config: Any, folder: Path) -> Any:
@@ -144,8 +144,8 @@ def load_again(config: Any, folder: Path) -> Any:
 
 
 @pytest.mark.parametrize("name", ["mine", "fedavg", "own:", "own:Mine", "own:a b"])
-def test_a_name_that_is_none_of_ones_own_is_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="is no name for a method of your own"):
+def test_a_name_that_does_not_begin_with_own_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="is not a name for a method of your own"):
         fedmide.register(replace(FEDAVG, name=name))
     if name != "fedavg":
         with pytest.raises(ConfigError, match=r"not a method.*expected fedmide, local, .* or own:NAME"):

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all."""
+"""Files and folders are written completely or not at all."""
 
 import errno
 import json
@@ -41,7 +41,7 @@ def test_a_folder_is_written_and_replaced_with_all_its_files(tmp_path: Path) -> 
     assert tree(tmp_path) == {"a/round/y": b"3"}
 
 
-def test_what_is_added_lasts_after_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_added_data_is_synced_and_follows_the_old_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     synced: list[str] = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: synced.append(os.readlink(f"/proc/self/fd/{descriptor}")))  # noqa: PTH115
     for line in (b"one\n", b"two\n"):
@@ -52,7 +52,7 @@ def test_what_is_added_lasts_after_what_was_there(tmp_path: Path, monkeypatch: p
         atomic.append_file(tmp_path, b"")
 
 
-def test_what_an_earlier_crash_left_aside_disturbs_nothing(tmp_path: Path) -> None:
+def test_leftovers_of_an_earlier_crash_do_no_harm(tmp_path: Path) -> None:
     (tmp_path / ".file.partial").write_bytes(b"half")
     for name in (".folder.partial", ".folder.former"):
         (tmp_path / name).mkdir()
@@ -72,7 +72,7 @@ NEW = {"file": {"it": b"new"}, "folder": {"it/one": b"new", "it/two": b"new"}}
 
 
 class Stopped(BaseException):
-    """The end of the process, as far as the files are concerned."""
+    """Ends the process, in its effect on files."""
 
 
 def write_old(folder: Path, kind: str) -> None:
@@ -114,7 +114,7 @@ def test_a_process_stopped_at_any_call_leaves_the_old_the_new_or_nothing(
     [("file", "fsync"), ("file", "replace"), ("folder", "fsync"), ("folder", "replace"), ("folder", "mkdir")],
 )
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
-def test_a_full_disk_is_told_and_leaves_what_was_there(
+def test_a_full_disk_is_reported_and_leaves_the_old_files(
     kind: str, number: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_old(tmp_path, kind)
@@ -128,14 +128,14 @@ def test_a_full_disk_is_told_and_leaves_what_was_there(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs the device that is always full")
-def test_a_device_that_is_full_is_told(tmp_path: Path) -> None:
+def test_a_full_device_is_reported(tmp_path: Path) -> None:
     (tmp_path / ".it.partial").symlink_to("/dev/full")
     with pytest.raises(RunFolderError, match="no room on disk"):
         atomic.write_file(tmp_path / "it", b"new")
     assert tree(tmp_path) == {}
 
 
-def test_other_refusals_of_the_system_are_told_with_their_reason(tmp_path: Path) -> None:
+def test_other_errors_of_the_system_are_reported_with_their_reason(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
     for kind, write in WRITES.items():
         with pytest.raises(RunFolderError, match="can't be written: "):
@@ -179,7 +179,7 @@ values = st.recursive(
 
 
 @given(st.dictionaries(st.text(), values, max_size=3))
-def test_json_keeps_everything_but_numbers_that_are_none(given_values: dict[str, object]) -> None:
+def test_json_keeps_everything_but_numbers_that_are_not_finite(given_values: dict[str, object]) -> None:
     def strict(constant: str) -> None:
         raise AssertionError(constant)
 
@@ -187,7 +187,7 @@ def test_json_keeps_everything_but_numbers_that_are_none(given_values: dict[str,
     assert found == atomic.without_nan(given_values)
 
 
-def test_json_has_null_for_what_is_no_number() -> None:
+def test_json_has_null_for_numbers_that_are_not_finite() -> None:
     assert json.loads(atomic.to_json({"a": [math.nan, (math.inf, 1.5)], "b": {"c": -math.inf}})) == {
         "a": [None, [None, 1.5]],
         "b": {"c": None},

@@ -1,4 +1,4 @@
-"""The wheel is the package with its data; the source distribution is the repository, and nothing beside it."""
+"""The wheel is the package with its data; the source distribution is the repository, and nothing else."""
 
 import shutil
 import subprocess
@@ -23,7 +23,7 @@ PRIVATE = (
     "dist/old.whl",
 )
 MADE = {"PKG-INFO", "setup.cfg"}
-"""What setuptools writes into a source distribution, beside its own egg-info."""
+"""Files that setuptools adds to a source distribution, in addition to its egg-info."""
 
 
 def tracked() -> set[str]:
@@ -40,7 +40,7 @@ class Built:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Built:
-    """The names in both, built from a copy of the repository among files that nobody else may see."""
+    """The names in both, built from a copy of the repository that also has private files."""
     copy, out = tmp_path_factory.mktemp("copy"), tmp_path_factory.mktemp("out")
     for path in tracked():
         (copy / path).parent.mkdir(parents=True, exist_ok=True)

@@ -23,12 +23,12 @@ def test_examples_parse(path: Path) -> None:
     load(path)
 
 
-def test_the_demo_of_the_examples_is_the_commands() -> None:
+def test_the_demo_of_the_examples_is_that_of_the_command() -> None:
     shipped = ROOT / "src" / "fedmide" / "cli" / "presets" / "demo.toml"
     assert (ROOT / "examples" / "demo.toml").read_bytes() == shipped.read_bytes()
 
 
-def test_the_published_example_says_the_defaults() -> None:
+def test_the_published_example_has_the_defaults() -> None:
     published = load(ROOT / "examples" / "published.toml").model_dump()
     published["data"].pop("path")
     published["prompt"].pop("overflow")
@@ -76,7 +76,7 @@ def test_configurations_in_documents_parse(name: str, tmp_path: Path) -> None:
             load(path)
 
 
-def test_what_the_readers_of_documents_look_for_is_there() -> None:
+def test_the_readers_of_documents_find_something() -> None:
     assert "fedmide data check" in DOCUMENTS["data.md"] and DOCUMENTS["data.md"].count("```toml") == 3
 
 

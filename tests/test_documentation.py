@@ -1,4 +1,4 @@
-"""The documentation site: built without a warning, complete, and without a request to anywhere else."""
+"""The documentation site: it builds without a warning, is complete, and loads nothing from other servers."""
 
 import os
 import re
@@ -18,12 +18,12 @@ from playwright.sync_api import Browser
 from tests.needs import ROOT
 
 LOADED = re.compile(r"<(?:script|img|iframe|source|link)\b[^>]*?\b(?:src|href)=[\"']?([^\"' >]+)")
-"""What a page loads by itself, in contrast to what a reader may follow."""
+"""Addresses that a page loads by itself, in contrast to links that a reader may follow."""
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The site as `make docs` builds it, in a folder of its own."""
+    """The site that `make docs` builds, in a folder of its own."""
     folder = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(folder)]
     quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
@@ -53,15 +53,15 @@ def test_pages_name_nothing_to_load_from_elsewhere(site: Path) -> None:
 
 
 class Quiet(SimpleHTTPRequestHandler):
-    """A server of files that keeps its log to itself."""
+    """A file server that prints no log."""
 
     def log_message(self, format: str, *args: object) -> None:
-        """Says nothing."""
+        """Prints nothing."""
 
 
 @pytest.fixture
 def address(site: Path) -> Iterator[str]:
-    """Where a server on loopback offers the site."""
+    """The address of a server on loopback that serves the site."""
     with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(site))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -74,7 +74,9 @@ def address(site: Path) -> Iterator[str]:
 @pytest.mark.needs("chromium")
 @pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_a_browser_asks_nobody_else_and_draws_the_picture(browser: Browser, address: str, scheme: str) -> None:
+def test_a_browser_loads_nothing_from_elsewhere_and_draws_the_picture(
+    browser: Browser, address: str, scheme: str
+) -> None:
     asked, said = [], []
     page = browser.new_context(color_scheme=scheme).new_page()  # type: ignore[arg-type]
     page.on("request", lambda request: asked.append(request.url))

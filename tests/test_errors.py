@@ -27,8 +27,8 @@ def test_one_problem_is_a_sentence_with_its_remedy(kind: type[UserError]) -> Non
 
 
 def test_all_problems_are_one_paragraph() -> None:
-    error = DataError(["a.json:3: no response", "a.json:9: not an object"], "Mend them")
-    assert str(error) == "2 problems: a.json:3: no response; a.json:9: not an object. Mend them"
+    error = DataError(["a.json:3: no response", "a.json:9: not an object"], "Fix them")
+    assert str(error) == "2 problems: a.json:3: no response; a.json:9: not an object. Fix them"
     assert "\n" not in str(error)
     assert str(DataError(["only one"])) == "only one"
 

@@ -1,4 +1,4 @@
-"""The examples are short, and do what they say, without network."""
+"""The examples are short, and print what they should, without a network."""
 
 import os
 import shutil
@@ -34,7 +34,7 @@ def test_every_example_is_run_and_short() -> None:
 
 
 def say(name: str, folder: Path, cache: Path) -> str:
-    """What an example says in a folder that has the examples and nothing else."""
+    """The output of an example in a folder that has the examples and nothing else."""
     shutil.copytree(EXAMPLES, folder / "examples")
     command = [sys.executable, "-c", WITHOUT_NETWORK, f"examples/{name}.py"]
     told = {"FEDMIDE_CACHE": str(cache), "TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
@@ -45,7 +45,7 @@ def say(name: str, folder: Path, cache: Path) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TELLS)
-def test_an_example_says_what_it_should(name: str, tiny_folder: Path, tmp_path: Path) -> None:
+def test_an_example_prints_what_it_should(name: str, tiny_folder: Path, tmp_path: Path) -> None:
     said = say(name, tmp_path, tiny_folder.parent)
     assert [part for part in TELLS[name] if part not in said] == []
 

@@ -1,4 +1,4 @@
-"""What the source may not do, read from the source itself. Which module may import which, import-linter checks."""
+"""Things that the source must not do, read from the source. import-linter checks which module may import which."""
 
 import ast
 from collections.abc import Iterator
@@ -22,7 +22,7 @@ def tree(path: Path) -> ast.Module:
 
 
 def imported(path: Path) -> Iterator[str]:
-    """The full names of everything that a module imports, wherever in it."""
+    """The full names of everything that a module imports, at any place in it."""
     for node in ast.walk(tree(path)):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -35,7 +35,7 @@ def importing(*packages: str) -> set[str]:
 
 
 def dotted(node: ast.expr) -> str:
-    """An attribute as it is written, such as `torch.load`; empty where it isn't one of a name."""
+    """An attribute as it is written, such as `torch.load`; empty if it is not the attribute of a name."""
     if isinstance(node, ast.Name):
         return node.id
     return f"{dotted(node.value)}.{node.attr}" if isinstance(node, ast.Attribute) else ""
@@ -69,7 +69,7 @@ def test_two_modules_import_transformers_and_peft() -> None:
 
 
 @pytest.mark.parametrize("package", ["ray", "accelerate", "trl", "lightning"])
-def test_what_was_decided_against_is_not_imported(package: str) -> None:
+def test_rejected_packages_are_not_imported(package: str) -> None:
     assert importing(package) == set()
 
 

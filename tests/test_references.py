@@ -1,4 +1,4 @@
-"""The generated pages say what the command line and the configuration are now."""
+"""The generated pages match the command line and the configuration."""
 
 import pytest
 import typer
@@ -10,9 +10,9 @@ from tools import references
 
 
 @pytest.mark.parametrize("name", references.PAGES)
-def test_the_page_is_what_would_be_written_now(name: str) -> None:
+def test_the_page_is_up_to_date(name: str) -> None:
     written = (references.DOCS / name).read_text("utf-8")
-    assert written == references.PAGES[name](), f"docs/{name} is stale: make docs writes it anew"
+    assert written == references.PAGES[name](), f"docs/{name} is stale: make docs writes it again"
 
 
 def test_every_command_and_option_is_on_the_page() -> None:

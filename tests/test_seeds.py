@@ -1,4 +1,4 @@
-"""Named streams: what a draw follows from, and what it doesn't."""
+"""Named random streams: a draw depends on the name of its stream, and on nothing else."""
 
 import hashlib
 
@@ -23,7 +23,7 @@ def test_the_number_is_a_hash_of_the_name() -> None:
 
 
 @given(st.lists(names, min_size=2, max_size=20, unique=True))
-def test_every_part_of_the_name_tells_streams_apart(given_names: list[tuple[int, str, int, str]]) -> None:
+def test_every_part_of_the_name_distinguishes_streams(given_names: list[tuple[int, str, int, str]]) -> None:
     assert len({entropy(*name) for name in given_names}) == len(given_names)
     assert len({stream(*name).random() for name in given_names}) == len(given_names)
 

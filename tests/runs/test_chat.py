@@ -1,4 +1,4 @@
-"""Talking to a run's models: what streams is what generation gives, each voice is its own adapter's."""
+"""Chats with a run's models: streamed text equals generated text, and each voice uses its own adapter."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def streamed(loaded: lora.LoraModel, example: Example, max_new_tokens: int) -> t
     return pieces, text
 
 
-def test_what_streams_is_what_generation_gives(
+def test_streamed_text_equals_generated_text(
     shape_model: lora.LoraModel, random_examples: Callable[..., tuple[Example, ...]]
 ) -> None:
     draw = np.random.default_rng(0)
@@ -46,7 +46,7 @@ def test_what_streams_is_what_generation_gives(
 
 
 class Scripted:
-    """A model that says these tokens, whatever it is asked."""
+    """A model that generates these tokens for any prompt."""
 
     def __init__(self, tokenizer: Any, said: list[int]) -> None:
         self.tokenizer, self.said = tokenizer, said
@@ -59,7 +59,7 @@ class Scripted:
 @pytest.mark.parametrize(
     ("text", "lost", "pieces"),
     [
-        ("  a b \n", (), ["a", " b"]),  # blank space is told once something follows it
+        ("  a b \n", (), ["a", " b"]),  # a blank is passed on once something follows it
         ("né", (), ["n", "é"]),  # two bytes are one letter
         ("n\N{GRINNING FACE}!", (), ["n", "\N{GRINNING FACE}", "!"]),
         ("n€", (3,), ["n", "\N{REPLACEMENT CHARACTER}"]),  # the rest of the letter never comes
@@ -67,7 +67,9 @@ class Scripted:
         ("", (), []),
     ],
 )
-def test_half_a_character_is_not_told(tiny_folder: Path, text: str, lost: tuple[int, ...], pieces: list[str]) -> None:
+def test_half_a_character_is_not_passed_on(
+    tiny_folder: Path, text: str, lost: tuple[int, ...], pieces: list[str]
+) -> None:
     tokenizer = hf.load_tokenizer(tiny_folder)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert len(ids) == len(text.encode())  # a token is a byte
@@ -87,7 +89,7 @@ def folder(run_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
     return reopen(run_path)
 
 
-def test_a_client_says_what_it_said_of_its_test_records(folder: RunFolder) -> None:
+def test_a_client_answers_its_test_records_as_in_the_predictions(folder: RunFolder) -> None:
     records = (folder.path.parent / "input" / "data" / "a" / "test.jsonl").read_text().splitlines()
     begun = chat.begin(folder, "a")
     assert list(begun.voices) == ["personalised"]
@@ -112,7 +114,9 @@ def test_each_voice_is_its_own_adapters(folder: RunFolder, tiny_folder: Path) ->
         loaded.put(adapter)
         assert {voice: said[voice]} == {voice: generation.generate(loaded, [example], 8, 1)[0]}  # type: ignore[index]
     begun.answer("personalised", "Name heart")
-    assert begun.answer("personalised", "Name liver") == said["personalised"]  # what was asked in between is not known
+    assert (
+        begun.answer("personalised", "Name liver") == said["personalised"]
+    )  # the questions in between are not remembered
 
 
 def test_the_context_is_part_of_the_prompt(folder: RunFolder) -> None:
@@ -123,7 +127,7 @@ def test_the_context_is_part_of_the_prompt(folder: RunFolder) -> None:
         begun.answer("personalised", "Name", "very " * 40)
 
 
-def test_what_can_not_be_talked_to_says_why(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_that_is_impossible_says_why(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RunFolderError, match=r"there is no client 'c'\. Known: a, b"):
         chat.begin(folder, "c")
     copy = reopen(shutil.copytree(folder.path, tmp_path / "copy"))
@@ -139,7 +143,7 @@ def test_what_can_not_be_talked_to_says_why(folder: RunFolder, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("method", ["feddpa-f", "fedalt"])
-def test_two_adapters_and_routers_talk_too(
+def test_two_adapters_and_routers_stream_too(
     finished_run: Callable[..., Path], tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
     monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
@@ -154,7 +158,7 @@ def test_two_adapters_and_routers_talk_too(
 
 @pytest.fixture
 def command(folder: RunFolder) -> Callable[..., Any]:
-    """The command, as if it were typed; `typed` is what stands on stdin."""
+    """Runs the command as if it were typed, with `typed` on stdin."""
 
     def run(*args: str, typed: str = "") -> Any:
         return CliRunner().invoke(cli.app, ["chat", str(folder.path), *args], input=typed)
@@ -174,7 +178,7 @@ def test_questions_are_answered_until_the_end(folder: RunFolder, command: Callab
     assert again.stdout == f"{expected[0]}\n" and "leaves no room below the cutoff of 64" in again.stderr
 
 
-def test_one_question_is_answered_and_what_steers_a_terminal_is_written_out(
+def test_one_question_is_answered_and_control_characters_are_escaped(
     folder: RunFolder, command: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "about.txt").write_text("site a")
@@ -189,7 +193,7 @@ def test_one_question_is_answered_and_what_steers_a_terminal_is_written_out(
     assert command(*asked).stdout == "a\\x1b[31m\n"
 
 
-def test_a_mistaken_question_is_told(command: Callable[..., Any], tmp_path: Path) -> None:
+def test_a_wrong_question_is_refused(command: Callable[..., Any], tmp_path: Path) -> None:
     assert "--json needs --ask" in str(command("--client", "a", "--json").exception)
     (tmp_path / "picture").write_bytes(b"\xff\xfe")
     told = command("--client", "a", "--context", str(tmp_path / "picture"))

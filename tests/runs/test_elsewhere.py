@@ -1,4 +1,4 @@
-"""A run whose sites are elsewhere, from its stages to their folders: here the sites are in threads of no transport."""
+"""A run whose sites are elsewhere, from its stages to their folders. Here the sites are threads without a transport."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +20,7 @@ from fedmide.runs.site import Site
 
 @dataclass
 class Sites:
-    """Each node is a site with a folder of its own; `bend` changes what it answers."""
+    """Sites, each a node with a folder of its own; `bend` changes their answers."""
 
     sites: dict[int, Site]
     bend: Callable[[int, bytes], bytes] = lambda node, frame: frame
@@ -35,7 +35,7 @@ class Sites:
 
 
 OWN = ("personalization.start=own",)
-"""Sites keep the adapters that they sent, and tune them."""
+"""Settings with which sites keep the adapters that they sent, and tune them."""
 
 
 @pytest.fixture
@@ -65,7 +65,7 @@ def run_over(opened: opening.Run, sites: Sites) -> None:
 def test_sites_with_paths_of_their_own_end_with_the_bytes_of_one_process(
     elsewhere: Sites, overrides: tuple[str, ...], small_input: Any, tmp_path: Path
 ) -> None:
-    config = load(small_input.config, overrides)  # the server's: its records are gone, they lie at the sites
+    config = load(small_input.config, overrides)  # the server's: it holds no records, only the sites do
     with opening.start(config, tmp_path / "run", elsewhere=("a", "b")) as opened:
         run_over(opened, elsewhere)
         federation = opened.federation
@@ -118,7 +118,7 @@ def test_a_site_measures_what_one_process_would(elsewhere: Sites, small_input: A
 
 
 @pytest.mark.parametrize("elsewhere", [("method=scaffold",)], indirect=True)
-def test_where_no_adapter_travels_whole_a_site_measures_its_own_and_the_base_model(
+def test_if_no_adapter_travels_whole_a_site_measures_its_own_and_the_base_model(
     elsewhere: Sites, small_input: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with opening.start(load(small_input.config, ["method=scaffold"]), tmp_path / "run", elsewhere=("a", "b")) as opened:
@@ -131,7 +131,7 @@ def test_where_no_adapter_travels_whole_a_site_measures_its_own_and_the_base_mod
     assert "personalised adapters" in (Path(metrics["run"]) / "report.html").read_text()
 
 
-def test_a_site_measures_the_run_that_is_wanted_by_its_own_settings_only(
+def test_a_site_measures_the_chosen_run_with_its_own_settings_only(
     elsewhere: Sites, small_input: Any, tmp_path: Path
 ) -> None:
     folder, runs = SiteFolder.read(tmp_path / "site-a"), []
@@ -167,7 +167,7 @@ def test_two_runs_of_one_configuration_are_two_federations(elsewhere: Sites, sma
     assert len({name.partition("-")[0] for name in names}) == 1
 
 
-def test_what_a_site_keeps_is_no_run_to_go_on_with(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
+def test_a_sites_folder_of_a_run_can_not_be_resumed(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
     with opening.start(load(small_input.config), tmp_path / "run", elsewhere=("a", "b")) as opened:
         stages.train(remote(opened, lambda: elsewhere))
     kept = tmp_path / "site-a" / "runs" / opened.federation
@@ -180,7 +180,7 @@ def test_what_a_site_keeps_is_no_run_to_go_on_with(elsewhere: Sites, small_input
     assert (kept / "clients" / "a" / "ledger.jsonl").read_bytes() == ledger
 
 
-def test_too_few_replies_stop_the_run_before_the_round_counts_and_it_goes_on_later(
+def test_too_few_replies_stop_the_run_before_the_round_counts_and_it_resumes_later(
     elsewhere: Sites, small_input: Any, tmp_path: Path
 ) -> None:
     config = load(small_input.config, ["replies.quorum=0.6", "replies.deadline_seconds=1"])
@@ -211,7 +211,7 @@ def test_a_site_that_lost_its_ledger_is_refused(elsewhere: Sites, small_input: A
     assert any("site b is refused: its ledger is not the one that its last round left" in line for line in told)
 
 
-def test_a_site_whose_records_are_others_by_now_is_refused_and_its_log_says_why(
+def test_a_site_whose_records_have_changed_is_refused_and_its_log_says_why(
     elsewhere: Sites, small_input: Any, tmp_path: Path
 ) -> None:
     said: list[str] = []
@@ -240,7 +240,7 @@ def test_a_site_whose_records_are_others_by_now_is_refused_and_its_log_says_why(
 
 
 @pytest.mark.parametrize("elsewhere", [OWN], indirect=True)
-def test_a_site_that_lost_its_own_adapter_does_not_tune_the_mean_instead(
+def test_a_site_that_lost_its_local_adapter_does_not_tune_the_common_one_instead(
     elsewhere: Sites, small_input: Any, tmp_path: Path
 ) -> None:
     config = load(small_input.config, [*OWN, "replies.quorum=0.5", "replies.deadline_seconds=1"])

@@ -1,4 +1,4 @@
-"""Exports: what transformers and PEFT load from them says what the run's adapter said, and nothing half is left."""
+"""Exports: transformers and PEFT load from them the same model as the run's, and no half-written export is left."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def scores(network: Any, ids: torch.Tensor = IDS) -> torch.Tensor:
 def adapted(tiny_folder: Path, adapter: Path) -> torch.Tensor:
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.float32)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's use of what transformers is about to rename
+        warnings.simplefilter("ignore")  # PEFT uses names that transformers will change
         network = PeftModel.from_pretrained(base, adapter)
     return scores(network)
 
@@ -65,7 +65,9 @@ def test_a_merged_model_is_base_and_adapter(client: str, folder: RunFolder, tiny
     assert ours.chat_template == theirs.chat_template and ours.eos_token_id == theirs.eos_token_id
 
 
-def test_bfloat16_is_rounded_once_and_says_how_far_it_is(folder: RunFolder, tiny_folder: Path, tmp_path: Path) -> None:
+def test_bfloat16_is_rounded_once_and_reports_its_difference(
+    folder: RunFolder, tiny_folder: Path, tmp_path: Path
+) -> None:
     written = export(folder, tmp_path / "out", merge=True, dtype="bfloat16")
     found = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
     assert found.dtype == torch.bfloat16
@@ -107,7 +109,7 @@ def test_a_wrong_merge_is_refused_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_quantised_base_is_refused(
+def test_a_quantized_base_is_refused(
     folder: RunFolder, tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     load_base = hf.load_base
@@ -126,7 +128,7 @@ def test_a_quantised_base_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_what_can_not_be_exported_says_why(folder: RunFolder, tmp_path: Path) -> None:
+def test_an_export_that_is_impossible_says_why(folder: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"there is no client 'c'\. Known: a, b"):
         export(folder, tmp_path / "out", "c")
     (tmp_path / "taken").mkdir()
@@ -138,7 +140,7 @@ def test_what_can_not_be_exported_says_why(folder: RunFolder, tmp_path: Path) ->
         export(reopen(copy), tmp_path / "out", "a")
 
 
-def test_the_card_tells_what_it_is_and_no_text_of_a_record(folder: RunFolder, tmp_path: Path) -> None:
+def test_the_card_describes_the_model_and_holds_no_text_of_a_record(folder: RunFolder, tmp_path: Path) -> None:
     export(folder, tmp_path / "out", "a", merge=True)
     card = (tmp_path / "out" / "README.md").read_text()
     data = folder.read_manifest()["data"]

@@ -1,4 +1,4 @@
-"""One model in memory serves any adapter, and nothing of one client is left for the next."""
+"""One model in memory serves any adapter, and nothing of one client remains for the next."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -50,7 +50,7 @@ def same(one: Adapter, two: Adapter) -> bool:
     return one.keys() == two.keys() and all(np.array_equal(one[name], two[name]) for name in one)
 
 
-def test_clients_take_turns_without_a_trace(resident: Resident, random_examples: MakeExamples) -> None:
+def test_clients_take_turns_and_leave_no_trace(resident: Resident, random_examples: MakeExamples) -> None:
     model: LocalModel = resident
     examples, others = random_examples(10), random_examples(10, seed=1)
     one, two = noisy(resident, 1), noisy(resident, 2)
@@ -130,7 +130,7 @@ def test_threads_are_as_configured(tiny_folder: Path) -> None:
         torch.set_num_threads(threads)
 
 
-def test_threads_left_open_are_measured_where_a_model_is_opened(
+def test_threads_that_are_not_configured_are_measured_when_a_model_is_opened(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     threads, told = torch.get_num_threads(), list[str]()
@@ -144,8 +144,8 @@ def test_threads_left_open_are_measured_where_a_model_is_opened(
         torch.set_num_threads(threads)
 
 
-def test_a_model_that_is_kept_begins_every_run_alike(tiny_folder: Path) -> None:
-    """Where memory ended in one run, the next is given as much as it asks for again, and hears of it itself."""
+def test_a_cached_model_begins_every_run_alike(tiny_folder: Path) -> None:
+    """If memory ran out in one run, the next starts with its configured batches again, and reports its own shortage."""
     config, said = Config(runtime=RuntimeConfig(threads=1)), {"first": list[str](), "second": list[str]()}
     kept, taken = Kept(), list[int]()
 

@@ -1,9 +1,8 @@
-"""A run that is stopped anywhere and gone on with ends with the same bytes as one that never was.
+"""A run that is stopped anywhere and resumed ends with the same bytes as a run that was never stopped.
 
-A stopped process leaves the run folder as it is between two calls to the system. So one run is watched, the folder is
-kept as it was before every such call, and from each of these states a run goes on. For that the model is one of dice,
-whose figures follow from all that it is given: a lost or doubled piece of work shows. What is killed for real, with a
-real model, is `slow`.
+A stopped process leaves the run folder in its state between two system calls. So these tests watch one run, keep the
+state of the folder before every such call, and resume a run from each of these states. The model is made of dice: its
+figures depend on all of its input, so lost or repeated work shows. Tests that kill a run of a real model are `slow`.
 """
 
 import errno
@@ -41,12 +40,12 @@ CHANGING = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.trunca
 
 Lasting = Callable[[Path], dict[str, Any]]
 State = dict[str, bytes | None]
-"""A folder: each file's content by its path, None for a folder."""
+"""The state of a folder: the content of each file by its path, None for a folder."""
 
 
 @dataclass
 class Watch:
-    """The states that a folder goes through, and the files that are opened for writing. One watches at a time."""
+    """The states of a folder over time, and the files that are opened for writing. Only one watches at a time."""
 
     folder: Path
     states: list[State] = field(default_factory=list)
@@ -59,7 +58,7 @@ class Watch:
 
     def hear(self, event: str, args: tuple[Any, ...]) -> None:
         if event in CHANGING and str(self.folder) in str(args):
-            watching.clear()  # looking opens files too
+            watching.clear()  # reading the state opens files too
             if event == "open" and set("wax+") & set(str(args[1])):
                 self.written.add(Path(str(args[0])).name)
             self.look()
@@ -107,7 +106,7 @@ def restore(state: State, folder: Path) -> Path:
 
 
 def torn(states: Sequence[State]) -> Iterator[State]:
-    """The states between two states in which a file was written by half."""
+    """The states in between, in which half of a file was written."""
     for before, after in pairwise(states):
         for name, data in after.items():
             if data and (is_aside(name) or name == "events.jsonl") and before.get(name) != data:
@@ -115,7 +114,7 @@ def torn(states: Sequence[State]) -> Iterator[State]:
 
 
 class OneByOne:
-    """Writes the sites' files one after the other, each at once: whoever watches the folder can't look at several."""
+    """Writes the sites' files one after the other, because the watcher of the folder follows one write at a time."""
 
     def __init__(self, number: int) -> None: ...
 
@@ -166,13 +165,13 @@ class DiceResident:
 
 @dataclass(frozen=True)
 class DiceRun:
-    """A run, ready to be begun in any folder and gone on with."""
+    """A run that can be started in any folder, and resumed."""
 
     config: Config
     begin: Callable[[], Inputs]
 
     def go_on(self, path: Path, stages_ahead: Sequence[Callable[[opening.Run], object]] = STAGES) -> Path:
-        """What `fedmide run` and, once there is a run, `fedmide run --resume` do; or single verbs in turn."""
+        """Does what `fedmide run` does, or `fedmide run --resume` if there is a run; or single stages in turn."""
         begun = (path / "config.toml").exists()
         with opening.resume(path) if begun else opening.start(self.config, path) as run:
             for stage in stages_ahead:
@@ -215,7 +214,9 @@ def dice_run(real_inputs: Inputs, fakes: Any, monkeypatch: pytest.MonkeyPatch) -
         }
 
     monkeypatch.setattr(opening, "read", lambda *_, **__: begin())
-    monkeypatch.setattr(stages, "measure", measure)  # the figures are pure, and slow beside dice
+    monkeypatch.setattr(
+        stages, "measure", measure
+    )  # these figures have no side effects, and are slow in comparison with dice
     monkeypatch.setattr(stages.summary, "summarize", summarize)
     monkeypatch.setattr(stages.summary, "set_figures", lambda ledger, records: {"entries": len(ledger)})
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
@@ -224,7 +225,7 @@ def dice_run(real_inputs: Inputs, fakes: Any, monkeypatch: pytest.MonkeyPatch) -
 
 @dataclass(frozen=True)
 class LikeAModel:
-    """The parts of a model that stages look at."""
+    """The parts of a model that stages read."""
 
     real: Any
     shapes: Any
@@ -259,11 +260,11 @@ def test_a_run_goes_on_from_every_state_that_a_stop_can_leave(
     assert len(states) > 100, "else little was seen"
     for number, state in enumerate(states):
         path = restore(state, tmp_path / f"stopped-{number}")
-        ahead = STAGES[1:] if "adapter" in state else STAGES  # a run that is trained goes on with any verb
+        ahead = STAGES[1:] if "adapter" in state else STAGES  # a trained run resumes with any stage
         assert lasting(dice_run.go_on(path, ahead)) == expected, f"stopped at {number} of {len(states)}"
 
 
-def test_nothing_but_a_file_aside_and_the_events_is_ever_opened_for_writing(dice_run: DiceRun, tmp_path: Path) -> None:
+def test_only_temporary_files_and_the_events_are_opened_for_writing(dice_run: DiceRun, tmp_path: Path) -> None:
     with watched(tmp_path / "whole") as watch:
         dice_run.go_on(tmp_path / "whole")
     plain = {name for name in watch.written if not (name.startswith(".") and name.endswith(".partial"))}
@@ -297,7 +298,7 @@ def test_a_run_that_is_stopped_again_and_again_ends_the_same(
 # --- stopped by the disk, by the user, by a fault
 
 
-def test_a_run_goes_on_after_the_disk_was_full_at_any_file(
+def test_a_run_resumes_after_the_disk_was_full_at_any_file(
     dice_run: DiceRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lasting: Lasting
 ) -> None:
     expected = lasting(dice_run.go_on(tmp_path / "whole"))
@@ -314,7 +315,7 @@ def test_a_run_goes_on_after_the_disk_was_full_at_any_file(
 
 @dataclass
 class FullDisk:
-    """A disk without room for its n-th file and any later one, until it is forgotten."""
+    """A disk without room for its n-th file and all later ones, until it is reset."""
 
     number: int
     seen: int = 0
@@ -333,9 +334,7 @@ class FullDisk:
         return True
 
 
-def test_a_run_goes_on_after_it_was_interrupted_at_any_work(
-    dice_run: DiceRun, tmp_path: Path, lasting: Lasting
-) -> None:
+def test_a_run_resumes_after_an_interrupt_at_any_training(dice_run: DiceRun, tmp_path: Path, lasting: Lasting) -> None:
     expected = lasting(dice_run.go_on(tmp_path / "whole"))
     for number in range(1, 10_000):
         path = tmp_path / f"interrupted-{number}"
@@ -385,7 +384,9 @@ def test_a_real_run_killed_at_random_moments_ends_with_the_same_bytes(
     assert whole == 0
     expected = lasting(tmp_path / "whole")
     draw, kills, number = random.Random(1), 0, 0
-    while number < 6 or kills < 4:  # where others slowed the first run down, few of the next ones are hit
+    while (
+        number < 6 or kills < 4
+    ):  # if other processes slowed the first run down, few of the next ones are killed in time
         path = tmp_path / f"killed-{number}"
         while forked(config, path, draw.uniform(0, seconds)) != 0:
             kills += 1
@@ -395,7 +396,7 @@ def test_a_real_run_killed_at_random_moments_ends_with_the_same_bytes(
 
 
 def forked(config: Config, path: Path, kill_after: float | None) -> int:
-    """How a child process ended that begins or goes on with a run, and is killed after so many seconds."""
+    """The exit status of a child process that starts or resumes a run, and is killed after `kill_after` seconds."""
     child = os.fork()
     if not child:
         try:
@@ -403,7 +404,7 @@ def forked(config: Config, path: Path, kill_after: float | None) -> int:
             with opening.resume(path) if begun else opening.start(config, path) as run:
                 for stage in STAGES:
                     stage(run)
-        except BaseException:  # noqa: BLE001 - nothing of the test's own may go on in the child
+        except BaseException:  # noqa: BLE001 - the child must not continue with the test itself
             os._exit(1)
         os._exit(0)
     if kill_after is not None:
@@ -413,13 +414,13 @@ def forked(config: Config, path: Path, kill_after: float | None) -> int:
 
 
 def heeds_interrupts() -> None:
-    """Undoes what a shell does to its jobs in the background: they ignore SIGINT, and so would a child."""
+    """Undoes a setting of shells: their background jobs ignore SIGINT, and so would a child."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
-def test_the_command_goes_on_after_its_process_was_stopped(
+def test_the_command_resumes_after_its_process_was_stopped(
     how: signal.Signals, small_input: Any, tmp_path: Path, lasting: Lasting
 ) -> None:
     command = [sys.executable, "-c", "from fedmide.cli import main; main()", "run"]

@@ -1,4 +1,4 @@
-"""A site at work: each task once, nothing undone, and of an error one word."""
+"""A site at work: it does each task once, undoes nothing, and sends one word about an error."""
 
 import errno
 import os
@@ -24,7 +24,7 @@ from fedmide.runs.site import Site, client_state
 
 @dataclass
 class Counting:
-    """A model that counts its trainings, and fails in them if it is told to."""
+    """A model that counts its trainings, and fails in them if `fails_with` is set."""
 
     inner: Any
     trainings: int = 0
@@ -52,7 +52,7 @@ def real(
 
 @dataclass
 class AtWork:
-    """Site a in a folder of its own, what it told its log, and how to ask it."""
+    """Site a in a folder of its own, with its log, and a method that sends it a task."""
 
     site: Site
     folder: RunFolder
@@ -101,11 +101,11 @@ def test_it_answers_as_the_client_does(at_work: AtWork) -> None:
         assert at_work.folder.read_ledger("a") == after.ledger
 
 
-def test_the_same_task_trains_once_however_often_it_comes(at_work: AtWork) -> None:
+def test_a_task_that_comes_again_trains_only_once(at_work: AtWork) -> None:
     frame = encode_task(at_work.task(-1))
     answers = {at_work.site.answer(frame) for _ in range(3)}
     assert (len(answers), at_work.model.trainings) == (1, 1)
-    again = Site("a", at_work.site.inputs, at_work.site.open_folder)  # its process was started again
+    again = Site("a", at_work.site.inputs, at_work.site.open_folder)  # as if its process was started again
     assert again.answer(frame) in answers
     assert at_work.model.trainings == 1
 
@@ -131,7 +131,7 @@ def test_a_task_of_an_earlier_round_undoes_nothing(at_work: AtWork, is_kept: boo
     assert at_work.folder.read_ledger("a") == ledger
 
 
-def test_what_is_personal_stays(at_work: AtWork) -> None:
+def test_the_tuned_adapter_stays_at_the_site(at_work: AtWork) -> None:
     for number in (-1, 0, 1, 2):
         reply = at_work.ask(at_work.task(number))
     assert (reply.adapter, reply.num_records) == (None, 0)
@@ -152,7 +152,9 @@ def test_what_is_personal_stays(at_work: AtWork) -> None:
         ["scoring.without_own=true"],
     ],
 )
-def test_a_lost_memory_is_never_taken_for_none(real: Inputs, how: list[str], small_input: Any, tmp_path: Path) -> None:
+def test_a_lost_method_state_is_never_taken_for_an_empty_one(
+    real: Inputs, how: list[str], small_input: Any, tmp_path: Path
+) -> None:
     at_work = at_work_with(real, load(small_input.config, how), tmp_path / "run")
     begun = server.begin(real.federation, ("a",), real.fresh_adapter(), at_work.config)
     tasks = [server.plan(replace(begun, round=number), at_work.config)[0] for number in (0, 1)]
@@ -166,7 +168,7 @@ def test_a_lost_memory_is_never_taken_for_none(real: Inputs, how: list[str], sma
     assert isinstance(at_work.ask(tasks[1]), ClientReply)
 
 
-def test_a_site_that_only_scored_has_no_memory_to_lose(real: Inputs, small_input: Any, tmp_path: Path) -> None:
+def test_a_site_that_only_scored_has_no_method_state_to_lose(real: Inputs, small_input: Any, tmp_path: Path) -> None:
     at_work = at_work_with(real, load(small_input.config, ["scoring.without_own=true"]), tmp_path / "run")
     assert isinstance(at_work.ask(replace(at_work.task(0), train=False)), ClientReply)
     assert isinstance(at_work.ask(at_work.task(1)), ClientReply)
@@ -175,7 +177,7 @@ def test_a_site_that_only_scored_has_no_memory_to_lose(real: Inputs, small_input
 # --- who it is
 
 
-def test_it_says_who_it_is(at_work: AtWork) -> None:
+def test_it_states_its_facts(at_work: AtWork) -> None:
     federation = at_work.site.inputs.federation
     facts = decode_answer(at_work.site.answer(encode_hello(Hello(f"{federation}-0123abcd", 0))))
     assert isinstance(facts, Facts)
@@ -185,7 +187,7 @@ def test_it_says_who_it_is(at_work: AtWork) -> None:
     assert not any("/" in value for value in facts.knobs.values()), "no path of this machine"
 
 
-def test_it_says_how_its_sets_stood_before_the_round(at_work: AtWork) -> None:
+def test_it_states_the_sizes_of_its_sets_before_the_round(at_work: AtWork) -> None:
     sizes = []
     for number in (-1, 0, 1):
         reply = at_work.ask(at_work.task(number))
@@ -219,7 +221,7 @@ SECRET = "Maria M., 63, carcinoma"
         (OSError(errno.ENOSPC, SECRET), "failed"),
     ],
 )
-def test_of_an_error_one_word_leaves_the_site(at_work: AtWork, error: Exception, code: Any) -> None:
+def test_one_word_of_an_error_leaves_the_site(at_work: AtWork, error: Exception, code: Any) -> None:
     at_work.model.fails_with = error
     answer = at_work.site.answer(encode_task(at_work.task(-1)))
     assert decode_answer(answer) == Trouble("a", code)
@@ -229,7 +231,7 @@ def test_of_an_error_one_word_leaves_the_site(at_work: AtWork, error: Exception,
     assert isinstance(at_work.ask(at_work.task(-1)), ClientReply), "it can be asked again"
 
 
-def test_a_full_disk_is_told_of_and_leaves_the_ledger_as_it_was(
+def test_a_full_disk_is_reported_and_leaves_the_ledger_unchanged(
     at_work: AtWork, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     at_work.ask(at_work.task(-1))
@@ -246,14 +248,14 @@ def test_a_full_disk_is_told_of_and_leaves_the_ledger_as_it_was(
     assert isinstance(reply, ClientReply)
 
 
-def test_a_damaged_ledger_is_told_of(at_work: AtWork) -> None:
+def test_a_damaged_ledger_is_reported(at_work: AtWork) -> None:
     at_work.ask(at_work.task(-1))
     (at_work.folder.site("a") / "ledger.jsonl").write_text("{}\n")
     assert at_work.ask(at_work.task(0)) == Trouble("a", "ledger")
 
 
 @pytest.mark.parametrize("frame", [b"", b"FMD1", b"FMD2" + b"\x00" * 40, b"FMD1\x05\x00\x00\x00[[[[["])
-def test_noise_is_answered_with_a_word(at_work: AtWork, frame: bytes) -> None:
+def test_noise_is_answered_with_one_word(at_work: AtWork, frame: bytes) -> None:
     assert decode_answer(at_work.site.answer(frame)) == Trouble("a", "message")
 
 

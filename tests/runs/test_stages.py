@@ -40,7 +40,7 @@ Refusal = Callable[[Path, Callable[[opening.Run], object]], str]
 
 @dataclass
 class Shown:
-    """A progress that remembers."""
+    """A progress that records its calls."""
 
     totals: dict[str, int] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -55,7 +55,7 @@ class Shown:
 def reference(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_input_at: Callable[[Path], Any], one_thread: None
 ) -> Iterator[tuple[Any, Path]]:
-    """An input and the folder of its uninterrupted run; only to be read."""
+    """An input and the folder of its uninterrupted run; tests only read them."""
     folder = tmp_path_factory.mktemp("reference")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
@@ -96,7 +96,7 @@ def test_the_last_aggregated_adapter_is_that_of_the_last_round(reference: tuple[
     assert (reference[1] / "adapter" / "adapter_model.safetensors").read_bytes() == last.read_bytes()
 
 
-def test_events_tell_of_each_client_in_each_round(reference: tuple[Any, Path]) -> None:
+def test_events_name_each_client_in_each_round(reference: tuple[Any, Path]) -> None:
     events = creation.reopen(reference[1]).events()
     order = [("warmup", -1), ("train", 0), ("train", 1), ("personalize", 2)]
     assert [(event["stage"], event["round"], event["client"]) for event in events] == [
@@ -109,17 +109,17 @@ def test_events_tell_of_each_client_in_each_round(reference: tuple[Any, Path]) -
     for event in events[:6]:
         assert event["metrics"]["shared"]["sum"] + event["metrics"]["personal"]["sum"] == 9
         assert event["bytes_up"] > 5000, "an adapter went up"
-    assert all(event["bytes_up"] < 1000 for event in events[6:]), "personalised adapters stay"
+    assert all(event["bytes_up"] < 1000 for event in events[6:]), "tuned adapters stay at the sites"
 
 
-def test_the_sets_are_two(reference: tuple[Any, Path]) -> None:
-    """Else the runs of these tests would prove little."""
+def test_both_sets_have_records(reference: tuple[Any, Path]) -> None:
+    """Both sets have records; with only one, the runs of these tests would prove little."""
     sets = [each["sets"] for each in metrics_of(reference[1])["clients"].values()]
     assert all(each["shared"] and each["personal"] for each in sets)
     assert all(each["shared"] + each["personal"] == 9 for each in sets)
 
 
-def test_the_manifest_tells_of_versions_inputs_and_times(reference: tuple[Any, Path]) -> None:
+def test_the_manifest_names_versions_inputs_and_times(reference: tuple[Any, Path]) -> None:
     manifest = creation.reopen(reference[1]).read_manifest()
     assert manifest["status"] == "evaluated"
     assert list(manifest["seconds"]) == ["trained", "personalized", "generated", "evaluated"]
@@ -143,7 +143,7 @@ def test_the_manifest_names_the_commit_of_this_checkout(reference: tuple[Any, Pa
     assert creation.reopen(reference[1]).read_manifest()["commit"].removesuffix("-dirty") == commit
 
 
-def test_predictions_stand_beside_their_references(reference: tuple[Any, Path]) -> None:
+def test_predictions_come_with_their_references(reference: tuple[Any, Path]) -> None:
     for client in CLIENTS:
         lines = [
             json.loads(line) for line in (reference[1] / "predictions" / f"{client}.jsonl").read_text().splitlines()
@@ -215,7 +215,7 @@ def test_a_finished_run_stays_as_it_is(copied: Path, lasting: Lasting) -> None:
 
 @pytest.fixture
 def refusal(lasting: Lasting) -> Refusal:
-    """What a stage is refused with; it leaves the folder as it was."""
+    """Returns the text of a stage's refusal, and checks that it left the folder unchanged."""
 
     def refused(path: Path, stage: Callable[[opening.Run], object]) -> str:
         with opening.resume(path) as run, pytest.raises(RunFolderError) as error:
@@ -227,7 +227,7 @@ def refusal(lasting: Lasting) -> Refusal:
     return refused
 
 
-def test_a_stage_before_its_time_is_refused_with_the_one_that_comes_first(copied: Path, refusal: Refusal) -> None:
+def test_a_stage_that_comes_too_early_is_refused_with_the_one_to_do_first(copied: Path, refusal: Refusal) -> None:
     shutil.rmtree(copied / "predictions")
     for client in CLIENTS:
         (copied / "clients" / client / "personalization.json").unlink()
@@ -240,7 +240,7 @@ def test_a_stage_before_its_time_is_refused_with_the_one_that_comes_first(copied
         assert "the rounds are not finished" in refusal(copied, stage)
 
 
-def test_half_a_personalisation_is_not_evaluated(copied: Path, refusal: Refusal) -> None:
+def test_half_a_personalization_is_not_evaluated(copied: Path, refusal: Refusal) -> None:
     (copied / "clients" / "b" / "personalization.json").unlink()
     shutil.rmtree(copied / "predictions")
     for stage in (stages.generate, stages.evaluate):
@@ -248,7 +248,7 @@ def test_half_a_personalisation_is_not_evaluated(copied: Path, refusal: Refusal)
         assert "clients not yet personalized: b" in found and f"First: fedmide personalize {copied}" in found
 
 
-def test_a_run_can_be_evaluated_before_it_is_personalised(reference: tuple[Any, Path], copied: Path) -> None:
+def test_a_run_can_be_evaluated_before_it_is_personalized(reference: tuple[Any, Path], copied: Path) -> None:
     for client in CLIENTS:
         (copied / "clients" / client / "personalization.json").unlink()
     shutil.rmtree(copied / "predictions")
@@ -312,7 +312,7 @@ def test_a_changed_model_prompt_or_configuration_is_refused(
     assert found[2].startswith("the model's fingerprint was ") and len(found) == 3
 
 
-def test_a_configuration_that_another_fedmide_read_otherwise_is_told_so(small_input: Any, tmp_path: Path) -> None:
+def test_a_configuration_that_another_version_read_differently_is_reported(small_input: Any, tmp_path: Path) -> None:
     with opening.start(load(small_input.config), tmp_path / "run") as run:
         present = run.inputs.manifest
     earlier = {**present, "config": "0" * 16, "fedmide": "0.0.1", "commit": "abc"}
@@ -325,9 +325,7 @@ def test_a_configuration_that_another_fedmide_read_otherwise_is_told_so(small_in
 # --- all problems at once, nothing written
 
 
-def test_all_that_is_wrong_with_records_prompt_and_model_folder_is_told_at_once(
-    small_input: Any, tmp_path: Path
-) -> None:
+def test_all_problems_of_records_prompt_and_model_folder_are_reported_at_once(small_input: Any, tmp_path: Path) -> None:
     (small_input.data / "a" / "training.jsonl").write_text('{"instruction": "x"\n{"instruction": "x", "response": 7}\n')
     (small_input.data / "b" / "test.jsonl").write_text("")
     (tmp_path / "model").mkdir()
@@ -369,7 +367,7 @@ def test_records_longer_than_the_cutoff_are_all_named(small_input: Any, tmp_path
     assert truncated == {"a": 1, "b": 1}
 
 
-def test_adapters_that_fit_nowhere_are_refused(small_input: Any, tmp_path: Path) -> None:
+def test_adapters_that_match_no_layer_are_refused(small_input: Any, tmp_path: Path) -> None:
     for targets, found in (('["nowhere", "never"]', 2), ('"nowhere"', 1)):
         config = load(small_input.config, [f"lora.targets={targets}"])
         with (
@@ -389,7 +387,7 @@ def test_a_path_that_is_taken_is_refused_before_anything_is_read(
         pass
 
 
-# --- others in the folder
+# --- two processes in one folder
 
 
 def test_a_second_process_is_refused_while_a_run_is_worked_on(
@@ -412,7 +410,7 @@ def test_a_new_run_is_locked_from_the_start(small_input: Any, tmp_path: Path) ->
         pass
 
 
-# --- odd but right configurations
+# --- unusual but valid configurations
 
 
 @pytest.mark.parametrize(
@@ -433,7 +431,7 @@ def test_a_run_ends_well_with(overrides: list[str], stages_seen: set[str], small
     assert set(metrics_of(path)["over_clients"]) == expected
 
 
-def test_a_client_without_test_records_is_told_of_and_left_out(small_input: Any, tmp_path: Path) -> None:
+def test_a_client_without_test_records_is_reported_and_left_out(small_input: Any, tmp_path: Path) -> None:
     (small_input.data / "b" / "test.jsonl").unlink()
     path = whole_run(load(small_input.config, ["data.test_fraction=0", "federation.rounds=0"]), tmp_path / "run")
     metrics = metrics_of(path)
@@ -462,7 +460,7 @@ def test_a_report_that_fails_does_not_end_the_run(
     assert said[-1] == f"no report could be written (ZeroDivisionError); to see why: fedmide report {tmp_path / 'run'}"
 
 
-def test_progress_counts_what_there_is_to_do(small_input: Any, tmp_path: Path) -> None:
+def test_progress_counts_the_work_that_is_left(small_input: Any, tmp_path: Path) -> None:
     shown, said = Shown(), []
     with opening.start(load(small_input.config), tmp_path / "run", said.append) as run:
         for stage in STAGES:
@@ -477,7 +475,7 @@ def test_progress_counts_what_there_is_to_do(small_input: Any, tmp_path: Path) -
     assert said[3:] == [f"the report is in {report}"]
 
 
-def test_a_model_that_is_made_first_is_told_of(
+def test_a_model_that_is_made_first_is_reported(
     small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedmide.runs import inputs
@@ -498,13 +496,13 @@ def test_the_silent_progress_takes_anything() -> None:
         advance(1, "a")
 
 
-# --- what goes wrong on the way
+# --- trouble during a run
 
 
-def test_a_federation_that_runs_off_goes_on_and_says_so(
+def test_a_federation_that_diverges_continues_and_says_so(
     small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Adapters that are no numbers are refused round by round, and no tuning of a client is kept."""
+    """Adapters that are not finite are refused in each round, and no tuning of a client is kept."""
     train = Resident.train
 
     def run_off(resident: Resident, *args: Any) -> Iterator[Any]:
@@ -533,7 +531,7 @@ def test_a_federation_that_runs_off_goes_on_and_says_so(
         pass
 
 
-def test_one_client_that_runs_off_leaves_the_round_to_the_others(
+def test_one_client_that_diverges_leaves_the_round_to_the_others(
     small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedmide.federation.runtimes import inprocess
@@ -553,12 +551,12 @@ def test_one_client_that_runs_off_leaves_the_round_to_the_others(
         f"{name}, client b" for name in ("warmup-000", "round-000", "round-001")
     ]
     assert not any("nobody" in line for line in said)
-    with opening.resume(tmp_path / "run") as run:  # its ledger is its own, whatever became of its replies
+    with opening.resume(tmp_path / "run") as run:  # its ledger is its own, even if its replies did not count
         stages.personalize(run)
 
 
 def test_texts_with_line_separators_go_through_all_stages(small_input: Any, tmp_path: Path) -> None:
-    """U+2028 and the like are no ends of lines in JSON lines."""
+    """U+2028 and similar characters do not end a line in JSON Lines."""
     file = small_input.data / "a" / "test.jsonl"
     odd = json.dumps({"instruction": "One\u2028two\u0085three", "response": "a\u2029b\x0cc"}, ensure_ascii=False)
     file.write_text(file.read_text() + odd + "\n", "utf-8")
@@ -587,7 +585,7 @@ def test_more_tokens_than_the_model_reads_are_refused_and_generation_stays_below
     assert asked == [2048 - longest for longest in prompts]
 
 
-# --- what a run goes on with
+# --- resuming
 
 
 @pytest.mark.parametrize("lost", ["file", "lines", "folder"])
@@ -605,7 +603,7 @@ def test_a_lost_ledger_is_refused_and_never_taken_for_an_empty_one(copied: Path,
     assert len(error.value.problems) == (2 if lost == "folder" else 1)
 
 
-def test_a_run_goes_on_with_the_threads_it_began_with(
+def test_a_run_resumes_with_the_threads_it_began_with(
     small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import torch
@@ -630,7 +628,7 @@ def test_a_run_goes_on_with_the_threads_it_began_with(
     ]  # each worker takes one, then all are shared again
 
 
-def test_other_versions_are_told_and_another_device_is_refused(copied: Path) -> None:
+def test_other_versions_are_reported_and_another_device_is_refused(copied: Path) -> None:
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["versions"]["peft"] = "0.0.1"
     (copied / "manifest.json").write_text(json.dumps(manifest))
@@ -644,7 +642,7 @@ def test_other_versions_are_told_and_another_device_is_refused(copied: Path) -> 
         pass
 
 
-def test_the_commits_that_a_run_is_gone_on_with_are_noted(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_commits_that_a_run_is_resumed_with_are_noted(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = json.loads((copied / "manifest.json").read_text())["commit"]
     said: list[str] = []
     for commit in (first, "later", "later", "latest"):
@@ -659,10 +657,10 @@ def test_the_commits_that_a_run_is_gone_on_with_are_noted(copied: Path, monkeypa
     ]
 
 
-def test_events_stay_in_the_clients_order_when_a_run_goes_on(
+def test_events_stay_in_the_clients_order_when_a_run_is_resumed(
     small_input: Any, tmp_path: Path, lasting: Lasting
 ) -> None:
-    """Clients are in natural order, file names are not: 10 comes after 9."""
+    """Clients are in natural order (10 after 9), but file names are not."""
     for name in ("9", "10"):
         shutil.copytree(small_input.data / "a", small_input.data / name)
     for name in ("a", "b"):
@@ -676,7 +674,7 @@ def test_events_stay_in_the_clients_order_when_a_run_goes_on(
     assert lasting(path) == before
 
 
-# --- what users do with it
+# --- uses of a finished run
 
 
 def test_the_runs_adapters_load_with_peft_and_give_the_same_likelihoods(reference: tuple[Any, Path]) -> None:
@@ -703,7 +701,7 @@ def test_the_runs_adapters_load_with_peft_and_give_the_same_likelihoods(referenc
 
 
 def test_test_records_decide_nothing(reference: tuple[Any, Path], tmp_path: Path) -> None:
-    """Other test records, the same adapters and ledgers, personalised ones included."""
+    """With other test records, all adapters and ledgers stay the same, including the tuned adapters."""
     data = Path(shutil.copytree(reference[0].data, tmp_path / "data"))
     for client in CLIENTS:
         (data / client / "test.jsonl").write_text('{"instruction": "Else?", "response": "quite"}\n')

@@ -1,4 +1,4 @@
-"""Runs in trackers: what MLflow's and TensorBoard's own readers find is what the run folder says, and no more."""
+"""Runs in trackers: the readers of MLflow and TensorBoard find what is in the run folder, and no more."""
 
 import importlib.util
 import json
@@ -38,7 +38,7 @@ def folder(run_path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
 
 
 class Store:
-    """An MLflow store as MLflow's own client reads it."""
+    """An MLflow store, read by MLflow's own client."""
 
     def __init__(self, uri: str) -> None:
         with warnings.catch_warnings():
@@ -65,7 +65,7 @@ def losses(folder: RunFolder, client: str) -> list[tuple[int, float]]:
     return [(event["round"], event["metrics"]["loss"]["sum"] / event["metrics"]["loss"]["count"]) for event in events]
 
 
-def test_mlflow_holds_what_the_run_says(folder: RunFolder) -> None:
+def test_mlflow_holds_the_figures_of_the_run(folder: RunFolder) -> None:
     where, withheld = track(folder, "mlflow")
     assert withheld == "" and where.endswith(" at sqlite:///mlflow.db")
     assert sorted(path.name for path in Path().iterdir()) == ["mlflow.db", "mlruns"]
@@ -89,7 +89,7 @@ def test_mlflow_holds_what_the_run_says(folder: RunFolder) -> None:
     assert load(Path("again.toml")) == folder.config
 
 
-def test_mlflow_is_brought_up_to_date(folder: RunFolder) -> None:
+def test_a_runs_entry_in_mlflow_is_updated(folder: RunFolder) -> None:
     uri = f"sqlite:///{folder.path.parent}/elsewhere.db"
     metrics = (folder.path / "metrics.json").read_bytes()
     (folder.path / "metrics.json").unlink()
@@ -104,7 +104,7 @@ def test_mlflow_is_brought_up_to_date(folder: RunFolder) -> None:
         track(folder, "mlflow", uri)
     (whole,) = store.runs()
     assert whole.info.run_id == half.info.run_id and whole.info.status == "FINISHED"
-    assert store.history(whole, "clients/a/loss") == losses(folder, "a")  # none of it twice
+    assert store.history(whole, "clients/a/loss") == losses(folder, "a")  # nothing is there twice
     values = json.loads(metrics)
     values["over_clients"]["base"]["response_nll"]["mean"] = 0.25
     (folder.path / "metrics.json").write_text(json.dumps(values))
@@ -123,7 +123,7 @@ def events_in(place: Path) -> Any:
     return found
 
 
-def test_tensorboard_holds_what_the_run_says(folder: RunFolder) -> None:
+def test_tensorboard_holds_the_figures_of_the_run(folder: RunFolder) -> None:
     for _ in range(2):  # the second time replaces the first
         where, withheld = track(folder, "tensorboard")
     assert (where, withheld) == (f"TensorBoard's log folder {folder.path / 'tensorboard'}", "")
@@ -141,7 +141,7 @@ def test_tensorboard_holds_what_the_run_says(folder: RunFolder) -> None:
 
 
 def stored(folder: RunFolder) -> Iterator[bytes]:
-    """Every byte that the trackers were given."""
+    """All bytes that the trackers got."""
     track(folder, "mlflow", f"sqlite:///{Path.cwd()}/store.db")
     track(folder, "tensorboard", "logs")
     for path in sorted(Path().rglob("*")):
@@ -167,7 +167,7 @@ def test_nothing_of_a_single_record_is_tracked(folder: RunFolder) -> None:
     )
 
 
-def test_what_is_over_one_record_is_withheld(folder: RunFolder) -> None:
+def test_figures_over_one_record_are_withheld(folder: RunFolder) -> None:
     metrics = folder.read_metrics()
     metrics["clients"]["b"]["generation"]["num_records"] = 1
     (folder.path / "metrics.json").write_text(json.dumps(metrics))
@@ -177,13 +177,13 @@ def test_what_is_over_one_record_is_withheld(folder: RunFolder) -> None:
     assert told.rounds and track(folder, "tensorboard")[1] == ALONE
 
 
-def test_a_name_is_one_that_mlflow_takes(finished_run: Callable[..., Path], tmp_path: Path) -> None:
+def test_names_are_changed_to_ones_that_mlflow_accepts(finished_run: Callable[..., Path], tmp_path: Path) -> None:
     folder = reopen(finished_run(tmp_path, ["method=central", "federation.rounds=1", "generation.enabled=false"]))
     assert "clients/_all clients_/loss" in {point.name for point in tracked(folder).rounds}
     track(folder, "mlflow", f"sqlite:///{tmp_path}/mlflow.db")
 
 
-def test_what_is_missing_is_told(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_or_place_is_reported(folder: RunFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     with monkeypatch.context() as patch:
         patch.setattr(tracking.importlib.util, "find_spec", lambda name: None if name == "alembic" else find(name))  # type: ignore[attr-defined]
@@ -204,7 +204,7 @@ def test_what_is_missing_is_told(folder: RunFolder, monkeypatch: pytest.MonkeyPa
 # --- the commands
 
 
-def test_a_finished_run_is_tracked_and_told(folder: RunFolder) -> None:
+def test_a_finished_run_is_tracked_by_command(folder: RunFolder) -> None:
     told = CliRunner().invoke(cli.app, ["track", str(folder.path), "--to", "tensorboard", "--uri", "logs"])
     assert (told.exit_code, told.stdout, told.stderr) == (0, "TensorBoard's log folder logs/run\n", "")
     uri = f"sqlite:///{Path.cwd()}/told.db"
