@@ -114,13 +114,13 @@ def run(config: Config | Mapping[str, Any] | str | Path, out: str | Path = "", q
     configuration, it is resumed, and no finished work is repeated. Progress goes to stderr unless `quiet`. Raises
     `fedmide.errors.UserError`, whose text says what to do.
     """
-    from fedmide.progress import silent
+    from fedmide import progress as shown
     from fedmide.runs import opening, stages
     from fedmide.terminal import bars, tell
 
     name = Path(config).stem if isinstance(config, str | Path) else "run"
     chosen, path = _chosen(config), Path(out) if out else free_folder(RUNS, name)
-    say, progress = (lambda message: None, silent) if quiet else (tell, bars)
+    say, progress = (shown.quiet, shown.silent) if quiet else (tell, bars)
     is_begun = (path / "config.toml").is_file()
     opened = opening.resume(path, chosen, say) if is_begun else opening.start(chosen, path, say)
     with opened as begun:

@@ -8,6 +8,10 @@ Tell = Callable[[str], None]
 """A function that is called with each message to the user."""
 
 
+def quiet(message: str) -> None:
+    """Shows no message."""
+
+
 Advance = Callable[[int, str], None]
 """A function that is called with the number of units just done, and a short note on the last one."""
 
@@ -20,5 +24,5 @@ class Progress(Protocol):
 
 
 def silent(stage: str, total: int, unit: str) -> AbstractContextManager[Advance]:
-    """Shows nothing."""
+    """Shows no progress."""
     return nullcontext(lambda units, note: None)

@@ -19,6 +19,7 @@ from typing import Any, Literal, get_args
 from fedmide import hub
 from fedmide.data.rows import SUFFIXES, Reading, Row, gathered, kind, rows_of, sound, text_fault
 from fedmide.errors import DataError
+from fedmide.progress import quiet
 
 SetName = Literal["medqa", "medmcqa", "pubmedqa", "careqa"]
 
@@ -94,9 +95,7 @@ class Asked:
     answer: int
 
 
-def read_questions(
-    name: SetName, path: Path, tell: Callable[[str], None] = lambda message: None
-) -> tuple[Question, ...]:
+def read_questions(name: SetName, path: Path, tell: Callable[[str], None] = quiet) -> tuple[Question, ...]:
     """The questions in a file, or in the test part of a folder or a hub id. Raises one `DataError` with all problems.
 
     A row whose question is null is left out, and `tell` gets the number of such rows: CareQA has one.

@@ -17,7 +17,7 @@ from fedmide.model.generation import MAX_NEW_TOKENS
 from fedmide.model.interface import Adapter
 from fedmide.model.pretrained.hf import read_peft
 from fedmide.model.pretrained.locate import fingerprint, locate
-from fedmide.progress import Tell
+from fedmide.progress import Tell, quiet
 from fedmide.runs.resident import Resident, open_model
 
 Voice = Literal["personalised", "aggregated", "base"]
@@ -37,9 +37,7 @@ class Chat:
     voices: dict[Voice, Adapter]
     max_new_tokens: int
 
-    def answer(
-        self, voice: Voice, question: str, context: str = "", hear: Callable[[str], None] = lambda piece: None
-    ) -> str:
+    def answer(self, voice: Voice, question: str, context: str = "", hear: Callable[[str], None] = quiet) -> str:
         """The voice's answer to a question; `hear` is called with each piece of it as soon as it is generated.
 
         Raises `DataError` if question and context are longer than the model's cutoff.
@@ -56,7 +54,7 @@ def begin(
     client: str,
     beside: Sequence[Voice] = (),
     max_new_tokens: int = 0,
-    tell: Tell = lambda line: None,
+    tell: Tell = quiet,
 ) -> Chat:
     """The client's model, ready to answer, and the other voices that are asked for.
 

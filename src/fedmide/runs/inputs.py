@@ -27,7 +27,7 @@ from fedmide.journal.manifest import now
 from fedmide.model.interface import Adapter
 from fedmide.model.pretrained.locate import fingerprint as model_fingerprint
 from fedmide.model.pretrained.locate import locate
-from fedmide.progress import Tell
+from fedmide.progress import Tell, quiet
 from fedmide.runs.resident import Opener, Resident, open_model
 from fedmide.version import __version__
 
@@ -108,7 +108,7 @@ def without_records(names: Sequence[str]) -> LoadData:
 
 def read(
     config: Config,
-    tell: Tell = lambda message: None,
+    tell: Tell = quiet,
     threads: int = 0,
     load: LoadData = load_data,
     opener: Opener = open_model,

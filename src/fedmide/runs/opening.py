@@ -25,7 +25,7 @@ from fedmide.journal.creation import check_new, create, locked, reopen
 from fedmide.journal.folder import RunFolder
 from fedmide.journal.manifest import changed, other_versions
 from fedmide.model import adapters
-from fedmide.progress import Tell
+from fedmide.progress import Tell, quiet
 from fedmide.runs.inputs import Inputs, read, without_records
 from fedmide.runs.resident import Opener, open_model
 
@@ -51,7 +51,7 @@ class Run:
 def start(
     config: Config,
     path: Path,
-    tell: Tell = lambda message: None,
+    tell: Tell = quiet,
     opener: Opener = open_model,
     elsewhere: Sequence[str] = (),
 ) -> Iterator[Run]:
@@ -79,7 +79,7 @@ def start(
 def resume(
     path: Path,
     config: Config | None = None,
-    tell: Tell = lambda message: None,
+    tell: Tell = quiet,
     opener: Opener = open_model,
     elsewhere: Sequence[str] = (),
 ) -> Iterator[Run]:

@@ -23,6 +23,7 @@ from fedmide.model.interface import ZERO, Adapter, Epoch, Nll, TrainingPlan
 from fedmide.model.lora import LoraModel, load
 from fedmide.model.routing import routed
 from fedmide.model.threads import available_cores, free_threads
+from fedmide.progress import quiet
 
 
 @dataclass
@@ -131,9 +132,7 @@ class Resident:
         return count
 
 
-def open_model(
-    config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
-) -> Resident:
+def open_model(config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = quiet) -> Resident:
     """Loads the model in a folder, with LoRA layers as configured.
 
     `threads`: CPU threads to use; 0 stands for the configured number. `tell` gets a message if something turns out
@@ -169,9 +168,7 @@ class Kept:
     model: LoraModel | None = None
     threads: int = 0
 
-    def __call__(
-        self, config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = lambda message: None
-    ) -> Resident:
+    def __call__(self, config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = quiet) -> Resident:
         """The resident model, with all counts at zero."""
         wanted = threads or config.runtime.threads or self.threads
         key = (folder, config.model, _lora(config), config.runtime, config.training.checkpointing)

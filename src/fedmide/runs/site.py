@@ -24,7 +24,7 @@ from fedmide.federation.messages import ClientReply, ClientTask, Facts, Hello, T
 from fedmide.journal.folder import RunFolder
 from fedmide.model.adapters import is_finite, shapes
 from fedmide.model.pretrained.hf import peft_files
-from fedmide.progress import Tell
+from fedmide.progress import Tell, quiet
 from fedmide.runs.inputs import Inputs
 
 EVERYONE = "(all clients)"
@@ -68,7 +68,7 @@ class Site:
     name: str
     inputs: Inputs
     open_folder: Callable[[str], RunFolder]
-    tell: Tell = lambda message: None
+    tell: Tell = quiet
 
     def answer(self, frame: bytes) -> bytes:
         """The answer to a frame, as a frame. An error of any kind becomes an answer too: nothing is raised."""

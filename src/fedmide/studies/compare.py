@@ -28,7 +28,7 @@ from fedmide.evaluation.measure import Measured
 from fedmide.evaluation.summary import StageName
 from fedmide.journal.creation import locked, reopen
 from fedmide.journal.folder import RunFolder
-from fedmide.progress import Progress, Tell, silent
+from fedmide.progress import Progress, Tell, quiet, silent
 from fedmide.studies.attempts import SAME_INPUTS, Attempt, Work
 from fedmide.studies.comparison_figures import Outcome, compare
 from fedmide.studies.entrants import BASE, Budget, Entrant, entrants
@@ -92,7 +92,7 @@ def planned(
     return Plan(out, found, tuple(seeds), tuple(rates), held, validation_only)
 
 
-def run(plan: Plan, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:
+def run(plan: Plan, tell: Tell = quiet, progress: Progress = silent) -> dict[str, Any]:
     """What comparison.json, or validation.json, holds, after every run that was missing."""
     with locked(plan.out):
         work = Work(plan.num_runs, tell, progress)

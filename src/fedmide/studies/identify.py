@@ -21,7 +21,7 @@ from fedmide.federation.rounds import run as run_rounds
 from fedmide.federation.runtimes.inprocess import InProcess
 from fedmide.federation.server import Delivery
 from fedmide.model.interface import Adapter
-from fedmide.progress import Advance, Progress, Tell, silent
+from fedmide.progress import Advance, Progress, Tell, quiet, silent
 from fedmide.runs.inputs import Inputs, read
 from fedmide.studies.identification_figures import Moment, Site, summarize
 from fedmide.studies.known_sites import KnownSites, Scenario, build
@@ -62,7 +62,7 @@ def identify(
     config: Config,
     scenario: Scenario,
     sizes: Sizes = Sizes(),
-    tell: Tell = lambda message: None,
+    tell: Tell = quiet,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """How well the configured method finds the personal records of a scenario's sites, and the rival scores.

@@ -23,7 +23,7 @@ from fedmide.config import apply_overrides, parse
 from fedmide.config.knobs import fingerprint, for_method
 from fedmide.errors import UsageError
 from fedmide.journal.creation import locked, reopen
-from fedmide.progress import Progress, Tell, silent
+from fedmide.progress import Progress, Tell, quiet, silent
 from fedmide.studies.attempts import Attempt, Work
 from fedmide.studies.curves import Point, curves_svg
 from fedmide.studies.entrants import BUDGET, Entrant, budget_of, check_names, settings, within
@@ -107,7 +107,7 @@ def _differ(entrants: Sequence[Entrant]) -> bool:
     return len({fingerprint(entrant.run(0)) for entrant in entrants}) == len(entrants)
 
 
-def run(sweep: Sweep, tell: Tell = lambda message: None, progress: Progress = silent) -> dict[str, Any]:
+def run(sweep: Sweep, tell: Tell = quiet, progress: Progress = silent) -> dict[str, Any]:
     """What sweep.json holds, after every run that was missing."""
     with locked(sweep.folder):
         work = Work(sweep.num_runs, tell, progress)

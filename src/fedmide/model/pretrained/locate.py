@@ -20,6 +20,7 @@ from pathlib import Path
 from fedmide import hub
 from fedmide.errors import ModelError, did_you_mean
 from fedmide.model.pretrained import llama
+from fedmide.progress import quiet
 
 Progress = Callable[[str], None]
 
@@ -66,7 +67,7 @@ class _Recipe:
     write: Callable[[Path, Path, Progress], None]
 
 
-def locate(name: str, cache: Path | None = None, progress: Progress = lambda message: None) -> Path:
+def locate(name: str, cache: Path | None = None, progress: Progress = quiet) -> Path:
     """A folder with safetensors weights, config and tokenizer of the model called `name`.
 
     `name` is `smollm2-135m`, `tiny-random`, a folder, or a hub id. The first two are made once and kept in
