@@ -137,7 +137,7 @@ def test_what_is_no_adapter_is_a_message_error(data: bytes) -> None:
 def test_pickled_weights_are_not_loaded(tmp_path: Path) -> None:
     path = tmp_path / "adapter_model.bin"
     path.write_bytes(b"\x80\x04cposix\nsystem\n.")
-    with pytest.raises(ModelError, match="no adapter can be read"):
+    with pytest.raises(ModelError, match="the adapter can't be read"):
         adapters.read(path)
 
 
@@ -152,10 +152,10 @@ def test_a_file_is_read_back(tmp_path: Path) -> None:
 
 def test_a_file_that_is_not_there_or_cut_off_is_a_model_error_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
-    with pytest.raises(ModelError, match=re.escape(f"{path}: no adapter can be read")):
+    with pytest.raises(ModelError, match=re.escape(f"{path}: the adapter can't be read")):
         adapters.read(path)
     path.write_bytes(adapters.encode(adapters.fresh(SHAPES, 1))[:-1])
-    with pytest.raises(ModelError, match=re.escape(f"{path}: no adapter can be read")):
+    with pytest.raises(ModelError, match=re.escape(f"{path}: the adapter can't be read")):
         adapters.read(path)
 
 

@@ -23,7 +23,7 @@ def test_a_device_is_taken_where_it_is_and_refused_where_it_is_not(present: tupl
     if wanted in ("cpu", *present):
         assert devices.device(wanted) == torch.device(wanted)
         return
-    with pytest.raises(ModelError, match=f"model.device = '{wanted}': there is no such device here"):
+    with pytest.raises(ModelError, match=f"model.device = '{wanted}': this machine has no such device"):
         devices.device(wanted)
 
 

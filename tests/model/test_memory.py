@@ -27,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MakeExamples = Callable[..., tuple[Example, ...]]
 FLOAT32 = ModelConfig(dtype="float32", device="cpu")
-TOLD = "memory has no room for {} = {}: from here on {}; bytes may differ from those of a run that had room"
+TOLD = "memory has no room for {} = {}: using {} from now on; bytes may differ from those of a run with enough memory"
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
@@ -214,7 +214,7 @@ def test_memory_that_really_ends(tiny_folder: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     (told,) = done.stdout.splitlines()
-    assert told.startswith("memory has no room for scoring.tokens_per_batch = 80000: from here on")
+    assert told.startswith("memory has no room for scoring.tokens_per_batch = 80000: using")
 
 
 def test_a_run_tells_it_and_ends_well(small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,7 +55,7 @@ def test_fewer_than_there_are_is_told_with_what_takes_them_all(monkeypatch: pyte
     monkeypatch.setattr(threads, "speeds", lambda more, fewer: (1.0, 1.0) if more > 2 else (2.0, 1.0))
     assert threads.free_threads(told.append) == 2
     assert told == [
-        "threads that share a product: 2 of 4, more bring nothing now; runtime.threads = 4 takes them all the same"
+        "using 2 of 4 threads per product, because more are not faster now; set runtime.threads = 4 to use all"
     ]
     monkeypatch.setattr(threads, "speeds", lambda more, fewer: (2.0, 1.0))
     assert threads.free_threads(told.append) == 4 and len(told) == 1

@@ -1,4 +1,4 @@
-"""The frozen base model under LoRA layers: loaded, trained, scored, asked.
+"""The frozen base model under LoRA layers: load it, train it, score records, generate text.
 
-`interface` and `adapters` import no torch: they are all that the federation sees of a model.
+`interface` and `adapters` import no torch. They are the only part of a model that the federation sees.
 """

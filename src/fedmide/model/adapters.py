@@ -1,6 +1,6 @@
-"""An adapter as named arrays: a fresh one, checks, and its bytes.
+"""An adapter as named arrays: fresh adapters, arithmetic, checks, and bytes.
 
-Arrays are float32 on the processor; nothing here knows a model. Weights are written as safetensors and nothing else.
+Arrays are float32 on the CPU. Nothing here needs a model. Weights are written as safetensors only.
 """
 
 import math
@@ -26,16 +26,18 @@ A, B = ".lora_A.weight", ".lora_B.weight"
 
 
 DELTA = ".base_delta.weight"
-"""How the name of a change of a layer's base weights ends; a few methods have such arrays beside the factors."""
+"""The ending of the name of a change to a layer's base weights. A few methods use such arrays next to the factors."""
 
 
 ROUTER = ".router.weight"
-"""How the name of a layer's router (2, in) ends: softmax(router x) weights the halves of the ranks, per token."""
+"""The ending of the name of a layer's router (2, in): softmax(router x) weights the halves of the ranks per token."""
 
 
 OWN, COMMON, REFERENCES, MOST = "own", "common", "references", "most"
-"""Parts of two adapters that are weighted per record: the factors of each, states (N, D) to compare with, the highest
-weight of the own one."""
+"""The parts of two adapters that are weighted per record.
+
+In order: the factors of the own adapter; those of the common adapter; the states (N, D) that records are compared with;
+the highest weight of the own adapter."""
 
 
 def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -44,9 +46,9 @@ def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
 
 
 def fresh(expected: Shapes, seed: int) -> Adapter:
-    """An adapter that changes nothing yet: B is zero, A uniform within 1 / sqrt(in) as PEFT draws it.
+    """An adapter that changes nothing yet: B is zero, A is uniform within 1 / sqrt(in) as in PEFT.
 
-    Each array has its own stream, so the same layer gets the same numbers whichever others there are.
+    Each array has its own random stream, so a layer gets the same numbers whatever other layers there are.
     """
     return {name: _initial(name, shape, seed) for name, shape in sorted(expected.items())}
 
@@ -59,17 +61,17 @@ def _initial(name: str, shape: tuple[int, ...], seed: int) -> np.ndarray[tuple[i
 
 
 def named(adapter: Adapter, part: str) -> Adapter:
-    """The arrays whose names hold this part, such as `.lora_A.`."""
+    """The arrays whose names contain this part, such as `.lora_A.`."""
     return {name: array for name, array in adapter.items() if part in name}
 
 
 def prefixed(prefix: str, adapter: Adapter) -> Adapter:
-    """The same arrays under longer names, to keep or send beside others."""
+    """The same arrays with a prefix before their names, so that they can be stored or sent with other arrays."""
     return {f"{prefix}.{name}": array for name, array in adapter.items()}
 
 
 def under(prefix: str, arrays: Adapter) -> Adapter:
-    """The arrays that `prefixed` put under this prefix, by their own names."""
+    """The arrays that have this prefix, by their names without it: the inverse of `prefixed`."""
     start = f"{prefix}."
     return {name.removeprefix(start): array for name, array in arrays.items() if name.startswith(start)}
 
@@ -85,19 +87,19 @@ def factors(adapter: Adapter, layer: str) -> tuple[Array, Array]:
 
 
 def deltas(adapter: Adapter) -> Adapter:
-    """The changes of base weights, (out, in), that stand beside the factors."""
+    """The changes to base weights, (out, in), without the factors."""
     return {name: array for name, array in adapter.items() if name.endswith(DELTA)}
 
 
 def without_deltas(adapter: Adapter) -> Adapter:
-    """The factors alone."""
+    """The arrays without changes to base weights."""
     return {name: array for name, array in adapter.items() if not name.endswith(DELTA)}
 
 
 def padded(adapter: Adapter, expected: Shapes) -> Adapter:
-    """The factors at the ranks of the expected shapes: what is missing is zero, so the product stays as it is.
+    """The factors at the ranks of the expected shapes. Missing ranks are filled with zeros, which keeps the product.
 
-    Zeros train to nothing: where a rank's A and B are zero, so are their gradients.
+    Zeros stay zero in training: if a rank's A and B are zero, so are their gradients.
     """
     return {
         name: _padded(array, expected[name], rank_axis(name)) if name in expected else array
@@ -106,12 +108,12 @@ def padded(adapter: Adapter, expected: Shapes) -> Adapter:
 
 
 def rank_axis(name: str) -> int:
-    """Along which axis of a factor its ranks lie."""
+    """The axis of a factor along which its ranks lie."""
     return 0 if name.endswith(A) else 1
 
 
 def cut_like(adapter: Adapter, like: Adapter) -> Adapter:
-    """What `padded` added is taken away again: the arrays at the shapes of others, which are no larger."""
+    """The arrays cut to the shapes of `like`, which must not be larger. This removes what `padded` added."""
     return {
         name: array[tuple(map(slice, like[name].shape))] if name in like else array for name, array in adapter.items()
     }
@@ -120,22 +122,22 @@ def cut_like(adapter: Adapter, like: Adapter) -> Adapter:
 def _padded(array: Array, shape: tuple[int, ...], axis: int) -> Array:
     missing = shape[axis] - array.shape[axis] if array.ndim == len(shape) else 0
     if missing <= 0:
-        return array  # whoever checks shapes says what is wrong with it
+        return array  # `shape_problems` reports what is wrong with it
     return np.pad(array, [(0, missing if each == axis else 0) for each in range(array.ndim)])
 
 
 def without_routers(adapter: Adapter) -> Adapter:
-    """The arrays that a model without routers knows."""
+    """The arrays without routers, for a model that has none."""
     return {name: array for name, array in adapter.items() if not name.endswith(ROUTER)}
 
 
 def stacked(own: Adapter, other: Adapter, weight: float = 1.0, other_weight: float = 1.0) -> Adapter:
-    """Two adapters as one of both ranks, the own ranks first: its product is the weighted sum of theirs."""
+    """Two adapters as one with the ranks of both, `own` first. Its product is the weighted sum of their products."""
     return joined([(own, weight), (other, other_weight)])
 
 
 def joined(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
-    """Weighted adapters as one of all their ranks, in order: its product is the weighted sum of theirs."""
+    """Weighted adapters as one with all their ranks, in order. Its product is the weighted sum of their products."""
     return {
         name: np.concatenate(
             [each[name] * np.float32(weight) if name.endswith(B) else each[name] for each, weight in parts],
@@ -146,7 +148,7 @@ def joined(parts: Sequence[tuple[Adapter, float]]) -> Adapter:
 
 
 def unstacked(stack: Adapter, like: Adapter, weight: float = 1.0, other_weight: float = 1.0) -> tuple[Adapter, Adapter]:
-    """The two adapters that `stacked` made one of, the first of the ranks of another."""
+    """The two adapters that `stacked` joined: the inverse of it. The first one has the ranks of `like`."""
     halves: tuple[dict[str, Array], dict[str, Array]] = {}, {}
     for name in like:
         axis = rank_axis(name)
@@ -157,10 +159,11 @@ def unstacked(stack: Adapter, like: Adapter, weight: float = 1.0, other_weight: 
 
 
 def as_factors(adapter: Adapter, scale: float) -> Adapter:
-    """The same model as factors alone: a change of base weights becomes ranks of its own, as many as it can have.
+    """The adapter as factors alone. A change to base weights becomes additional ranks, as many as it can have.
 
-    `scale` is what the product of the factors counts in the model. Of two adapters whose weights depend on the record
-    the own one gets the highest that it can have; a router is left out, which leaves half of each.
+    `scale` is the factor by which the model multiplies the product of the factors.
+    If the weights of two adapters depend on the record, the own one gets its highest weight.
+    A router is left out, so each of its two adapters counts half.
     """
     if MOST in adapter:
         most = float(adapter[MOST][0])
@@ -180,7 +183,7 @@ def as_factors(adapter: Adapter, scale: float) -> Adapter:
 
 
 def between(start: Adapter, end: Adapter, beta: float) -> Adapter:
-    """start + beta (end - start), array by array: `start` where beta is 0, `end` where it is 1, bit by bit.
+    """start + beta (end - start), array by array. It is exactly `start` if beta is 0, and exactly `end` if beta is 1.
 
     >>> between({"x": np.float32([1])}, {"x": np.float32([3])}, 0.25)["x"]
     array([1.5], dtype=float32)
@@ -194,7 +197,7 @@ def between(start: Adapter, end: Adapter, beta: float) -> Adapter:
 
 
 def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
-    """Why the adapter can't stand where one of the expected shapes is; empty if it can."""
+    """The problems of an adapter of which these shapes are expected; empty if there are none."""
     if found := shape_problems(adapter, expected):
         return found
     odd = (name for name in sorted(adapter) if not np.isfinite(adapter[name]).all())
@@ -202,7 +205,7 @@ def problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
 
 
 def shape_problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
-    """The same, whatever the values."""
+    """The problems of names, shapes and types alone. The values are not checked."""
     missing, extra = sorted(expected.keys() - adapter.keys()), sorted(adapter.keys() - expected.keys())
     found = []
     if missing:
@@ -218,12 +221,12 @@ def shape_problems(adapter: Adapter, expected: Shapes) -> tuple[str, ...]:
 
 
 def is_finite(adapter: Adapter) -> bool:
-    """Whether every value is a number."""
+    """True if every value is finite."""
     return all(bool(np.isfinite(array).all()) for array in adapter.values())
 
 
 def distance(adapter: Adapter, other: Adapter) -> float:
-    """The Euclidean length of the difference of two adapters of the same shapes, summed in float64.
+    """The Euclidean distance of two adapters of the same shapes, summed in float64.
 
     >>> distance({"a": np.array([3.0, 1.0])}, {"a": np.array([0.0, 5.0])})
     5.0
@@ -233,12 +236,12 @@ def distance(adapter: Adapter, other: Adapter) -> float:
 
 
 def encode(adapter: Adapter) -> bytes:
-    """The adapter as safetensors, names sorted: equal adapters give equal bytes."""
+    """The adapter as safetensors, with sorted names: equal adapters give equal bytes."""
     return save({name: np.ascontiguousarray(adapter[name]) for name in sorted(adapter)})
 
 
 def decode(data: bytes) -> Adapter:
-    """The adapter in safetensors bytes; raises `MessageError` where they are none."""
+    """The adapter in safetensors bytes; raises `MessageError` if they are not safetensors."""
     try:
         return dict(load(data))
     except (SafetensorError, KeyError, ValueError, TypeError) as error:
@@ -246,11 +249,11 @@ def decode(data: bytes) -> Adapter:
 
 
 def read(path: Path, expected: Shapes | None = None) -> Adapter:
-    """The adapter in a safetensors file, checked against the expected shapes."""
+    """The adapter in a safetensors file, checked against the expected shapes; raises `ModelError`."""
     try:
         adapter = decode(path.read_bytes())
     except (OSError, MessageError) as error:
-        raise ModelError(f"{path}: no adapter can be read: {error}") from None
+        raise ModelError(f"{path}: the adapter can't be read: {error}") from None
     found = problems(adapter, expected) if expected is not None else ()
     if found:
         raise ModelError([f"{path}: {problem}" for problem in found])

@@ -1,7 +1,8 @@
-"""The base weights under the adapters, which a few methods merge into: changed in place, and taken back exactly.
+"""The base weights under the adapters, for the few methods that change them: changed in place, restored exactly.
 
-One base model serves all clients, so what is changed for one is undone for the next. The weights as they were loaded
-are kept for the layers that were ever changed, and for no others; a change is added to those in float32, then rounded.
+One base model serves all clients, so a change for one client is undone for the next.
+For each layer that was ever changed, a copy of the loaded weights is kept. Other layers need no copy.
+A change is added to the loaded weights in float32, then rounded.
 """
 
 from typing import Any
@@ -15,7 +16,7 @@ from fedmide.model.interface import Adapter
 
 
 class BaseWeights:
-    """The base weights of a PEFT model's adapted layers. `changes` is what they are changed by now."""
+    """The base weights of a PEFT model's adapted layers. `changes` are the changes that are in them now."""
 
     def __init__(self, network: Any) -> None:
         self.changes: Adapter = {}
@@ -24,13 +25,13 @@ class BaseWeights:
 
     @torch.no_grad()
     def change(self, changes: Adapter) -> None:
-        """Makes the weights those that were loaded plus these; raises `ModelError` where one does not fit."""
+        """Sets the weights to the loaded ones plus these changes; raises `ModelError` if one does not fit."""
         if changes.keys() == self.changes.keys() and all(changes[name] is self.changes[name] for name in changes):
             return
         for name in {**self.changes, **changes}:
             weight = self._weight(name)
             if not weight.is_floating_point():
-                raise ModelError("nothing can be merged into a quantised base model", "Say model.quantization = 'none'")
+                raise ModelError("a quantized base model can't be changed", "Set model.quantization = 'none'")
             loaded = self._loaded.setdefault(name, weight.clone())
             if name not in changes:
                 weight.copy_(loaded)

@@ -1,6 +1,7 @@
-"""Greedy decoding: stopped at the end of sequence, special tokens removed.
+"""Greedy decoding, until the end-of-sequence token. Special tokens are removed.
 
-In batches, padded on the left and masked, or one response as it comes; both give the same text.
+Responses are generated in batches, padded on the left and masked, or one at a time as a stream.
+Both give the same text.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ MAX_NEW_TOKENS = 256
 
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"
-"""What a tokenizer makes of bytes that are no character yet."""
+"""The character that a tokenizer returns for bytes that do not form a character yet."""
 
 
 def default_max_new_tokens(examples: Sequence[Example]) -> int:
@@ -33,13 +34,13 @@ def generate(
 ) -> tuple[str, ...]:
     """The model's own response to each example's prompt, in the examples' order.
 
-    Prompts of like length are decoded together, so that little is padded. Where memory has no room for so many, fewer.
+    Prompts of similar length are decoded together, to need little padding. If memory is full, batches become smaller.
     """
     texts: dict[int, str] = {}
     order = sorted(range(len(examples)), key=lambda row: -examples[row].prompt_length)
 
     def decode(most: int) -> None:
-        """Decodes what has no response yet, so many prompts at a time."""
+        """Decodes the prompts that have no response yet, at most `most` at a time."""
         left = [row for row in order if row not in texts]
         for start in range(0, len(left), most):
             rows = left[start : start + most]
@@ -52,10 +53,10 @@ def generate(
 
 
 def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
-    """The model's own response to an example's prompt; `hear` is told each piece of it as soon as it is sure.
+    """The model's own response to an example's prompt. `hear` is called with each piece of it as soon as it is final.
 
-    The pieces together are the response. What is not sure yet is blank space, which may turn out to be the end, and
-    the bytes of a character that more tokens may complete.
+    The pieces together are the response. Two things are not final yet: blank space, which may turn out to be the end,
+    and the bytes of a character that more tokens may complete.
     """
     ids = torch.from_numpy(example.ids[: example.prompt_length])[None]
     new_ids: list[int] = []
@@ -78,7 +79,7 @@ def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callab
 
 
 def _text(model: LoraModel, ids: Sequence[int]) -> str:
-    """Tokens as text without control tokens, and without blank space around it."""
+    """The text of tokens, without control tokens and without blank space around it."""
     text: str = model.tokenizer.decode(ids, skip_special_tokens=True)
     return text.strip()
 

@@ -1,6 +1,6 @@
-"""What a client needs of a model: likelihoods and local training. The federation's logic knows no more than this.
+"""The interface of a model: the NLL of records, and local training. The federation's logic sees nothing else of it.
 
-Kept free of torch, so that the logic is read and tested without it.
+This module imports no torch, so the logic can be read and tested without it.
 """
 
 import math
@@ -22,14 +22,14 @@ Adapter: TypeAlias = Mapping[str, NDArray[np.float32]]
 
 @dataclass(frozen=True, slots=True)
 class Nll:
-    """A negative log-likelihood in nats, as a sum over so many predicted tokens."""
+    """A negative log-likelihood (NLL) in nats: its sum, and the number of predicted tokens."""
 
     sum: float
     num_tokens: int
 
     @property
     def mean(self) -> float:
-        """Nats per token; NaN where nothing was predicted."""
+        """Nats per token; NaN if no token was predicted."""
         return self.sum / self.num_tokens if self.num_tokens else math.nan
 
     def __add__(self, other: "Nll") -> "Nll":
@@ -40,7 +40,7 @@ ZERO = Nll(0.0, 0)
 
 
 def total(values: Sequence[Nll]) -> Nll:
-    """The sum of several.
+    """The sum of several NLLs.
 
     >>> total([Nll(1.0, 2), Nll(3.0, 2)]).mean
     1.0
@@ -50,11 +50,11 @@ def total(values: Sequence[Nll]) -> Nll:
 
 @dataclass(frozen=True, eq=False)
 class Terms:
-    """What a method changes in the plain local training; with no values, nothing.
+    """The changes that a method makes to plain local training. Without values, it changes nothing.
 
-    `pull` adds `pull / 2 * norm(adapter - towards)^2` to the loss, before its gradient is clipped. `push` is added to
-    the gradient after it has been clipped. `share` is what of each value the model sees: where it is 0 the value is
-    frozen as it is, where it is a, the model holds a times a value that the optimiser steps.
+    `pull` adds `pull / 2 * norm(adapter - towards)^2` to the loss, before its gradient is clipped.
+    `push` is added to the gradient after clipping.
+    `share`: factor per value. The model computes with share * value, the optimizer updates value. 0 freezes the value.
     """
 
     pull: float = 0.0
@@ -69,7 +69,7 @@ PLAIN = Terms()
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """One local training: the settings, the name of its random streams, and what a method changes in it."""
+    """One local training: its settings, the names of its random streams, and the changes that a method makes."""
 
     settings: TrainingConfig
     seed: int
@@ -78,18 +78,20 @@ class TrainingPlan:
     terms: Terms = PLAIN
     purpose: str = "training"
     weights: tuple[float, ...] = ()
-    """What each record's loss weighs, in the records' order, positive; only their ratios matter. None: all alike."""
+    """The weight of each record's loss, in the records' order: positive, and only ratios matter. Empty: all equal."""
     num_first: int = 0
-    """So many of the records, those at the beginning, come before the others in every pass."""
+    """In every pass, this many records come before the others: those at the beginning of the list."""
 
     @property
     def stream_seed(self) -> int:
-        """What the order of the records and dropout follow from."""
+        """The seed of the records' order and of dropout."""
         return entropy(self.seed, self.purpose, self.round_number, self.client)
 
 
 def rate_at(step: int, num_steps: int, settings: TrainingConfig) -> float:
-    """The learning rate of a step, counted from 0: linear from the full rate towards 0 after the last, or constant.
+    """The learning rate of a step, counted from 0: constant, or falling linearly from the full rate.
+
+    The linear schedule would reach 0 one step after the last.
 
     >>> rate_at(1, 2, TrainingConfig(learning_rate=0.5))
     0.25
@@ -99,7 +101,7 @@ def rate_at(step: int, num_steps: int, settings: TrainingConfig) -> float:
 
 
 def personalization_plan(config: Config, client: str, terms: Terms = PLAIN) -> TrainingPlan:
-    """The plan of the last stage: the training's settings with its own epochs and rate."""
+    """The plan of personalization: the settings of training, with its own epochs, learning rate and step limit."""
     own: PersonalizationConfig = config.personalization
     changes = {"epochs": max(1, own.epochs), "learning_rate": own.learning_rate, "max_steps": own.max_steps}
     settings = config.training.model_copy(update=changes)
@@ -108,7 +110,7 @@ def personalization_plan(config: Config, client: str, terms: Terms = PLAIN) -> T
 
 @dataclass(frozen=True)
 class Epoch:
-    """The state after one pass over the records: the adapter, the pass's training loss and the steps so far."""
+    """The state after one pass over the records: the adapter, the training loss of the pass, and the steps so far."""
 
     adapter: Adapter
     loss: Nll
@@ -116,23 +118,23 @@ class Epoch:
 
 
 class LocalModel(Protocol):
-    """A frozen base model under adapters that are swapped in place."""
+    """A frozen base model, under adapters that replace each other in place."""
 
     def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
         """NLL of each example under the adapter, without dropout, in the examples' order."""
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
-        """The states after each pass of a training that starts from the adapter; `nll` may be called in between."""
+        """The state after each pass of a training that starts from the adapter. `nll` may be called between passes."""
 
     def fresh(self, seed: int) -> Adapter:
         """An adapter that changes nothing yet."""
 
     def states(self, adapter: Adapter, examples: Sequence[Example]) -> NDArray[np.float32]:
-        """The last layer's state at the last token of each example's prompt under the adapter, (N, D)."""
+        """The last layer's state at the last token of each example's prompt, under the adapter: (N, D)."""
 
 
 def after_training(model: LocalModel, start: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Epoch:
-    """The state after the last pass of a training; its loss is over all passes."""
+    """The state after the last pass of a training, with the loss summed over all passes."""
     loss = ZERO
     for last in model.train(start, examples, plan):
         loss += last.loss

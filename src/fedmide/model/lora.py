@@ -1,9 +1,9 @@
-"""The frozen base model with LoRA layers, as what is trained, scored and asked.
+"""The frozen base model with LoRA layers: trains adapters, scores records, generates text.
 
-One base model stays in memory; adapters are copied in and out in place. Llama-shaped models are scored and trained by
-`passes`, any other causal model by its own modules; both give the same numbers. There, too, logits are computed only
-where they are asked for: a hook in front of the output layer keeps the hidden states of the wanted positions, which
-works for any model whose logits are a function of each position alone.
+One base model stays in memory; adapters are copied in and out in place. `passes` scores and trains Llama-shaped models.
+Other causal models use their own modules. Both give the same numbers, and both compute only the needed logits.
+For the modules, a hook in front of the output layer keeps the hidden states of the wanted positions alone.
+This works for any model whose logits are a function of each position alone.
 """
 
 from __future__ import annotations
@@ -45,18 +45,18 @@ TORCH_SEED_BITS = 63
 
 
 Hear = Callable[[int], None]
-"""Is told a token's id."""
+"""A function that is called with each new token id."""
 
 
 class Positions(nn.Module):
-    """A hook that lets only chosen rows of the hidden states (B, T, D) through, as (1, N, D)."""
+    """A hook that passes only chosen rows of the hidden states (B, T, D) on, as (1, N, D)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.rows: Tensor | None = None
 
     def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """The arguments of the output layer, thinned."""
+        """The arguments of the output layer with the chosen rows only; None leaves them unchanged."""
         if self.rows is None:
             return None
         hidden = args[0]
@@ -64,25 +64,25 @@ class Positions(nn.Module):
 
 
 class _Told(BaseStreamer):
-    """Tells of each new token of one text; what transformers puts first is the prompt."""
+    """Passes each new token of one text to a callback; skips the prompt, which transformers puts first."""
 
     def __init__(self, hear: Hear) -> None:
         self.hear = hear
         self.begun = False
 
     def put(self, value: Tensor) -> None:
-        """Takes the prompt (1, T), then one token (1,) at a time."""
+        """Receives the prompt (1, T), then one token (1,) at a time."""
         if self.begun:
             self.hear(int(value.item()))
         self.begun = True
 
     def end(self) -> None:
-        """Nothing is held back."""
+        """Does nothing, as every token has been passed on already."""
 
 
 @dataclass(frozen=True, eq=False)
 class LoraModel:
-    """A base model under LoRA layers, ready for adapters of these shapes."""
+    """A base model under LoRA layers, for adapters of these shapes."""
 
     network: PeftModel
     tokenizer: Any
@@ -95,22 +95,22 @@ class LoraModel:
     chosen: Positions
     device: torch.device
     num_positions: int | None
-    """The longest text that the model was made for, in tokens, where its configuration says so."""
+    """The length in tokens of the longest text that the model was made for; None if its configuration has no limit."""
     quantization: Quantization = "none"
-    """How the base's linear layers are kept; into others than plain ones no adapter can be merged."""
+    """The storage of the base's linear layers. Adapters can only be merged into plain ones ("none")."""
     checkpointing: bool = False
-    """Whether each block's activations are made again on the way back instead of being kept."""
+    """True to recompute each block's activations in the backward pass, instead of keeping them."""
     training_room: Room = field(default_factory=lambda: Room("training.tokens_per_batch"))
-    """What memory has room for in training; it shrinks where memory ends."""
+    """The tokens per pass in training, reduced if memory is full."""
     scoring_room: Room = field(default_factory=lambda: Room("scoring.tokens_per_batch"))
-    """The same in scoring."""
+    """The tokens per pass in scoring, reduced if memory is full."""
     generation_room: Room = field(default_factory=lambda: Room("generation.batch_size"))
-    """The same in generation, in prompts."""
+    """The prompts per batch in generation, reduced if memory is full."""
     modules: threading.Lock = field(default_factory=threading.Lock)
-    """The network's own modules are used by one worker at a time."""
+    """A lock on the network's own modules: only one worker may use them at a time."""
 
     def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable tensors, by the names that an adapter gives them."""
+        """The trainable tensors, by their names in an adapter."""
         return {
             name.replace(".default.", "."): parameter
             for name, parameter in self.network.named_parameters()
@@ -118,16 +118,17 @@ class LoraModel:
         }
 
     def put(self, adapter: Adapter) -> None:
-        """Copies an adapter into the LoRA layers; raises `ModelError` where it does not fit.
+        """Copies an adapter into the LoRA layers; raises `ModelError` if it does not fit.
 
-        A lower rank than the layers' is filled up with zeros. Changes of base weights beside the factors are made.
+        If its rank is lower than that of the layers, the missing ranks are zeros.
+        If it has changes to base weights, they are made too.
         """
         self.base.change(adapters.deltas(adapter))
         with torch.no_grad():
             self.flat.parameter.copy_(self.laid_out(adapter))
 
     def laid_out(self, adapter: Adapter) -> Tensor:
-        """An adapter's values in the order of the flat parameter; raises `ModelError` where it does not fit."""
+        """An adapter's values in the order of the flat parameter; raises `ModelError` if it does not fit."""
         adapter = adapters.padded(adapters.without_deltas(adapter), self.shapes)
         if problems := adapters.shape_problems(adapter, self.shapes):
             raise ModelError([f"adapter: {problem}" for problem in problems])
@@ -135,7 +136,7 @@ class LoraModel:
         return torch.from_numpy(values).to(self.device)
 
     def take(self) -> Adapter:
-        """A copy of what the LoRA layers hold now, at their rank, with the changes of base weights."""
+        """A copy of the adapter that the LoRA layers hold now, at their rank, with the changes to base weights."""
         values = self.flat.parameter.detach().to("cpu", copy=True).numpy()
         ends = np.cumsum([math.prod(shape) for shape in self.shapes.values()])
         pieces = np.split(values, ends[:-1])
@@ -144,27 +145,27 @@ class LoraModel:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The type that the base computes in, whatever its weights are kept as."""
+        """The number type that the base computes in, however its weights are stored."""
         weight: Tensor = self.network.get_input_embeddings().weight
         return weight.dtype
 
     @property
     def beside(self) -> tuple[nn.Parameter, ...]:
-        """What is trained beside the flat parameter."""
+        """Parameters trained in addition to the flat one: FedALT's routers, else none."""
         return ()
 
     @property
     def prefix_bytes(self) -> int:
-        """How much is kept of what the blocks below the adapters make of records."""
+        """The bytes of the stored outputs of the blocks below the adapters."""
         return 0 if self.prefixes is None else self.prefixes.num_bytes
 
     @property
     def unpadded(self) -> int:
-        """Texts of at most so many tokens stand in a pass without padding."""
+        """The length in tokens up to which texts share a pass without padding."""
         return 0 if self.prefixes is None else attention.MAX_LENGTH
 
     def prepare(self, training: bool) -> None:
-        """Makes the written-out passes ready for `nll` or `backpropagate` with the adapter as it is now."""
+        """Prepares the hand-written passes for `nll` or `backpropagate` with the adapter as it is now."""
         if self.prefixes is not None:
             with torch.no_grad():
                 self.prefixes.decoder.refresh(self.dropout.rate if training and self.dropout else 0.0)
@@ -186,7 +187,7 @@ class LoraModel:
     ) -> tuple[Tensor, Tensor]:
         """NLL of each predicted token, as `nll`, and the gradient (P,) of `scale` times their sum.
 
-        P as in `flat`. Dropout follows from the seed. `weights` (N,): what each token counts in the sum.
+        P is the length of `flat`. Dropout follows from the seed. `weights` (N,): the weight of each token in the sum.
         """
         counts = None if weights is None else torch.from_numpy(weights).to(self.device)
         if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
@@ -213,7 +214,7 @@ class LoraModel:
         return losses.detach(), torch.cat([each.reshape(-1) for each in gradients])
 
     def _inputs(self, prefixes: Prefixes, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """States below the adapters, the rows that predict, and what they are to predict."""
+        """The states below the adapters, the rows that predict a token, and the tokens that they should predict."""
         inside = np.arange(batch.ids.shape[1]) < np.asarray(batch.lengths)[:, None]  # (B, T), padding left out
         rows = np.flatnonzero(batch.predicts[inside])
         targets = batch.ids[inside][rows + 1]
@@ -222,13 +223,13 @@ class LoraModel:
 
     @cached_property
     def dropout(self) -> Dropout | None:
-        """Dropout of the adapters' inputs; None where there is none."""
+        """Dropout of the adapters' inputs; None without dropout."""
         return Dropout(self.lora.lora_dropout, self.device) if self.lora.lora_dropout else None
 
     def token_nll(self, ids: Tensor, predicts: Tensor) -> Tensor:
         """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`.
 
-        ids: int64 (B, T). predicts: bool (B, T), true at t where token t + 1 is predicted.
+        ids: int64 (B, T). predicts: bool (B, T), true at t if token t + 1 is predicted.
         """
         ids, predicts = ids.to(self.device), predicts.to(self.device)
         targets = ids.roll(-1, dims=1)[predicts]  # (N,)
@@ -237,7 +238,7 @@ class LoraModel:
         return F.cross_entropy(logits.float(), targets, reduction="none")
 
     def last_state(self, ids: Tensor) -> Tensor:
-        """The last layer's normed state at the last of these tokens (T,), float32 (D,)."""
+        """The last layer's state after its norm, at the last of these tokens (T,): float32 (D,)."""
         self._switch(training=False)
         seen: list[Tensor] = []
         head = self.network.get_output_embeddings()
@@ -252,7 +253,7 @@ class LoraModel:
     def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, hear: Hear | None = None) -> Tensor:
         """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T).
 
-        `hear` is told each token as soon as it is chosen; only where B = 1.
+        `hear` is called with each token as soon as it is chosen, which requires B = 1.
         """
         self._switch(training=False)
         eos = self.tokenizer.eos_token_id
@@ -267,7 +268,7 @@ class LoraModel:
         return output[:, ids.shape[1] :].cpu()
 
     def _switch(self, training: bool) -> None:
-        """The modules' dropout on or off; they are many, so only where it is otherwise."""
+        """Switches the modules' dropout on or off. It visits many modules, so it does nothing without a change."""
         if self.network.training != training:
             self.network.train(training)
 
@@ -288,11 +289,12 @@ def load(
     checkpointing: bool = False,
     num_workers: int = 0,
 ) -> LoraModel:
-    """The model in a folder, frozen, with LoRA layers where the configuration wants them.
+    """The model in a folder, frozen, with the LoRA layers that the configuration asks for; raises `ModelError`.
 
-    Weights come from safetensors only. `prefix_bytes`: how much `Prefixes` may keep. `checkpointing`: activations are
-    made again on the way back. `num_workers`: batches side by side on a processor, by the passes that are written out;
-    0: as many as torch has threads. Raises `ModelError`.
+    Weights come from safetensors only.
+    `prefix_bytes`: the bytes that `Prefixes` may keep.
+    `checkpointing`: recompute activations in the backward pass instead of keeping them.
+    `num_workers`: batches that the hand-written passes compute in parallel on a CPU; 0: as many as torch has threads.
     """
     device = devices.device(model.device)
     base, tokenizer = load_base(folder, model.quantization, devices.dtype(model.dtype, device), device)
@@ -303,7 +305,7 @@ def load(
     network.get_output_embeddings().register_forward_pre_hook(chosen)
     if model.quantization == "none":
         network.to(device)
-    else:  # the base is there already
+    else:  # a quantized base is on the device already
         quantization.keep_in_training_mode(network)
     network.eval()
     names = {id(parameter): name.replace(".default.", ".") for name, parameter in network.named_parameters()}

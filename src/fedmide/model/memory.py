@@ -1,6 +1,6 @@
-"""Going on where the memory has no room for a pass: with half the tokens at a time, and told.
+"""Recovery from a full memory: repeat the pass with half the tokens at a time, and report it.
 
-A pass's tokens are a matter of memory and speed only, so results stay the same but for rounding and dropout's draws.
+The tokens per pass affect only memory and speed. Results stay the same, apart from rounding and dropout's draws.
 """
 
 from collections.abc import Callable
@@ -19,22 +19,22 @@ SAYS = (
     "CUBLAS_STATUS_ALLOC_FAILED",
     "CUDA error: out of memory",
     "MPS backend out of memory",
-    "could not create a primitive",  # oneDNN, where its code or scratch found no room
+    "could not create a primitive",  # oneDNN, if memory has no room for its code or scratch
     "could not create a memory object",
 )
-"""What errors of torch say that are no `torch.OutOfMemoryError` and yet mean it, or may."""
+"""Words in other errors of torch than `torch.OutOfMemoryError` that mean, or may mean, the same."""
 
 
 REMEDY = (
-    "Lower model.cutoff, say training.checkpointing = true or model.quantization = 'int8', or take a smaller model.name"
+    "Lower model.cutoff, set training.checkpointing = true or model.quantization = 'int8', or use a smaller model.name"
 )
 
 
 class Room:
-    """How much of one kind of work is done at a time: as many tokens as wanted, until memory has no room for them.
+    """The number of tokens per pass of one kind of work: the configured number, or less once memory has no room for it.
 
-    Within a run it never grows again, so that it does not stumble over and over. `knob` is where the wish stands;
-    `tell` hears of every smaller number.
+    Within a run it never grows again, so the same failure does not repeat.
+    `knob` is the name of the setting. `tell` is called with a message at each reduction.
     """
 
     def __init__(self, knob: str) -> None:
@@ -43,13 +43,13 @@ class Room:
         self._most: int | None = None
 
     def begin(self, tell: Callable[[str], None]) -> None:
-        """Another run, which is to be as if it were the first: as many as wanted, until memory ends again."""
+        """Forgets the reduced size: each run starts with the configured one."""
         self.tell, self._most = tell, None
 
     def within(self, wanted: int, longest: int, act: Callable[[int], T]) -> T:
-        """What `act` gives for a number of tokens; done again from its start with half of them where memory ends.
+        """The result of `act` with a number of tokens. If memory is full, `act` is repeated with half as many.
 
-        `longest`: tokens of the longest record, which is taken whole. Raises `ModelError` where even that is too much.
+        `longest`: the tokens of the longest record, which is never divided. Raises `ModelError` if it does not fit.
         """
         first = tokens = min(wanted, self._most or wanted)
         while True:
@@ -61,26 +61,26 @@ class Room:
                     raise
                 if tokens <= longest:
                     raise ModelError(f"memory has no room for one record alone: {first_line(error)}", REMEDY) from None
-            _release()  # here the error and what its frames held are gone
+            _release()  # by now the error is gone, and so are the tensors that its frames held
             tokens = max(tokens // 2, 1)
         if tokens < first:
             self._most = tokens
             self.tell(
-                f"memory has no room for {self.knob} = {first}: from here on {tokens}; "
-                "bytes may differ from those of a run that had room"
+                f"memory has no room for {self.knob} = {first}: using {tokens} from now on; "
+                "bytes may differ from those of a run with enough memory"
             )
         return result
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an error means that a device or the processor has no memory left."""
+    """True if an error means that a device or the CPU has no memory left."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in SAYS)
 
 
 def _release() -> None:
-    """Gives back to the device what torch keeps for later."""
+    """Frees the device memory that torch keeps for later use."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     if torch.backends.mps.is_available():

@@ -1,7 +1,7 @@
-"""A base model in 8 or 4 bits by bitsandbytes: for less memory, not for speed. Adapters stay float32.
+"""A base model in 8 or 4 bits by bitsandbytes: to save memory, not time. Adapters stay float32.
 
-Linear layers within the blocks are quantised; embeddings, norms and the output layer keep the model's type. A model so
-loaded goes through transformers' and PEFT's modules, and an adapter can't be merged into it without loss.
+Linear layers inside the blocks are quantized. Embeddings, norms and the output layer keep the model's type.
+A quantized model uses the modules of transformers and PEFT. An adapter can't be merged into it without loss.
 """
 
 import importlib.util
@@ -17,15 +17,15 @@ LAYERS = ("Linear8bitLt", "Linear4bit")
 
 
 def settings(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
-    """What transformers' `BitsAndBytesConfig` is to be made of; raises `ModelError` without bitsandbytes.
+    """The arguments of transformers' `BitsAndBytesConfig`; raises `ModelError` without bitsandbytes.
 
-    LLM.int8's part for outliers is left out: which columns it takes depends on all rows of a batch, so a record's NLL
-    would depend on its neighbours.
+    LLM.int8's part for outliers is switched off. It selects columns by all rows of a batch, so a record's NLL would
+    depend on its neighbors.
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ModelError(
             f"model.quantization = {quantization!r} needs bitsandbytes, which is not installed",
-            "pip install 'fedmide[quant]', or say model.quantization = 'none'",
+            "Run pip install 'fedmide[quant]', or set model.quantization = 'none'",
         )
     if quantization == "int8":
         return {"load_in_8bit": True, "llm_int8_threshold": 0.0}
@@ -33,10 +33,10 @@ def settings(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:
 
 
 def keep_in_training_mode(network: nn.Module) -> None:
-    """Lets quantised layers compute alike in scoring and training.
+    """Makes quantized layers compute the same in scoring and training.
 
-    On a processor they do otherwise outside of training: in 8 bits they round activations too; in 4 bits they lay
-    their weights out for a product without a gradient, and stay so in the training that follows.
+    On a CPU they compute differently outside training. In 8 bits they round activations too. In 4 bits they change the
+    layout of their weights for a product without a gradient, and keep it in the next training.
     """
     for module in network.modules():
         if type(module).__name__ in LAYERS and not hasattr(module, "base_layer"):
@@ -45,7 +45,7 @@ def keep_in_training_mode(network: nn.Module) -> None:
 
 
 def _unchanged(module: nn.Module) -> Any:
-    """A `train` that leaves the mode as it is."""
+    """A replacement for `module.train` that leaves the mode unchanged."""
 
     def train(mode: bool = True) -> nn.Module:
         return module

@@ -1,7 +1,7 @@
-"""A model whose LoRA layers hold two adapters that a router mixes for each token.
+"""A model whose LoRA layers hold two adapters, which a router mixes for each token.
 
-The router of a layer is softmax(R x) with R (2, in) and the layer's input x; it weights the two halves of the ranks. It
-needs hooks on PEFT's modules, so the written-out passes do not serve: this is the slow way.
+The router of a layer is softmax(R x) with R (2, in) and the layer's input x. It weights the two halves of the ranks.
+It needs hooks on PEFT's modules, so the fast hand-written passes can't be used and this model is slow.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fedmide.model.workers import Workers
 
 @dataclass(frozen=True, eq=False)
 class RoutedModel(LoraModel):
-    """A model with routers, which are trained beside the adapters."""
+    """A model with routers, which are trained together with the adapters."""
 
     routers: dict[str, nn.Parameter] = field(kw_only=True)
     flat_routers: Flat = field(kw_only=True)
@@ -36,7 +36,7 @@ class RoutedModel(LoraModel):
         return (self.flat_routers.parameter,)
 
     def put(self, adapter: Adapter) -> None:
-        """Copies both adapters and the routers in."""
+        """Copies both adapters and the routers into the model."""
         super().put(without_routers(adapter))
         with torch.no_grad():
             for name, parameter in self.routers.items():
@@ -48,12 +48,12 @@ class RoutedModel(LoraModel):
         return {**super().take(), **routers}
 
     def nll(self, batch: Batch) -> Tensor:
-        """As without routers."""
+        """NLL of each predicted token, as `LoraModel.nll`, with the routers."""
         with self._routed():
             return super().nll(batch)
 
     def _through_modules(self, batch: Batch, scale: float, seed: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """As without routers; adds their own gradient to theirs."""
+        """The same as in `LoraModel`, with the routers; adds the routers' gradient to `grad` of each."""
         with self._routed():
             losses = self._training_losses(batch, seed)
         counted = losses if weights is None else losses * weights
@@ -66,13 +66,13 @@ class RoutedModel(LoraModel):
         return losses.detach(), torch.cat([each.reshape(-1) for each in gradients[: len(factors)]])
 
     def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, hear: Hear | None = None) -> Tensor:
-        """As without routers."""
+        """Greedy continuations, as `LoraModel.continuations`, with the routers."""
         with self._routed():
             return super().continuations(ids, mask, max_new_tokens, hear)
 
     @contextmanager
     def _routed(self) -> Iterator[None]:
-        """The hooks are there only while the model works: another adapter may be put in between."""
+        """A context with the routers' hooks, and only while the model computes: the adapter may change afterwards."""
         with ExitStack() as stack:
             for name, router in self.routers.items():
                 layer: Any = self.network.get_submodule(name.removesuffix(ROUTER))
@@ -83,7 +83,7 @@ class RoutedModel(LoraModel):
 
 
 class _Gate:
-    """A layer's router, between what goes into the layer and what its A makes of it."""
+    """A layer's router: it reads the layer's input, and weights the output of the layer's A."""
 
     def __init__(self, router: nn.Parameter) -> None:
         self.router = router
@@ -97,9 +97,9 @@ class _Gate:
 
 
 def routed(model: LoraModel, names: Sequence[str]) -> RoutedModel:
-    """The model with routers of these names, which end in `ROUTER`."""
+    """The model with routers of these names, each of which ends in `ROUTER`."""
     inner = {name: model.shapes[name.removesuffix(ROUTER) + A][1] for name in names}
     routers = {name: nn.Parameter(torch.zeros(2, size, device=model.device)) for name, size in inner.items()}
     parts = {each.name: getattr(model, each.name) for each in fields(LoraModel)}
-    changes = {"prefixes": None, "workers": Workers(0)}  # what a hook sees is one batch at a time
+    changes = {"prefixes": None, "workers": Workers(0)}  # a hook must see one batch at a time
     return RoutedModel(**{**parts, **changes}, routers=routers, flat_routers=Flat(list(routers.values())))

@@ -1,8 +1,8 @@
-"""Likelihood of records under an adapter: NLL as (sum, count) per record.
+"""The NLL of records under an adapter, as (sum, count) per record.
 
-A record's NLL does not depend on the batch it is in, its neighbours, their order or the padding, but for rounding: a
-millionth over a float32 base, up to a hundredth over a bfloat16 one, where matrix products of another shape add up in
-another order.
+Apart from rounding, a record's NLL does not depend on its batch, its neighbors, their order or the padding.
+Rounding changes it by a millionth over a float32 base, and by up to a hundredth over a bfloat16 base.
+The cause: matrix products of another shape add up in another order.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,7 +28,7 @@ def nll(
     model.prepare(training=False)
 
     def score(most: int) -> None:
-        """Scores what has no result yet, with so many tokens at a time."""
+        """Scores the records that have no result yet, in batches of at most `most` tokens."""
         left = [row for row in range(len(examples)) if row not in results]
         parts = tuple(batches([examples[row] for row in left], positions, most, unpadded=model.unpadded))
         for batch, losses in zip(parts, model.workers.each(model.nll, parts), strict=True):
@@ -42,7 +42,7 @@ def nll(
 
 
 def _row_sums(losses: np.ndarray, predicts: np.ndarray) -> list[Nll]:
-    """One (sum, count) per row out of the losses in row-major order; sums in float64."""
+    """One (sum, count) per row, out of the losses in row-major order. Sums are in float64."""
     counts = predicts.sum(axis=1)
     pieces = np.split(losses, np.cumsum(counts)[:-1])
     return [Nll(float(piece.sum()), int(count)) for piece, count in zip(pieces, counts, strict=True)]

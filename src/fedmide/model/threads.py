@@ -1,8 +1,9 @@
-"""How many threads are worth it on the cores that are really free.
+"""The number of threads that pay off on the cores that are really free.
 
-Every product waits for the slowest of its threads: one that shares its core with another process can make two threads
-slower than one. What the system says of its load does not tell whether that will be so, and in a container it is often
-of another machine's cores; so it is tried out. `workers`, who share no product, need no such trial.
+Every product waits for its slowest thread. If one thread shares its core with another process, two threads can be
+slower than one. The system's load figures do not predict this, and in a container they often describe the cores of
+another machine. So the numbers of threads are tried out.
+`workers` need no such trial, because they do not share products.
 """
 
 import os
@@ -14,41 +15,44 @@ from pathlib import Path
 import torch
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""What a container may use of the processor: microseconds in so many microseconds, or "max"."""
+"""The file with a container's share of the CPU: granted microseconds per period in microseconds, or "max"."""
 
 
 SECONDS = 0.06
-"""How long two numbers of threads are compared: some turns of the system's scheduler."""
+"""The seconds for which two numbers of threads are compared: several turns of the system's scheduler."""
 
 
 TURNS = 3
-"""How often each of the two has its turn, so that a short disturbance does not hit one alone."""
+"""The turns of each of the two numbers. They alternate, so that a short disturbance does not hit one alone."""
 
 
 GAIN = 1.1
-"""What the larger number must bring."""
+"""The factor by which the larger number of threads must be faster to be chosen."""
 
 
 ROWS, COLUMNS = 128, 576
-"""A product of about a millisecond on one thread; there are as many rows for each."""
+"""The size of a product that takes one thread about a millisecond. Each further thread adds as many rows."""
 
 
 def free_threads(tell: Callable[[str], None] = lambda message: None) -> int:
-    """The number of threads that is worth it now, of those that this process may use; `tell` hears of fewer."""
+    """The number of threads that pays off now, out of those that this process may use.
+
+    `tell` is called with a message if it is not all of them.
+    """
     cores = available_cores()
     chosen = worth_it(cores, speeds)
     if chosen < cores:
         tell(
-            f"threads that share a product: {chosen} of {cores}, more bring nothing now; "
-            f"runtime.threads = {cores} takes them all the same"
+            f"using {chosen} of {cores} threads per product, because more are not faster now; "
+            f"set runtime.threads = {cores} to use all"
         )
     return chosen
 
 
 def worth_it(most: int, compare: Callable[[int, int], tuple[float, float]]) -> int:
-    """So many threads, or half of them as long as that gets about as much done.
+    """The number of threads to use: `most`, halved as long as half of them are about as fast.
 
-    `compare` gives what two numbers of threads get done in a second.
+    `compare` returns the products per second of two numbers of threads.
 
     >>> worth_it(8, lambda more, fewer: (min(more, 2), min(fewer, 2)))
     2
@@ -63,14 +67,14 @@ def worth_it(most: int, compare: Callable[[int, int], tuple[float, float]]) -> i
 
 
 def speeds(more: int, fewer: int) -> tuple[float, float]:
-    """Products a second on two numbers of threads, in turns; torch's own number is afterwards as before."""
+    """Products per second with two numbers of threads, in turns. Afterwards torch's own number is restored."""
     earlier = torch.get_num_threads()
     left, right = torch.ones(ROWS * more, COLUMNS), torch.ones(COLUMNS, COLUMNS)
     done, spent = {more: 0, fewer: 0}, {more: 0.0, fewer: 0.0}
     try:
         for number in (more, fewer) * TURNS:
             torch.set_num_threads(number)
-            torch.mm(left, right)  # its threads are made
+            torch.mm(left, right)  # starts the threads
             begun = time.perf_counter()
             while (passed := time.perf_counter() - begun) < SECONDS / (2 * TURNS):
                 torch.mm(left, right)
@@ -82,9 +86,9 @@ def speeds(more: int, fewer: int) -> tuple[float, float]:
 
 
 def available_cores() -> int:
-    """How many cores this process may use: those it is bound to, and no more than its control group is granted.
+    """The number of cores that this process may use: those it is bound to, limited by its control group.
 
-    `OMP_NUM_THREADS`, where it is set, is a limit too.
+    `OMP_NUM_THREADS` is a limit too, if it is set.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no Linux, no control group, or "max": no limit

@@ -1,8 +1,8 @@
 """Local training: a plain loop with torch's AdamW, or SGD where a method needs it.
 
-One optimiser step is one batch of records. Its loss is the mean over the batch's predicted tokens, whatever the
-passes through the model that memory asks for: gradients of sums are added and divided once, so accumulation equals
-the big batch.
+One optimizer step is one batch of records. Its loss is the mean over the batch's predicted tokens.
+Memory may require several passes through the model per step. They give the same as one big batch,
+because the gradients of sums are added and divided once.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -19,12 +19,14 @@ from fedmide.model.interface import ZERO, Adapter, Epoch, Nll, TrainingPlan, rat
 from fedmide.model.lora import LoraModel
 
 PASSES = 2**20
-"""More passes through the model than an optimiser step ever has: each pass has a seed of its own."""
+"""More passes through the model than an optimizer step ever has. Each pass has its own seed."""
 
 
 LOSS_SCALES = (2.0**15, 2.0**11, 2.0**7, 2.0**3, 1.0)
-"""What the loss is multiplied with over a float16 base, whose smallest number most gradients are below; the next one
-where a gradient overflows (Micikevicius et al. 2018, arXiv:1710.03740)."""
+"""Factors of the loss over a float16 base, in the order in which they are tried.
+
+Without a factor, most gradients would be below the smallest number of float16. If a gradient overflows, the next
+factor is used (Micikevicius et al. 2018, arXiv:1710.03740)."""
 
 
 def train(
@@ -33,9 +35,9 @@ def train(
     plan: TrainingPlan,
     progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> Iterator[Epoch]:
-    """The states after each pass, from the adapter that the model holds; the optimiser starts fresh.
+    """The state after each pass, starting from the adapter that the model holds. The optimizer starts fresh.
 
-    Between two of them the caller may use the model for something else.
+    Between two passes the caller may use the model for something else.
     """
     settings = plan.settings
     order = np.random.default_rng(plan.stream_seed)
@@ -66,7 +68,7 @@ def train(
 
 
 def num_steps(num_examples: int, settings: TrainingConfig) -> int:
-    """Optimiser steps that a local training takes.
+    """The number of optimizer steps of a local training.
 
     >>> num_steps(33, TrainingConfig(batch_size=32, epochs=2))
     4
@@ -81,9 +83,10 @@ def _record_batches(order: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
 
 
 class Stepped:
-    """What the optimiser steps: the flat parameter, or where a method shows the model a share of each value, those.
+    """The optimizer and the values it updates.
 
-    A method's terms become flat vectors here. One is made anew for each local training: the optimiser starts fresh.
+    The values are the flat parameter or, if the method scales what the model sees, the unscaled values.
+    A method's terms become flat vectors here. Each local training makes its own, so the optimizer starts fresh.
     """
 
     def __init__(self, model: LoraModel, plan: TrainingPlan) -> None:
@@ -117,12 +120,12 @@ class Stepped:
 
 
 def _whole(seen: Tensor, share: Tensor) -> Tensor:
-    """The values of which the model sees these shares; those that it sees nothing of are frozen, and as they are."""
+    """The unscaled values, out of the values that the model sees. Values with share 0 are frozen and stay unchanged."""
     return torch.where(share == 0, seen, seen / torch.where(share == 0, 1.0, share))
 
 
 def _of_mean_one(weights: tuple[float, ...]) -> NDArray[np.float32] | None:
-    """Weights with a mean of 1, so that a step is as long as its records weigh among all; None where all do alike.
+    """Weights scaled to a mean of 1: a step is longer if its records weigh more than average. None if all are equal.
 
     >>> _of_mean_one((1.0, 3.0)).tolist()
     [0.5, 1.5]
@@ -141,16 +144,16 @@ def _gradient(
     seed: int,
     weights: NDArray[np.float32] | None,
 ) -> Nll:
-    """The loss of these examples, whose mean's gradient is left in the model. Dropout follows from the seed.
+    """The loss of these examples. The gradient of its mean is left in the model. Dropout follows from the seed.
 
-    With weights, the gradient is that of sum(weight * NLL) / number of tokens; the loss is told without them.
-    Where memory has no room for a pass, it is begun again with smaller ones.
+    With weights, the gradient is that of sum(weight * NLL) / number of tokens; the returned loss has no weights.
+    If memory has no room for a pass, all passes are repeated with fewer tokens each.
     """
     model.prepare(training=True)
     num_tokens = sum(example.num_predicted(settings.positions) for example in examples)
 
     def losses(most: int) -> float:
-        """The sum of the losses, in passes of so many tokens; leaves the gradient of their mean."""
+        """The sum of the losses, in passes of at most `most` tokens; leaves the gradient of their mean."""
         parts = tuple(batches(examples, settings.positions, most, unpadded=model.unpadded))
         for scale in LOSS_SCALES if model.dtype == torch.float16 else (1.0,):
             loss_sum = _pass(model, parts, scale / num_tokens, seed, weights)
@@ -164,7 +167,7 @@ def _gradient(
 
 
 def _unscale(model: LoraModel, scale: float) -> bool:
-    """Divides the gradients; whether all of them are finite."""
+    """Divides the gradients; returns True if all of them are finite."""
     gradients = _gradients(model)
     for each in gradients:
         each.div_(scale)
@@ -172,14 +175,14 @@ def _unscale(model: LoraModel, scale: float) -> bool:
 
 
 def _gradients(model: LoraModel) -> list[Tensor]:
-    """The gradients of what is trained."""
+    """The gradients of all trained parameters."""
     return [each.grad for each in (model.flat.parameter, *model.beside) if each.grad is not None]
 
 
 def _pass(
     model: LoraModel, parts: Sequence[Batch], scale: float, seed: int, weights: NDArray[np.float32] | None
 ) -> float:
-    """The sum of the batches' losses; leaves the gradient of `scale` times it."""
+    """The sum of the batches' losses; leaves the gradient of `scale` times that sum."""
     for gradient in _gradients(model):
         gradient.zero_()
     loss_sum = 0.0
@@ -192,5 +195,5 @@ def _pass(
 
 
 def _of_tokens(weights: NDArray[np.float32] | None, batch: Batch) -> NDArray[np.float32] | None:
-    """Each predicted token's weight (N,), its record's, in row-major order of `predicts`."""
+    """The weight of each predicted token (N,), which is its record's, in row-major order of `predicts`."""
     return None if weights is None else weights[list(batch.rows)].repeat(batch.predicts.sum(axis=1))

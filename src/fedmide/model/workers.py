@@ -1,7 +1,7 @@
-"""Batches side by side, one on each processor core, their results in order.
+"""Batches in parallel, one per CPU core, with results in order.
 
-Two cores that take a batch each are faster than two that share one: most of what a pass does is too small to be shared.
-And since every batch is the work of one thread, its numbers do not depend on how many there are.
+Two cores with one batch each are faster than two cores that share a batch: most steps of a pass are too small to share.
+Every batch is computed by one thread, so its numbers do not depend on the number of threads.
 """
 
 from collections import deque
@@ -19,13 +19,13 @@ Result = TypeVar("Result")
 
 
 def _stay_alone() -> None:
-    """Keeps this thread's work on it alone."""
-    torch.get_num_threads()  # a thread takes over the number of all others when it first asks, and must not later
+    """Limits torch to one thread for the work of this thread."""
+    torch.get_num_threads()  # the first call copies the process's number; it must not come after `set_num_threads`
     torch.set_num_threads(1)
 
 
 class Workers:
-    """So many threads of one core each; with 0 the caller works itself, on as many as it has."""
+    """A number of threads with one core each. With 0 the caller computes the batches itself, on all its threads."""
 
     def __init__(self, number: int) -> None:
         self.number = number
@@ -35,15 +35,15 @@ class Workers:
             self._pool = ThreadPoolExecutor(number, "fedmide", _stay_alone)
             meeting = Barrier(number)
             wait([self._pool.submit(meeting.wait) for _ in range(number)])  # until all of them have started
-            torch.set_num_threads(shared)  # each took 1 for the default of every thread to come
+            torch.set_num_threads(shared)  # each worker had set the default of all later threads to 1
 
     def close(self) -> None:
-        """Ends the threads, once they are done with what they are at."""
+        """Ends the threads after their current batches; drops the batches that have not started."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
     def each(self, function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-        """The function's results in the items' order; a few items are taken ahead of the result asked for."""
+        """The function's results in the items' order. A few items are computed ahead of the current result."""
         if self._pool is None:
             yield from map(function, items)
             return
@@ -58,4 +58,4 @@ class Workers:
         finally:
             for each in waiting:
                 each.cancel()
-            wait(waiting)  # what is under way holds memory
+            wait(waiting)  # running batches hold memory
