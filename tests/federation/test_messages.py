@@ -31,7 +31,7 @@ from fedmide.federation.codec import (
     encode_task,
     encode_tasks,
     encode_trouble,
-    parts,
+    split_frame,
 )
 from fedmide.federation.messages import (
     MAX_RECORDS,
@@ -428,18 +428,18 @@ def test_a_frame_that_goes_on_after_its_end_is_refused(frame: bytes) -> None:
 
 @given(st.binary(max_size=200))
 def test_noise_is_no_message(data: bytes) -> None:
-    for decode in (decode_request, decode_answer, parts):
+    for decode in (decode_request, decode_answer, split_frame):
         with pytest.raises(MessageError):
             decode(data)
         framed = struct.pack("<4sI", b"FMD1", len(data)) + data
-        if decode is not parts:
+        if decode is not split_frame:
             with pytest.raises(MessageError):
                 decode(framed)
 
 
 def test_a_frame_has_a_head_of_its_own_and_an_adapter() -> None:
     frames = [encode_task(ClientTask("f", name, 0, ADAPTER)) for name in "ab"]
-    heads, payloads = zip(*map(parts, frames), strict=True)
+    heads, payloads = zip(*map(split_frame, frames), strict=True)
     assert heads[0] != heads[1]
     assert payloads[0] == payloads[1] == adapters.encode(ADAPTER)
     assert [head + payload for head, payload in zip(heads, payloads, strict=True)] == frames

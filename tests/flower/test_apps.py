@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from flwr.app import ConfigRecord, Error, RecordDict
 
-from fedmide.federation.codec import decode_answer, encode_hello, encode_task, parts
+from fedmide.federation.codec import decode_answer, encode_hello, encode_task, split_frame
 from fedmide.federation.messages import ClientTask, Hello, Trouble
 from fedmide.federation.runtimes.link import Answered
 from fedmide.flower import apps
@@ -30,9 +30,9 @@ def frames(fakes: Any) -> list[bytes]:
 
 def test_a_frame_travels_whole_and_its_adapter_as_one_array(fakes: Any) -> None:
     for frame in frames(fakes):
-        records = records_of(*parts(frame))
+        records = records_of(*split_frame(frame))
         assert frame_of(records) == frame
-        assert len(records.array_records) == (1 if parts(frame)[1] else 0)
+        assert len(records.array_records) == (1 if split_frame(frame)[1] else 0)
         assert all(len(record) == 1 for record in records.array_records.values())
 
 
@@ -121,6 +121,6 @@ def test_a_site_that_can_t_work_says_one_word(where: str, tmp_path: Path, fakes:
         monkeypatch.delenv(name, raising=False)
     if where == "no worker":
         monkeypatch.setitem(os.environ, "FEDMIDE_SITE", str(tmp_path))
-    message: Any = Told("m", records_of(*parts(frames(fakes)[0])))
+    message: Any = Told("m", records_of(*split_frame(frames(fakes)[0])))
     monkeypatch.setattr(apps, "Message", lambda content, reply_to: content)
     assert decode_answer(frame_of(apps.answer(message, None))) == Trouble("", "worker")  # type: ignore[arg-type]

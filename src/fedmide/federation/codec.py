@@ -131,10 +131,12 @@ def decode_answer(data: bytes) -> Answer:
     return decode_reply(data)
 
 
-def parts(data: bytes) -> tuple[bytes, bytes]:
-    """A frame's head and its adapter: the one differs from site to site, the other may be the same for all.
+def split_frame(data: bytes) -> tuple[bytes, bytes]:
+    """The header and the adapter bytes of a frame.
 
-    >>> b"".join(parts(encode_hello(Hello("f", 0)))) == encode_hello(Hello("f", 0))
+    Adapter bytes are often the same for all sites, so a transport can send them once.
+
+    >>> b"".join(split_frame(encode_hello(Hello("f", 0)))) == encode_hello(Hello("f", 0))
     True
     """
     _, payload = _unframe(data)

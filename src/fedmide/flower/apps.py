@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedmide.errors import MessageError
-from fedmide.federation.codec import encode_trouble, parts
+from fedmide.federation.codec import encode_trouble, split_frame
 from fedmide.federation.messages import Trouble
 from fedmide.federation.runtimes.link import Answered, connected, serve
 from fedmide.flower.variables import LINK, RUN, SITE
@@ -67,7 +67,7 @@ class GridExchange:
         until = time.monotonic() + seconds
         adapter = b""
         for node, frame in frames:
-            head, payload = parts(frame)
+            head, payload = split_frame(frame)
             adapter = adapter if adapter == payload else payload  # one copy, whatever the number of sites
             content = records_of(head, adapter)
             kind = "train" if payload else "query"
@@ -113,7 +113,7 @@ def _answered(node: int, reply: Message) -> Answered:
 def _split(frame: bytes) -> tuple[bytes, bytes]:
     """The frame's two parts; of one that can't be read here all is head: who gets it judges."""
     try:
-        return parts(frame)
+        return split_frame(frame)
     except MessageError:
         return frame, b""
 
