@@ -11,13 +11,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedmide.errors import MessageError
 from fedmide.federation.messages import (
     MAX_RECORDS,
-    Answer,
     ClientReply,
     ClientTask,
     Facts,
     Hello,
     Metric,
     MetricName,
+    SiteAnswer,
     Trouble,
     TroubleCode,
 )
@@ -118,7 +118,7 @@ def decode_request(data: bytes) -> Hello | ClientTask:
     return Hello(header.federation, header.round)
 
 
-def decode_answer(data: bytes) -> Answer:
+def decode_answer(data: bytes) -> SiteAnswer:
     """What a site answers in a frame; raises `MessageError`."""
     text, payload = _unframe(data)
     kind = _kind(text)

@@ -116,5 +116,5 @@ class Trouble:
     code: TroubleCode
 
 
-Answer: TypeAlias = ClientReply | Facts | Trouble
+SiteAnswer: TypeAlias = ClientReply | Facts | Trouble
 """What may come back from a site."""

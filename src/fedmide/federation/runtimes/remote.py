@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from fedmide.config.knobs import differing
 from fedmide.errors import MessageError
 from fedmide.federation.codec import decode_answer, encode_hello, encode_tasks
-from fedmide.federation.messages import Answer, ClientReply, ClientTask, Facts, Hello, Trouble, TroubleCode
+from fedmide.federation.messages import ClientReply, ClientTask, Facts, Hello, SiteAnswer, Trouble, TroubleCode
 from fedmide.federation.runtimes.link import Answered, Exchange, LinkLostError
 from fedmide.federation.server import Delivery
 
@@ -191,7 +191,7 @@ class _InOrder:
             yield self.early.pop(client)
 
 
-def _decoded(answer: Answered) -> Answer | str:
+def _decoded(answer: Answered) -> SiteAnswer | str:
     """What a node answered, or the reason why that can't be used."""
     if answer.problem:
         return answer.problem
