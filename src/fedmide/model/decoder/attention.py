@@ -1,10 +1,11 @@
 """Causal attention over short texts as plain products, forward and backward, with rotary embedding.
 
-Hidden states of texts stand one after the other, N rows; here they are spread out to (B, T) and taken in pieces that
-fit a core's cache: some texts, or some queries of a long one with the keys that they see. Weights of attention are
-kept for the backward pass, which is a twentieth of the time of torch's own on a processor, for texts of 100 tokens.
+Hidden states of texts are N rows, one text after the other. Here they are spread to (B, T) and computed in pieces.
+A piece fits a core's cache: some texts, or some queries of a long text with the keys that they see.
+The attention weights are kept for the backward pass. On a CPU, for texts of 100 tokens, this backward pass takes a
+twentieth of the time of torch's own.
 
-H heads of which K for keys and values, G = H / K, of size d.
+H heads for queries, K heads for keys and values, G = H / K, each of size d.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,24 +20,24 @@ from torch import Tensor
 from fedmide.model.decoder.parts import Decoder
 
 MAX_LENGTH = 1024
-"""The kept weights are T² a head and block: beyond this other ways are better."""
+"""The longest text in tokens. T² weights are kept per head and block, so other ways are better for longer texts."""
 
 
 QUERIES = 128
-"""Queries of a text that attention takes at a time: what comes after them is not looked at."""
+"""Queries of a text per piece. Keys after the last of them are skipped."""
 
 
 STRIDE = 32
-"""Texts are spread out to multiples of so many tokens: with 94 instead of 96, attention takes twice as long."""
+"""Texts are padded to a multiple of this many tokens: with 94 instead of 96, attention takes twice as long."""
 
 
 SCORES = 2**19
-"""Scores that attention holds at a time, unless a single text's are more: so many stay in a core's cache."""
+"""Attention scores per piece, more only if a single text has more: this number stays in a core's cache."""
 
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Some queries of some texts, which see the keys up to the last of them."""
+    """Some queries of some texts, with the keys up to the last of these queries."""
 
     texts: slice
     queries: slice
@@ -45,33 +46,33 @@ class Piece:
 
 @dataclass(frozen=True, eq=False)
 class Texts:
-    """How the rows of hidden states are texts, which attention spreads out to B T rows."""
+    """The layout of texts in the rows of hidden states, which attention spreads to B T rows."""
 
     decoder: Decoder
     num_texts: int
     length: int
-    places: Tensor | None  # (N,), which of the B T rows each is; None where each of them is one
+    places: Tensor | None  # (N,), the place of each row among the B T rows; None if N = B T
     cosine: Tensor  # (N, 1, d)
-    sine: Tensor  # (N, 1, d / 2), of the first half of a head; the second's are the same
+    sine: Tensor  # (N, 1, d / 2), for the first half of a head; the second half has the same
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:
-        """Attention in parts, which only a pass that is gone back is taken in."""
+        """The pieces in which training computes attention; scoring does not need them."""
         return tuple(_pieces(self.decoder, self.num_texts, self.length, self.cosine.device))
 
 
 @dataclass(frozen=True, eq=False)
 class Attended:
-    """What the backward pass needs of attention."""
+    """The tensors of attention that the backward pass needs."""
 
     query: Tensor  # (B, K, G, T, d), rotated
     key: Tensor  # (B, K, T, d), rotated
     value: Tensor  # (B, K, T, d)
-    weights: tuple[Tensor, ...]  # (b K, G t, T'), of each piece
+    weights: tuple[Tensor, ...]  # (b K, G t, T') for each piece
 
 
 def texts_of(decoder: Decoder, lengths: Sequence[int], device: torch.device) -> Texts:
-    """Texts of these lengths, one after the other."""
+    """The layout of texts of these lengths, one after the other."""
     length = -(-max(lengths) // STRIDE) * STRIDE
     places = None
     if min(lengths) < length:
@@ -83,7 +84,7 @@ def texts_of(decoder: Decoder, lengths: Sequence[int], device: torch.device) -> 
 
 
 def _pieces(decoder: Decoder, num_texts: int, length: int, device: torch.device) -> Iterator[Piece]:
-    """Attention in parts that are small enough, each without most of what its queries do not see."""
+    """The pieces of attention: they fit the cache and leave out most of the keys that their queries don't see."""
     groups = decoder.num_heads // decoder.num_key_value_heads
     future = torch.full((length, length), -torch.inf, device=device).triu(1)
     for start in range(0, length, QUERIES):
@@ -95,7 +96,7 @@ def _pieces(decoder: Decoder, num_texts: int, length: int, device: torch.device)
 
 
 def _spread(rows: Tensor, view: Texts) -> Tensor:
-    """Rows (N, C) as (B, T, C), zero where a text is shorter."""
+    """Rows (N, C) as (B, T, C), with zeros after shorter texts."""
     if view.places is None:
         return rows.reshape(view.num_texts, view.length, -1)
     spread = torch.zeros(view.num_texts * view.length, rows.shape[1], dtype=rows.dtype, device=rows.device)
@@ -103,15 +104,15 @@ def _spread(rows: Tensor, view: Texts) -> Tensor:
 
 
 def _gather(spread: Tensor, view: Texts) -> Tensor:
-    """The rows (N, C) of (B, T, C)."""
+    """The rows (N, C) out of (B, T, C), without padding."""
     rows = spread.reshape(view.num_texts * view.length, -1)
     return rows if view.places is None else rows.index_select(0, view.places)
 
 
 def attention(projected: Tensor, view: Texts) -> Tensor:
-    """The heads' outputs (N, H d) out of query, key and value (N, (H + 2 K) d), by torch's own fused forward pass.
+    """The heads' outputs (N, H d) from query, key and value (N, (H + 2 K) d), by torch's own fused forward pass.
 
-    Turns query and key in place.
+    Applies the rotary embedding to query and key in place.
     """
     query, key, value = _heads(projected, view)
     output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)  # (B, H, T, d)
@@ -119,7 +120,7 @@ def attention(projected: Tensor, view: Texts) -> Tensor:
 
 
 def kept_attention(projected: Tensor, view: Texts) -> tuple[Tensor, Attended]:
-    """The same, and what the backward pass needs."""
+    """The heads' outputs, as `attention`, and the tensors that the backward pass needs."""
     query, key, value = _heads(projected, view)
     query = query.unflatten(1, (key.shape[1], -1))  # (B, K, G, T, d)
     outputs, weights = torch.empty(query.shape, dtype=value.dtype, device=value.device), []
@@ -145,7 +146,7 @@ def _seen(keys: Tensor, piece: Piece) -> Tensor:
 
 
 def attention_backward(attended: Attended, mixed: Tensor, view: Texts) -> Tensor:
-    """The gradient of query, key and value (N, (H + 2 K) d), out of that of the heads' outputs (N, H d)."""
+    """The gradient of query, key and value (N, (H + 2 K) d), from that of the heads' outputs (N, H d)."""
     heads, pairs, size = view.decoder.num_heads, view.decoder.num_key_value_heads, view.decoder.head_size
     spread = _spread(mixed, view).view(view.num_texts, view.length, pairs, heads // pairs, size)
     outputs = spread.permute(0, 2, 3, 1, 4)  # (B, K, G, T, d)
@@ -168,7 +169,7 @@ def attention_backward(attended: Attended, mixed: Tensor, view: Texts) -> Tensor
 
 
 def _heads(projected: Tensor, view: Texts) -> tuple[Tensor, Tensor, Tensor]:
-    """Query (B, H, T, d) and key (B, K, T, d), turned, and value (B, K, T, d)."""
+    """Query (B, H, T, d) and key (B, K, T, d) with rotary embedding, and value (B, K, T, d)."""
     heads, pairs, size = view.decoder.num_heads, view.decoder.num_key_value_heads, view.decoder.head_size
     placed = projected[:, : (heads + pairs) * size]
     placed.copy_(_turned(placed, view, 1))

@@ -1,7 +1,8 @@
-"""A transformers model under PEFT's LoRA layers as a `Decoder`, where it is Llama-shaped.
+"""A Llama-shaped transformers model under PEFT's LoRA layers, as a `Decoder`.
 
-The base weights are laid out anew, those with one input under each other, and the model's own become views of them: one
-copy in memory, and the model works as before. It imports neither library; it goes by the names of their modules.
+The base weights are copied to a new layout: those with the same input are stacked. The model's own weights become views
+of it. So memory holds one copy, and the model works as before.
+This module imports neither library. It uses the names of their modules.
 """
 
 import threading
@@ -18,9 +19,9 @@ MODEL_TYPES = ("llama", "mistral")
 
 
 class Flat:
-    """Parameters laid out one after the other in one: copied, converted and stepped in one go.
+    """Parameters joined into one flat parameter, to be copied, converted and updated in one operation.
 
-    Each keeps its name and shape and becomes a view, and so does its gradient.
+    Each parameter keeps its name and shape, and becomes a view of the flat one. So does its gradient.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -40,13 +41,13 @@ class Flat:
         return self.parameter.grad
 
     def place(self, parameters: Sequence[nn.Parameter]) -> slice:
-        """Where parameters that follow each other are."""
+        """The slice of consecutive parameters in the flat one."""
         start = self._start[id(parameters[0])]
         return slice(start, start + sum(each.numel() for each in parameters))
 
 
 def trained_parameters(network: Any) -> list[nn.Parameter]:
-    """A PEFT model's trainable parameters in the order that `fused` needs them in."""
+    """A PEFT model's trainable parameters, in the order that `fused` needs."""
     base = network.get_base_model()
     if not is_llama_shaped(base.config):
         return [each for each in network.parameters() if each.requires_grad]
@@ -54,7 +55,7 @@ def trained_parameters(network: Any) -> list[nn.Parameter]:
 
 
 def fused(network: Any, flat: Flat) -> Decoder | None:
-    """The decoder of a PEFT model, whose weights it lays out anew; None where the model has another shape."""
+    """The decoder of a PEFT model, which moves the model's weights to a new layout; None if it is not Llama-shaped."""
     base = network.get_base_model()
     if not is_llama_shaped(base.config):
         return None
@@ -74,9 +75,9 @@ def fused(network: Any, flat: Flat) -> Decoder | None:
 
 
 def is_llama_shaped(config: Any) -> bool:
-    """Whether a model's blocks are those that `decoder` writes out: no biases, SiLU, attention to all before.
+    """True if `decoder` can compute a model's blocks: no biases, SiLU, attention to all earlier tokens.
 
-    The passes need plain weights, which a quantised model has not.
+    The passes need plain weights, which a quantized model does not have.
     """
     return (
         config.model_type in MODEL_TYPES
@@ -90,7 +91,7 @@ def is_llama_shaped(config: Any) -> bool:
 
 
 class _Rotary(threading.local):
-    """Cosines and sines of so many positions, by the model's own module; a thread keeps those of its last length."""
+    """Cosines and sines for a number of positions, by the model's own module. Each thread keeps its last ones."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -107,14 +108,14 @@ class _Rotary(threading.local):
 
 
 def _parts(layer: Any) -> tuple[tuple[Any, ...], ...]:
-    """A block's linear modules, those with one input together, in the order of `Block`."""
+    """A block's linear modules in the order of `Block`, grouped by their input."""
     attention, mlp = layer.self_attn, layer.mlp
     queries = (attention.q_proj, attention.k_proj, attention.v_proj)
     return queries, (attention.o_proj,), (mlp.gate_proj, mlp.up_proj), (mlp.down_proj,)
 
 
 def _factors(modules: Sequence[Any]) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The adapters' A and B of modules with one input."""
+    """The adapters' A and B of modules with the same input."""
     adapted = [module for module in modules if hasattr(module, "lora_A")]
     return [each.lora_A["default"].weight for each in adapted], [each.lora_B["default"].weight for each in adapted]
 
@@ -126,7 +127,7 @@ def _block(layer: Any, flat: Flat) -> Block:
 
 
 def _layer(modules: Sequence[Any], flat: Flat) -> Layer:
-    """Linear modules with one input, with or without LoRA, as one layer; their weights become views of its."""
+    """Linear modules with the same input, with or without LoRA, as one layer. Their weights become views of it."""
     linears: list[nn.Linear] = [getattr(module, "base_layer", module) for module in modules]
     ends = [0, *accumulate(linear.out_features for linear in linears)]
     columns = [slice(first, last) for first, last in pairwise(ends)]
@@ -141,7 +142,7 @@ def _layer(modules: Sequence[Any], flat: Flat) -> Layer:
 
 
 def _adapters(modules: Sequence[Any], columns: Sequence[slice], flat: Flat, dtype: torch.dtype) -> Adapters | None:
-    """The adapters of modules with one input; None where none has one."""
+    """The adapters of modules with the same input; None if no module has one."""
     factors = _factors(modules)
     if not factors[0]:
         return None

@@ -1,12 +1,15 @@
 """The forward and backward pass of Llama-shaped decoders under LoRA, written out by hand.
 
-Module by module, most of a training step on a processor goes into what is not a matrix product: attention's backward
-pass, casts, small kernels. Here a block is some thirty operations each way, layers with one input are one product,
-logits are made a few rows at a time and only where a label is, and no text is padded.
+With transformers' modules, most of a training step on a CPU is not spent on matrix products.
+It is spent on attention's backward pass, casts and small kernels.
+Here a block has about thirty operations per direction, and layers with the same input are one product.
+Logits are computed a few rows at a time, and only for labels. No text is padded.
 
-Same numbers as module by module: in float32 but for rounding, in bfloat16 as near to float32's (rotary embedding,
-softmax and norms are in float32). Base weights are frozen, so no gradient of theirs is ever made. N tokens of texts
-that stand one after the other, D hidden, F inner, V the vocabulary.
+In float32 the numbers are the same as with the modules, apart from rounding.
+In bfloat16 they are as near to those of float32 (rotary embedding, softmax and norms are in float32).
+Base weights are frozen, so their gradients are never computed.
+
+Sizes: N tokens of all texts, one text after the other; D hidden; F inner; V the vocabulary.
 """
 
 from collections.abc import Sequence
@@ -31,12 +34,12 @@ from fedmide.model.decoder.products import (
 
 
 def embed(decoder: Decoder, ids: Tensor) -> Tensor:
-    """Hidden states (N, D) before the first block of ids (N,)."""
+    """Hidden states (N, D) of ids (N,) before the first block."""
     return F.embedding(ids, decoder.embedding)
 
 
 def hidden(decoder: Decoder, states: Tensor, lengths: Sequence[int], blocks: slice) -> Tensor:
-    """Hidden states (N, D) of texts of these lengths after some of the blocks."""
+    """Hidden states (N, D) of texts of these lengths, after the given blocks."""
     view = texts_of(decoder, lengths, states.device)
     for block in decoder.blocks[blocks]:
         states = _forward(block, states, view, None)[0]
@@ -44,7 +47,7 @@ def hidden(decoder: Decoder, states: Tensor, lengths: Sequence[int], blocks: sli
 
 
 def losses(decoder: Decoder, states: Tensor, rows: Tensor, targets: Tensor) -> Tensor:
-    """NLL (M,) float32 of the targets after those rows of the last block's hidden states."""
+    """NLL (M,) float32 of the targets, each predicted from one of the rows of the last block's hidden states."""
     normed = norm(states[rows], decoder.norm, decoder.epsilon)[0].to(states.dtype)
     return torch.cat([_chunk_losses(decoder, *chunk)[0] for chunk in _chunks(normed, targets)])
 
@@ -61,11 +64,12 @@ def backpropagate(
     checkpointing: bool = False,
     weights: Tensor | None = None,
 ) -> Tensor:
-    """NLL (M,) of the targets; writes the gradients of `scale` times their sum `into` those of the flat parameters.
+    """NLL (M,) of the targets; writes the gradient of `scale` times their sum `into` that of the flat parameter.
 
-    `states` (N, D) are those before the lowest block with an adapter. With checkpointing only each block's input is
-    kept, and the block is run again on the way back (Chen et al. 2016, arXiv:1604.06174): the same bits.
-    `weights` (M,): what a target counts.
+    `states` (N, D) are the hidden states before the lowest block with an adapter.
+    With checkpointing only each block's input is kept, and the backward pass computes the block again: the same bits
+    (Chen et al. 2016, arXiv:1604.06174).
+    `weights` (M,): the weight of each target in the sum.
     """
     view = texts_of(decoder, lengths, states.device)
     traces: list[Trace | Checkpoint] = []
@@ -73,7 +77,7 @@ def backpropagate(
         before = Checkpoint(block, states, dropout and dropout.copy()) if checkpointing else None
         states, trace = _forward(block, states, view, Keep(dropout))
         traces.append(before or trace)
-        del trace  # or it would be kept during the next block
+        del trace  # else this name would keep it during the next block
     chosen = states[rows]
     normed, factor = norm(chosen, decoder.norm, decoder.epsilon)
     made = [_chunk_losses(decoder, *chunk, scale) for chunk in _chunks(normed.to(states.dtype), targets)]
@@ -89,7 +93,7 @@ def backpropagate(
 
 @dataclass(frozen=True, eq=False)
 class Trace:
-    """What the backward pass needs of a block."""
+    """The tensors of a block that the backward pass needs."""
 
     block: Block
     states: Tensor
@@ -101,28 +105,28 @@ class Trace:
     mlp_factor: Tensor
     gate_up: Product
     gate: Tensor  # (N, 2 F)
-    opened: Tensor  # (N, F), what SiLU makes of the gate
+    opened: Tensor  # (N, F), SiLU of the gate
     down: Product
 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """What a block's trace is made of again."""
+    """The input of a block, from which its trace can be computed again."""
 
     block: Block
     states: Tensor
-    dropout: Dropout | None  # as it stood before the block
+    dropout: Dropout | None  # in its state before the block
 
 
 def _trace(kept: Trace | Checkpoint, view: Texts) -> Trace:
-    """What the backward pass needs of a block, made again where only a checkpoint was kept."""
+    """The trace of a block, computed again if only a checkpoint was kept."""
     if isinstance(kept, Trace):
         return kept
     return _forward(kept.block, kept.states, view, Keep(kept.dropout))[1]
 
 
 def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tuple[Tensor, Trace]:
-    """Hidden states (N, D) after a block, and what its backward pass needs."""
+    """Hidden states (N, D) after a block, and the trace for its backward pass."""
     epsilon = view.decoder.epsilon
     fused, attention_factor = normed_input(states, block.attention_norm, epsilon, block.query_key_value)
     projected, first = product(block.query_key_value, fused, keep)
@@ -146,7 +150,7 @@ def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tu
 
 
 def _backward(trace: Trace, gradient: Tensor, view: Texts, into: Tensor, is_lowest: bool) -> Tensor:
-    """The gradient of the hidden states before a block out of that after it; adapters' are written `into` theirs."""
+    """The gradient of the hidden states before a block, from that after it; writes the adapters' gradients `into`."""
     block, inner = trace.block, trace.gate.shape[1] // 2
     gate, up = trace.gate[:, :inner], trace.gate[:, inner:]
     activated = product_backward(trace.down, gradient, into)
@@ -156,11 +160,11 @@ def _backward(trace: Trace, gradient: Tensor, view: Texts, into: Tensor, is_lowe
     normed = product_backward(trace.gate_up, split, into)
     middle = norm_backward(normed, trace.middle, block.mlp_norm, trace.mlp_factor).add_(gradient).to(gradient.dtype)
     mixed = product_backward(trace.attention_out, middle, into)
-    assert trace.attended is not None  # a pass that is gone back keeps it
+    assert trace.attended is not None  # kept by every pass that has a backward pass
     projected = attention_backward(trace.attended, mixed, view)
     before = product_backward(trace.query_key_value, projected, into, is_wanted=not is_lowest)
     if is_lowest:
-        return middle  # nothing below has an adapter
+        return middle  # the caller does not use it: no block below has an adapter
     below = norm_backward(before, trace.states, block.attention_norm, trace.attention_factor).add_(middle)
     return below.to(gradient.dtype)
 
@@ -172,7 +176,7 @@ def _chunks(normed: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _chunk_losses(
     decoder: Decoder, normed: Tensor, targets: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """NLL (M,) of the targets after normed states (M, D); with `scale` the gradient of the states too."""
+    """NLL (M,) of the targets after normed states (M, D), and with `scale` the gradient of the states."""
     logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[: len(targets)])
     few = len(decoder.room.exact)
     pairs = zip(logits.split(few), targets[:, None].split(few), strict=True)
@@ -181,7 +185,7 @@ def _chunk_losses(
 
 
 def _exact_losses(decoder: Decoder, logits: Tensor, index: Tensor, is_wanted: bool) -> Tensor:
-    """NLL (M, 1) of the indices (M, 1) under a few rows of logits, which become the gradient where one is wanted."""
+    """NLL (M, 1) of the indices (M, 1) under a few rows of logits. If `is_wanted`, the gradient replaces the logits."""
     exact = decoder.room.exact[: len(logits)].copy_(logits)
     exact.sub_(exact.amax(-1, keepdim=True))
     wanted = exact.gather(1, index)

@@ -1,7 +1,7 @@
-"""What the blocks below the lowest adapter make of a text: it never changes, so it is computed once and kept.
+"""The outputs of the blocks below the lowest adapter. They never change for a text, so they are computed once and kept.
 
-No round, client or adapter touches those blocks. Each text passes through them alone, so that what is kept does not
-depend on the texts beside it, on the order of the work or on where a run was stopped: the same bits, always.
+No round, client or adapter changes those blocks. Each text passes through them alone.
+So its outputs always have the same bits: other texts, the order of the work and interrupted runs don't matter.
 """
 
 from threading import Lock
@@ -19,7 +19,7 @@ from fedmide.model.decoder.passes import embed, hidden
 class Prefixes:
     """Hidden states before the lowest block with an adapter, kept up to a number of bytes.
 
-    Beyond it, states are computed anew whenever they are wanted.
+    States beyond that number are computed again at each use.
     """
 
     def __init__(self, decoder: Decoder, max_bytes: int) -> None:
@@ -30,7 +30,7 @@ class Prefixes:
         self._lock = Lock()
 
     def states(self, batch: Batch, device: torch.device) -> Tensor:
-        """Hidden states (N, D) before that block of the batch's texts, one after the other, padding left out."""
+        """Hidden states (N, D) of the batch's texts before that block, one text after the other, without padding."""
         texts = [batch.ids[row, :length] for row, length in enumerate(batch.lengths)]
         first = self.decoder.first_trained
         if first == 0:
@@ -46,7 +46,7 @@ class Prefixes:
         ids = torch.from_numpy(np.ascontiguousarray(text)).to(device)
         states = hidden(self.decoder, embed(self.decoder, ids), [len(text)], slice(0, first))
         size = states.numel() * states.element_size()
-        with self._lock:  # several workers may come with a text each
+        with self._lock:  # several workers may add a text at the same time
             if self.num_bytes + size <= self.max_bytes and key not in self._kept:
                 self._kept[key] = states
                 self.num_bytes += size

@@ -1,6 +1,6 @@
-"""Products with a decoder's fused layers and its norms, forward and backward; base weights get no gradient.
+"""Products with a decoder's fused layers, and its norms, forward and backward. Base weights get no gradient.
 
-N tokens, R the ranks of a fused layer's adapters together.
+N tokens; R ranks, summed over the adapters of a fused layer.
 """
 
 from dataclasses import dataclass
@@ -14,23 +14,26 @@ from fedmide.model.decoder.parts import Dropout, Layer, masked
 
 @dataclass(frozen=True, eq=False)
 class Keep:
-    """That a backward pass follows, and how adapters' inputs are dropped."""
+    """Marks a pass that will be differentiated: `product` keeps its inputs.
+
+    `dropout`: of the adapters' inputs; None: no dropout.
+    """
 
     dropout: Dropout | None
 
 
 @dataclass(frozen=True, eq=False)
 class Product:
-    """What the backward pass needs of a fused layer's product."""
+    """The tensors of a fused layer's product that the backward pass needs."""
 
     layer: Layer
-    extended: Tensor  # (N, in + R): the input and what the adapters' A made of it; of no use, and empty, without any
-    mask: Tensor | None  # dropout's (N, in)
+    extended: Tensor  # (N, in + R): the input and its products with the adapters' A; empty without adapters
+    mask: Tensor | None  # (N, in), of dropout
     boost: float  # 1 / (1 - rate) under dropout
 
 
 def input_of(layer: Layer, like: Tensor) -> Tensor:
-    """Room for a layer's input (N, in + R), the adapters' columns zero."""
+    """An empty tensor for a layer's input (N, in + R), with zeros in the adapters' columns."""
     extended = torch.empty(like.shape[0], layer.weight.shape[1], dtype=layer.weight.dtype, device=like.device)
     extended[:, layer.num_in :] = 0
     return extended
@@ -39,10 +42,10 @@ def input_of(layer: Layer, like: Tensor) -> Tensor:
 def product(
     layer: Layer, extended: Tensor, keep: Keep | None, residual: Tensor | None = None
 ) -> tuple[Tensor, Product]:
-    """The layer's output (N, out), on top of the residual if there is one; fills the adapters' columns.
+    """The layer's output (N, out), added to the residual if there is one; fills the adapters' columns of `extended`.
 
-    One dropout mask serves all adapters of an input, as PEFT draws it where the base model itself has such a fused
-    layer: each of them sees its input dropped as it would alone.
+    All adapters of an input share one dropout mask. PEFT does the same if the base model itself has such a fused layer.
+    For each adapter this is the same dropout as if it were alone.
     """
     mask, boost = None, 1.0
     if layer.adapters is not None:
@@ -53,7 +56,7 @@ def product(
             given = masked(given, mask)
         a = layer.adapters.a_scaled
         room[:, : a.shape[0]] = given @ a.t()
-    used = extended if layer.adapters is not None else extended[:0].clone()  # a view would keep all of it
+    used = extended if layer.adapters is not None else extended[:0].clone()  # a view would keep the whole tensor
     product = Product(layer, used, mask, boost)
     if residual is None:
         return F.linear(extended, layer.weight), product
@@ -61,7 +64,7 @@ def product(
 
 
 def product_backward(product: Product, gradient: Tensor, into: Tensor, is_wanted: bool = True) -> Tensor:
-    """The gradient of a layer's input (N, in) out of that of its output; adapters' gradients are written `into`."""
+    """The gradient of a layer's input (N, in), from that of its output; writes the adapters' gradients `into`."""
     layer, num_in, adapters = product.layer, product.layer.num_in, product.layer.adapters
     if adapters is None:
         return gradient @ layer.weight[:, :num_in]
@@ -69,7 +72,7 @@ def product_backward(product: Product, gradient: Tensor, into: Tensor, is_wanted
     extended = gradient @ (layer.weight if is_wanted else layer.weight[:, num_in:])
     inner = extended[:, num_in if is_wanted else 0 :][:, :num_ranks]  # (N, R), the gradient of x A^T
     given, made = product.extended[:, :num_in], product.extended[:, num_in:][:, :num_ranks]
-    b_gradients = made.t() @ gradient  # (R, out); an adapter's is the block of its rows and columns
+    b_gradients = made.t() @ gradient  # (R, out); each adapter's gradient is the block of its rows and columns
     for lora in adapters.loras:
         into[lora.place].view_as(lora.b).copy_(b_gradients[lora.rows, lora.columns].t())
     dropped = given if product.mask is None else masked(given, product.mask)
@@ -83,7 +86,7 @@ def product_backward(product: Product, gradient: Tensor, into: Tensor, is_wanted
 
 
 def normed_input(states: Tensor, weight: Tensor, epsilon: float, layer: Layer) -> tuple[Tensor, Tensor]:
-    """A layer's input (N, in + R) out of the states' norm, and the norm's factor (N, 1)."""
+    """A layer's input (N, in + R) from normed states, and the norm's factor (N, 1)."""
     extended = input_of(layer, states)
     normed, factor = norm(states, weight, epsilon)
     extended[:, : layer.num_in] = normed
@@ -91,7 +94,7 @@ def normed_input(states: Tensor, weight: Tensor, epsilon: float, layer: Layer) -
 
 
 def norm(states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
-    """RMS norm (N, D), and the factor (N, 1) that it scaled each row by, both float32."""
+    """RMS norm (N, D), and the factor (N, 1) by which it scaled each row, both float32."""
     normed = states.to(torch.float32, copy=True)
     length = torch.linalg.vector_norm(normed, dim=-1, keepdim=True)
     factor = length.square_().div_(states.shape[-1]).add_(epsilon).rsqrt_()
@@ -99,7 +102,7 @@ def norm(states: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor
 
 
 def norm_backward(gradient: Tensor, states: Tensor, weight: Tensor, factor: Tensor) -> Tensor:
-    """The gradient of what was normed, float32."""
+    """The gradient of the states before the norm, float32."""
     scaled, states = gradient.to(torch.float32, copy=True).mul_(weight), states.float()
     pull = (scaled * states).sum(-1, keepdim=True).mul_(factor.pow(3)).div_(-states.shape[-1])
     return scaled.mul_(factor).addcmul_(states, pull)
