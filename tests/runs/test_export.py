@@ -120,7 +120,7 @@ def test_a_quantized_base_is_refused(
         return base, tokenizer
 
     monkeypatch.setattr(hf, "load_base", quantised)
-    with pytest.raises(ModelError, match="nothing can be merged into a quantised model"):
+    with pytest.raises(ModelError, match="nothing can be merged into a quantized model"):
         export(folder, tmp_path / "out", merge=True)
     in_four_bits = replace(folder, config=parse({"model": {"quantization": "nf4"}}))
     with pytest.raises(ModelError, match="trained over a base in nf4, into which it can't be merged"):

@@ -75,7 +75,7 @@ def test_the_permutation_is_undone_by_the_reading() -> None:
         ({"model_type": "mistral"}, "a model of type mistral"),
         ({"attention_bias": True}, "without biases"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "rotary embedding of type llama3"),
-        ({"vocab_size": 300}, "300 tokens in the model, 260 in its tokenizer"),
+        ({"vocab_size": 300}, "the model has 300 tokens, but its tokenizer has 260"),
     ],
 )
 def test_a_model_of_another_form_is_refused(
@@ -103,5 +103,5 @@ def test_a_file_that_is_not_what_it_was_made_of_is_refused(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf, "redo_rotary_permutation", lambda weight, num_heads: weight)
-    with pytest.raises(ModelError, match="read back, 8 weights differ"):
+    with pytest.raises(ModelError, match="after reading it back, 8 weights differ"):
         write_gguf(tiny_folder, tmp_path / "model.gguf")

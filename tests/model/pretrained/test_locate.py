@@ -112,7 +112,7 @@ def test_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     error = refused("owner/name")
-    assert "no such folder here, and the hub didn't give it" in error.problems[0]
+    assert "no such folder here, and the hub did not provide it" in error.problems[0]
     assert "Give a folder" in error.remedy
 
 
@@ -180,7 +180,7 @@ def test_damaged_cache_is_named(tmp_path: Path) -> None:
 def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     touch(tmp_path, "file")
     error = refused("tiny-random", tmp_path / "file")
-    assert "can't be kept there" in str(error)
+    assert "can't be stored there" in str(error)
     assert "FEDMIDE_CACHE" in error.remedy
 
 

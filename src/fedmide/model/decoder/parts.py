@@ -51,7 +51,7 @@ class Dropout:
         return copy.deepcopy(self)
 
     def draw(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A mask (rows, columns) for `masked`: all bits set for kept values, in an integer type as wide as the values."""
+        """A mask (rows, columns) for `masked`: all bits set for kept values, in the integer type of their width."""
         words = self._draws.integers(0, 2**64, -(-rows * columns // 4), dtype=np.uint64)
         bits = torch.from_numpy(words.view(np.int16)[: rows * columns]).to(self.device)
         mask = torch.ge(bits, self._below - 2**15, out=torch.empty_like(bits)).neg_()

@@ -1,1 +1,1 @@
-"""Base models on disk: located, read, converted, exported."""
+"""Base models on disk: find, read, convert and export them."""

@@ -1,7 +1,7 @@
-"""A merged Llama-shaped model as one GGUF file, which llama.cpp and what builds on it run.
+"""A merged Llama-shaped model as one GGUF file, for llama.cpp and programs built on it.
 
-What is written is read back by `llama.convert_gguf`, whose reading is tested against transformers' own, and must be the
-model that it was made of: every weight to the bit, every token, the same ids for the same texts.
+`llama.convert_gguf` reads each written file back. Its reading is tested against that of transformers.
+The result must be the original model: every weight to the bit, every token, the same ids for the same texts.
 """
 
 import json
@@ -24,13 +24,13 @@ NORMAL_TOKEN = 1  # in GGUF's tokenizer.ggml.token_type
 
 
 TEXTS = ("Dose: 12.5 mg, twice daily", "\n\n1. naïve\r\n 2. 糖尿病 👩🏽‍⚕️", "<|im_start|>I'm <|eos|><|endoftext|>")
-"""What both tokenizers are tried on: digits after white space, several scripts, texts of control tokens."""
+"""Texts on which both tokenizers are compared: digits after white space, several scripts, texts of control tokens."""
 
 
 def write_gguf(folder: Path, path: Path) -> None:
-    """Writes the transformers folder of a merged model as a GGUF file and reads that back.
+    """Writes the transformers folder of a merged model as a GGUF file, and checks the file by reading it back.
 
-    Raises `ModelError` where the model or its tokenizer is of another form, or where the file is not what it was.
+    Raises `ModelError` if the model or its tokenizer has another form, or if the file differs from the model.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -54,7 +54,7 @@ def write_gguf(folder: Path, path: Path) -> None:
 
 
 def redo_rotary_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tensor:
-    """The projection (rows, columns) in GGUF's order: per head, rows of its halves in turn.
+    """The projection (rows, columns) in GGUF's order: per head, the rows of its two halves alternate.
 
     >>> redo_rotary_permutation(torch.arange(8.0)[:, None], num_heads=2).ravel().tolist()
     [0.0, 2.0, 1.0, 3.0, 4.0, 6.0, 5.0, 7.0]
@@ -64,15 +64,15 @@ def redo_rotary_permutation(weight: torch.Tensor, num_heads: int) -> torch.Tenso
 
 
 def _problems(config: Mapping[str, Any], described: Mapping[str, Any], num_tokens: int) -> Iterator[str]:
-    """Why the model can't be written, or not so that it is read as it is."""
+    """The reasons why the model can't be written so that reading gives the same model."""
     if config["model_type"] != "llama" or config.get("attention_bias") or config.get("mlp_bias"):
-        yield f"a model of type {config['model_type']} can't be written as GGUF here, only Llama's without biases"
+        yield f"a model of type {config['model_type']} can't be written as GGUF, only Llama models without biases"
     elif config["rope_parameters"]["rope_type"] != "default":
-        yield f"rotary embedding of type {config['rope_parameters']['rope_type']} can't be written as GGUF here"
+        yield f"rotary embedding of type {config['rope_parameters']['rope_type']} can't be written as GGUF"
     if described["model"]["type"] != "BPE" or _splitting(described) is None:
-        yield "the tokenizer can't be written as GGUF here, only byte-level BPE as GPT-2's or SmolLM's"
+        yield "the tokenizer can't be written as GGUF, only byte-level BPE like that of GPT-2 or SmolLM"
     elif num_tokens != config["vocab_size"]:
-        yield f"{config['vocab_size']} tokens in the model, {num_tokens} in its tokenizer"
+        yield f"the model has {config['vocab_size']} tokens, but its tokenizer has {num_tokens}"
 
 
 def _tokenizer_settings(folder: Path) -> dict[str, Any]:
@@ -83,7 +83,7 @@ def _tokenizer_settings(folder: Path) -> dict[str, Any]:
 
 
 def _splitting(described: Mapping[str, Any]) -> str | None:
-    """What llama.cpp calls the way in which a tokenizer splits a text before BPE; None where it is another."""
+    """Llama.cpp's name for the way in which a tokenizer splits a text before BPE; None if it is another way."""
     steps = described["pre_tokenizer"] or {}
     parts = steps.get("pretokenizers", [steps])
     kinds = [part.get("type") for part in parts]
@@ -116,11 +116,11 @@ def _write_tokenizer(
     merges = [each if isinstance(each, str) else " ".join(each) for each in described["model"]["merges"]]
     writer.add_tokenizer_model("gpt2")
     splitting = _splitting(described)
-    assert splitting is not None  # else the tokenizer has been refused
+    assert splitting is not None  # `_problems` refuses other tokenizers
     writer.add_tokenizer_pre(splitting)
     writer.add_token_list(tokens)
     writer.add_token_types([CONTROL_TOKEN if number in special else NORMAL_TOKEN for number in range(len(tokens))])
-    if merges:  # an array of GGUF has one value or more
+    if merges:  # GGUF has no empty arrays
         writer.add_token_merges(merges)
     end = ids[settings["eos_token"]]
     writer.add_eos_token_id(end)
@@ -137,7 +137,7 @@ def _write_tokenizer(
 
 
 def _write_weight(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, config: Mapping[str, Any]) -> None:
-    """One weight; matrices in their own type, norms in float32, as llama.cpp wants them."""
+    """Adds one weight to the file: matrices in their own type, norms in float32, as llama.cpp requires."""
     if ".q_proj." in name:
         weight = redo_rotary_permutation(weight, config["num_attention_heads"])
     elif ".k_proj." in name:
@@ -151,7 +151,7 @@ def _write_weight(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, conf
 
 
 def _key_value_heads(config: Mapping[str, Any]) -> int:
-    """How many heads keys and values have; as many as queries where the model does not say."""
+    """The number of heads for keys and values; the number for queries if the configuration does not have it."""
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 
@@ -170,7 +170,7 @@ def _is_bfloat16(weights: Mapping[str, torch.Tensor]) -> bool:
 
 
 def _check(path: Path, weights: Mapping[str, torch.Tensor], tokenizer: Tokenizer) -> None:
-    """Reads the file back; `ModelError` where it is not the model that it was made of."""
+    """Reads the file back; raises `ModelError` if it differs from the model."""
     with tempfile.TemporaryDirectory() as folder:
         convert_gguf(path, Path(folder))
         read = load_file(Path(folder) / "model.safetensors")
@@ -178,10 +178,12 @@ def _check(path: Path, weights: Mapping[str, torch.Tensor], tokenizer: Tokenizer
     names = sorted(weights.keys() ^ read.keys())
     names += [name for name in weights.keys() & read.keys() if not _equal(weights[name], read[name])]
     if names:
-        raise ModelError(f"{path}: read back, {len(names)} weights differ, first {names[0]!r}", "Export without --gguf")
+        raise ModelError(
+            f"{path}: after reading it back, {len(names)} weights differ, first {names[0]!r}", "Export without --gguf"
+        )
     same_texts = all(tokenizer.encode(text).ids == theirs.encode(text).ids for text in TEXTS)
     if tokenizer.get_vocab() != theirs.get_vocab() or not same_texts:
-        raise ModelError(f"{path}: read back, it has another tokenizer", "Export without --gguf")
+        raise ModelError(f"{path}: after reading it back, the tokenizer differs", "Export without --gguf")
 
 
 def _equal(ours: torch.Tensor, theirs: torch.Tensor) -> bool:

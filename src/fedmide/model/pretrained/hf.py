@@ -1,4 +1,4 @@
-"""Models as transformers and PEFT have them on disk: read, put under LoRA layers, merged, written."""
+"""Models in the formats of transformers and PEFT: read them, add LoRA layers, merge adapters, write them."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# PEFT imports bitsandbytes wherever it is installed, which warns of each product whose input it casts
+# PEFT imports bitsandbytes if it is installed, and bitsandbytes warns at each product whose input it casts
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 import peft
@@ -27,14 +27,14 @@ from fedmide.model import adapters, quantization
 from fedmide.model.interface import Adapter
 
 OURS = "ours.safetensors"
-"""The file in a PEFT folder with what PEFT would not read."""
+"""The file in a PEFT folder with the arrays that PEFT does not read."""
 
 
 def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
-    """The files of a PEFT folder, which `PeftModel.from_pretrained` loads; equal adapters give equal bytes.
+    """The files of a PEFT folder, which `PeftModel.from_pretrained` loads. Equal adapters give equal bytes.
 
-    PEFT knows factors only, so changes of base weights become some. `ours.safetensors` has the arrays as they are where
-    the layers' rank is not theirs, or where there is more than factors.
+    PEFT reads only factors, so changes to base weights become factors.
+    `ours.safetensors` has the original arrays, if their rank is not that of the layers or if some are not factors.
     """
     scale = float(lora.lora_alpha) / lora.r
     factors = adapters.as_factors(adapter, scale)
@@ -48,14 +48,14 @@ def peft_files(adapter: Adapter, lora: peft.LoraConfig) -> dict[str, bytes]:
 
 
 def read_peft(folder: Path, shapes: adapters.Shapes) -> Adapter:
-    """The adapter that `peft_files` made a folder of; `shapes` are those of the layers that it is for."""
+    """The adapter in a folder that `peft_files` made. `shapes` are those of the layers that it is for."""
     if (folder / OURS).exists():
         return adapters.read(folder / OURS)
     return adapters.read(folder / "adapter_model.safetensors", shapes)
 
 
 def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) -> str:
-    """The configuration as PEFT writes it, but with sets in order: equal ones give equal bytes."""
+    """The configuration as PEFT writes it, but with sorted sets: equal configurations give equal bytes."""
     values = {**lora.to_dict(), "inference_mode": True, "peft_version": peft.__version__}
     if not set(ranks.values()) <= {lora.r}:
         own = {layer.removeprefix("base_model.model."): rank for layer, rank in ranks.items()}
@@ -78,7 +78,7 @@ def adapted(folder: Path, adapter: Path) -> PeftModel:
     """The model in a folder, in float32, under the adapter in a PEFT folder; raises `ModelError`."""
     base, _ = load_base(folder, "none", torch.float32, torch.device("cpu"))
     if getattr(base.config, "quantization_config", None) is not None:
-        raise ModelError(f"{folder}: nothing can be merged into a quantised model", "Export without --merge")
+        raise ModelError(f"{folder}: nothing can be merged into a quantized model", "Export without --merge")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
         network: PeftModel = PeftModel.from_pretrained(base, adapter)
@@ -86,9 +86,9 @@ def adapted(folder: Path, adapter: Path) -> PeftModel:
 
 
 def save_merged(network: PeftModel, folder: Path, dtype: torch.dtype) -> None:
-    """Writes the network with its adapter in its weights, as a transformers folder; the sums are made in float32.
+    """Merges the adapter into the weights, with sums in float32, and writes them as a transformers folder.
 
-    The network can't be used any more afterwards.
+    The network can't be used afterwards.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -97,14 +97,14 @@ def save_merged(network: PeftModel, folder: Path, dtype: torch.dtype) -> None:
 
 
 def logits(network: Any, ids: Tensor) -> Tensor:
-    """The network's logits of token ids (B, T), float32 (B, T, V)."""
+    """The network's logits for token ids (B, T), float32 (B, T, V)."""
     with torch.inference_mode():
         scores: Tensor = network(input_ids=ids).logits
         return scores.float()
 
 
 def load_merged(folder: Path) -> Any:
-    """The model in a folder, in the type that its weights are in."""
+    """The model in a folder, in the number type of its weights."""
     dtype = torch.bfloat16 if _is_bfloat16(folder) else torch.float32
     return load_base(folder, "none", dtype, torch.device("cpu"))[0].eval()
 
@@ -117,7 +117,7 @@ def _is_bfloat16(folder: Path) -> bool:
 def load_base(
     folder: Path, kind: Quantization, dtype: torch.dtype, device: torch.device
 ) -> tuple[transformers.PreTrainedModel, Any]:
-    """The frozen base and its tokenizer; a quantised one on the device already."""
+    """The frozen base and its tokenizer. Only a quantized base is on the device already."""
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     how: dict[str, Any] = {}
@@ -134,27 +134,27 @@ def load_base(
     except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
         raise ModelError(f"{folder}: the model can't be loaded: {first_line(error)}") from None
     base, loading = loaded
-    if missing := sorted(loading["missing_keys"]):  # transformers would go on with random ones
+    if missing := sorted(loading["missing_keys"]):  # transformers would use random ones
         raise ModelError(f"{folder}: {len(missing)} weights missing, first {missing[0]!r}")
     base.requires_grad_(False)
-    # what a checkpoint would add to greedy decoding, such as a penalty of repetition, is left out
+    # plain greedy decoding: the folder's own settings, such as a repetition penalty, are dropped
     base.generation_config = transformers.GenerationConfig()
     return base, load_tokenizer(folder)
 
 
 def checkpoint(base: transformers.PreTrainedModel, name: str) -> None:
-    """Lets the modules make their activations again on the way back in training."""
+    """Makes the modules recompute their activations in the backward pass of training."""
     if not base.supports_gradient_checkpointing:
         raise ModelError(
-            f"training.checkpointing: the modules of {name} have none", "Say training.checkpointing = false"
+            f"training.checkpointing: the modules of {name} do not support it", "Set training.checkpointing = false"
         )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # later versions of transformers have another name for it
-        base.gradient_checkpointing_enable({"use_reentrant": False})  # the old way needs inputs with a gradient
+        base.gradient_checkpointing_enable({"use_reentrant": False})  # the reentrant way needs inputs with a gradient
 
 
 def under_lora(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> tuple[PeftModel, peft.LoraConfig]:
-    """The base under LoRA layers, and PEFT's configuration of them; `name` is what an adapter says of its base."""
+    """The base under LoRA layers, and PEFT's configuration of them. `name`: the base's name in an adapter's files."""
     config = _lora_config(base, name, lora)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # PEFT's hints about tied weights and merging do not concern us
@@ -164,7 +164,7 @@ def under_lora(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) 
 
 
 def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> peft.LoraConfig:
-    """PEFT's configuration; the layers it will match are found first, so that a miss is one clear message."""
+    """PEFT's configuration. The matching layers are found first, so that a missing one gives a clear message."""
     blocks, problems = _blocks(base, lora.blocks)
     targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
     names = list(_linear_names(base, blocks))
@@ -189,7 +189,7 @@ def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig
 
 
 def _blocks(base: transformers.PreTrainedModel, blocks: str) -> tuple[list[int] | None, list[str]]:
-    """Indices of the blocks that get an adapter, None for all; and what is wrong with the wish."""
+    """The indices of the blocks that get an adapter, None for all, and the problems of the setting."""
     if blocks == "all":
         return None, []
     wanted, present = int(blocks.removeprefix("top:")), int(base.config.get_text_config().num_hidden_layers)
@@ -199,7 +199,7 @@ def _blocks(base: transformers.PreTrainedModel, blocks: str) -> tuple[list[int] 
 
 
 def _linear_names(base: transformers.PreTrainedModel, blocks: Iterable[int] | None) -> Iterator[str]:
-    """Full names of the linear layers inside the chosen blocks; the output layer is in none."""
+    """Full names of the linear layers inside the chosen blocks. The output layer is outside all blocks."""
     numbers = None if blocks is None else {str(block) for block in blocks}
     for name, module in base.named_modules():
         inside = [part for part in name.split(".") if part.isdigit()]

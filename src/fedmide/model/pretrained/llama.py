@@ -1,8 +1,8 @@
-"""Llama models as files that transformers loads: converted out of GGUF, or tiny and random for tests.
+"""Llama models as files that transformers loads: converted from GGUF, or tiny and random for tests.
 
-Written without torch and transformers. A converted model is what transformers' own GGUF reading gives, bit for
-bit (a test compares weights, token ids and logits), but for white space before digits, which that reading gets
-wrong; it also takes 20 s at each start, and can't be saved.
+This module uses neither torch nor transformers. A converted model equals that of transformers' own GGUF reading bit for
+bit: a test compares weights, token ids and logits. There is one exception, white space before digits, which
+transformers' reading gets wrong. That reading also takes 20 s at each start, and its model can't be saved.
 """
 
 import json
@@ -27,7 +27,7 @@ Metadata = Mapping[str, Any]
 CONTROL_TOKEN = 3  # in GGUF's tokenizer.ggml.token_type
 
 
-DIGITS_APART = frozenset({"smollm"})  # values of GGUF's tokenizer.ggml.pre whose tokenizers split each digit off
+DIGITS_APART = frozenset({"smollm"})  # values of GGUF's tokenizer.ggml.pre whose tokenizers split off each digit
 
 
 GGUF_NAMES = {
@@ -76,9 +76,9 @@ _TINY_CHAT_TEMPLATE = (
 
 
 def convert_gguf(gguf_file: Path, folder: Path) -> None:
-    """Fill a folder with config, tokenizer and float32 weights of the byte-level-BPE Llama in a GGUF file.
+    """Fills a folder with configuration, tokenizer and float32 weights of the byte-level-BPE Llama in a GGUF file.
 
-    float32, because a dequantised weight is scale times integer plus offset: no 16-bit type holds it exactly.
+    A dequantized weight is scale times integer plus offset. No 16-bit type holds it exactly, so weights are float32.
     """
     from gguf import GGUFReader
 
@@ -91,7 +91,7 @@ def convert_gguf(gguf_file: Path, folder: Path) -> None:
 
 
 def write_tiny_random(folder: Path) -> None:
-    """Fill a folder with a random Llama of 0.3 million parameters and a tokenizer of single bytes."""
+    """Fills a folder with a random Llama of 0.3 million parameters, and a tokenizer with one token per byte."""
     shapes = _tiny_shapes(_TINY_CONFIG)
     _write_model(folder, _TINY_CONFIG, {name: _random(name, shape) for name, shape in shapes.items()})
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -153,11 +153,11 @@ def _gguf_config(metadata: Metadata, tied: bool) -> dict[str, Any]:
 
 
 def _gguf_tokenizer(metadata: Metadata) -> Tokenizer:
-    """The tokenizer that the model was trained with; it adds no BOS.
+    """The tokenizer that the model was trained with, which adds no BOS.
 
-    `tokenizer.ggml.pre` names what happens to a text before BPE; transformers' GGUF reading ignores it. SmolLM2 splits
-    each digit off. Its vocabulary has single digits only, but white space before one is then merged as it was in
-    training: the two line ends in "\\n\\n1." are one token, not two.
+    `tokenizer.ggml.pre` names the steps before BPE; transformers' GGUF reading ignores it. SmolLM2 splits off each
+    digit. Its vocabulary has only single digits, so digits give the same tokens either way. But white space before a
+    digit is then merged as in training: the two line ends in "\\n\\n1." are one token, not two.
     """
     tokens = metadata["tokenizer.ggml.tokens"]
     merges = [
@@ -184,7 +184,7 @@ def _gguf_tokenizer_config(metadata: Metadata) -> dict[str, Any]:
 def _byte_level(
     tokens: Sequence[str], merges: list[tuple[str, str]], specials: list[AddedToken], digits_apart: bool = False
 ) -> Tokenizer:
-    """A byte-level BPE tokenizer that puts nothing before or after a text."""
+    """A byte-level BPE tokenizer that adds nothing before or after a text."""
     vocabulary = {token: number for number, token in enumerate(tokens)}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     words = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -196,7 +196,7 @@ def _byte_level(
 
 
 def _tiny_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Every weight's shape, (rows, columns) or (rows,)."""
+    """The shape of every weight, (rows, columns) or (rows,)."""
     hidden, inner, vocabulary = config["hidden_size"], config["intermediate_size"], config["vocab_size"]
     keys = config["num_key_value_heads"] * config["head_dim"]
     layer = {
@@ -220,7 +220,7 @@ def _tiny_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def _random(name: str, shape: tuple[int, ...]) -> NDArray[np.float32]:
-    """Ones for a norm; else uniform with variance 1 / columns, so that logits have a spread of about 1."""
+    """Ones for a norm, else uniform with variance 1 / columns, so that the spread of logits is about 1."""
     if len(shape) == 1:
         return np.ones(shape, dtype=np.float32)
     bound = np.sqrt(3.0 / shape[1])
@@ -238,7 +238,7 @@ def _write_model(folder: Path, config: Mapping[str, Any], tensors: Tensors) -> N
     ends = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
     _write_json(folder / "generation_config.json", ends)
     save_file(dict(tensors), folder / "model.safetensors", metadata={"format": "pt"})
-    # safetensors lets nobody but the owner read it, and a cache may be shared
+    # safetensors makes the file readable for the owner only, but several users may share a cache
     shutil.copymode(folder / "config.json", folder / "model.safetensors")
 
 

