@@ -9,6 +9,7 @@ from typing import TypeVar
 import torch
 
 from fedmide.errors import ModelError, first_line
+from fedmide.progress import quiet
 
 T = TypeVar("T")
 
@@ -39,7 +40,7 @@ class Room:
 
     def __init__(self, knob: str) -> None:
         self.knob = knob
-        self.tell: Callable[[str], None] = lambda message: None
+        self.tell: Callable[[str], None] = quiet
         self._most: int | None = None
 
     def begin(self, tell: Callable[[str], None]) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import torch
 
+from fedmide.progress import quiet
+
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 """The file with a container's share of the CPU: granted microseconds per period in microseconds, or "max"."""
 
@@ -34,7 +36,7 @@ ROWS, COLUMNS = 128, 576
 """The size of a product that takes one thread about a millisecond. Each further thread adds as many rows."""
 
 
-def free_threads(tell: Callable[[str], None] = lambda message: None) -> int:
+def free_threads(tell: Callable[[str], None] = quiet) -> int:
     """The number of threads that pays off now, out of those that this process may use.
 
     `tell` is called with a message if it is not all of them.
