@@ -113,7 +113,7 @@ def test_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     error = refused("owner/name")
     assert "no such folder here, and the hub did not provide it" in error.problems[0]
-    assert "Give a folder" in error.remedy
+    assert "Set model.name to a folder" in error.remedy
 
 
 def test_hub_snapshot_that_is_there_is_used_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
