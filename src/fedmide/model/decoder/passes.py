@@ -22,7 +22,7 @@ from torch import Tensor
 from fedmide.model.decoder.attention import Attended, Texts, attention, attention_backward, kept_attention, texts_of
 from fedmide.model.decoder.parts import HEAD_ROWS, Block, Decoder, Dropout
 from fedmide.model.decoder.products import (
-    Keep,
+    ForBackward,
     Product,
     input_of,
     norm,
@@ -75,7 +75,7 @@ def backpropagate(
     traces: list[Trace | Checkpoint] = []
     for block in decoder.blocks[decoder.first_trained :]:
         before = Checkpoint(block, states, dropout and dropout.copy()) if checkpointing else None
-        states, trace = _forward(block, states, view, Keep(dropout))
+        states, trace = _forward(block, states, view, ForBackward(dropout))
         traces.append(before or trace)
         del trace  # else this name would keep it during the next block
     chosen = states[rows]
@@ -122,10 +122,10 @@ def _trace(kept: Trace | Checkpoint, view: Texts) -> Trace:
     """The trace of a block, computed again if only a checkpoint was kept."""
     if isinstance(kept, Trace):
         return kept
-    return _forward(kept.block, kept.states, view, Keep(kept.dropout))[1]
+    return _forward(kept.block, kept.states, view, ForBackward(kept.dropout))[1]
 
 
-def _forward(block: Block, states: Tensor, view: Texts, keep: Keep | None) -> tuple[Tensor, Trace]:
+def _forward(block: Block, states: Tensor, view: Texts, keep: ForBackward | None) -> tuple[Tensor, Trace]:
     """Hidden states (N, D) after a block, and the trace for its backward pass."""
     epsilon = view.decoder.epsilon
     fused, attention_factor = normed_input(states, block.attention_norm, epsilon, block.query_key_value)

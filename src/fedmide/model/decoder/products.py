@@ -13,7 +13,7 @@ from fedmide.model.decoder.parts import Dropout, Layer, masked
 
 
 @dataclass(frozen=True, eq=False)
-class Keep:
+class ForBackward:
     """Marks a pass that will be differentiated: `product` keeps its inputs.
 
     `dropout`: of the adapters' inputs; None: no dropout.
@@ -40,7 +40,7 @@ def input_of(layer: Layer, like: Tensor) -> Tensor:
 
 
 def product(
-    layer: Layer, extended: Tensor, keep: Keep | None, residual: Tensor | None = None
+    layer: Layer, extended: Tensor, keep: ForBackward | None, residual: Tensor | None = None
 ) -> tuple[Tensor, Product]:
     """The layer's output (N, out), added to the residual if there is one; fills the adapters' columns of `extended`.
 
