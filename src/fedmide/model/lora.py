@@ -44,7 +44,7 @@ from fedmide.model.workers import Workers
 TORCH_SEED_BITS = 63
 
 
-Hear = Callable[[int], None]
+OnToken = Callable[[int], None]
 """A function that is called with each new token id."""
 
 
@@ -63,17 +63,17 @@ class Positions(nn.Module):
         return (hidden.reshape(-1, hidden.shape[-1])[self.rows].unsqueeze(0), *args[1:])
 
 
-class _Told(BaseStreamer):
+class _TokenStreamer(BaseStreamer):
     """Passes each new token of one text to a callback; skips the prompt, which transformers puts first."""
 
-    def __init__(self, hear: Hear) -> None:
-        self.hear = hear
+    def __init__(self, on_token: OnToken) -> None:
+        self.on_token = on_token
         self.begun = False
 
     def put(self, value: Tensor) -> None:
         """Receives the prompt (1, T), then one token (1,) at a time."""
         if self.begun:
-            self.hear(int(value.item()))
+            self.on_token(int(value.item()))
         self.begun = True
 
     def end(self) -> None:
@@ -250,10 +250,10 @@ class LoraModel:
             handle.remove()
         return seen[0].float().cpu()
 
-    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, hear: Hear | None = None) -> Tensor:
+    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, on_token: OnToken | None = None) -> Tensor:
         """Greedy continuations, int64 (B, <= max_new_tokens), of prompts padded on the left (B, T).
 
-        `hear` is called with each token as soon as it is chosen, which requires B = 1.
+        `on_token` is called with each token as soon as it is chosen, which requires B = 1.
         """
         self._switch(training=False)
         eos = self.tokenizer.eos_token_id
@@ -263,7 +263,7 @@ class LoraModel:
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 generation_config=greedy,
-                streamer=None if hear is None else _Told(hear),
+                streamer=None if on_token is None else _TokenStreamer(on_token),
             )
         return output[:, ids.shape[1] :].cpu()
 

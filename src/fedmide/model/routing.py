@@ -19,7 +19,7 @@ from fedmide.data.batches import Batch
 from fedmide.model.adapters import ROUTER, A, without_routers
 from fedmide.model.decoder.layout import Flat
 from fedmide.model.interface import Adapter
-from fedmide.model.lora import Hear, LoraModel
+from fedmide.model.lora import OnToken, LoraModel
 from fedmide.model.workers import Workers
 
 
@@ -65,10 +65,10 @@ class RoutedModel(LoraModel):
             router.grad.add_(gradient)
         return losses.detach(), torch.cat([each.reshape(-1) for each in gradients[: len(factors)]])
 
-    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, hear: Hear | None = None) -> Tensor:
+    def continuations(self, ids: Tensor, mask: Tensor, max_new_tokens: int, on_token: OnToken | None = None) -> Tensor:
         """Greedy continuations, as `LoraModel.continuations`, with the routers."""
         with self._routed():
-            return super().continuations(ids, mask, max_new_tokens, hear)
+            return super().continuations(ids, mask, max_new_tokens, on_token)
 
     @contextmanager
     def _routed(self) -> Iterator[None]:
