@@ -139,7 +139,7 @@ def test_the_routers_gradient_is_the_losses_slope(given_: Any) -> None:
     model = routed(done.resident.model, list(routers))
     model.put({**stacked(own, world), **routers})
     (batch,) = batches(examples, "all", 4096, 64)
-    for parameter in (model.flat.parameter, *model.beside):
+    for parameter in (model.flat.parameter, *model.extra_parameters):
         parameter.grad.zero_()
     model.backpropagate(batch, 1.0, 0)
     name = max(routers, key=lambda each: float(model.routers[each].grad.abs().max()))

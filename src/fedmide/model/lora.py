@@ -150,7 +150,7 @@ class LoraModel:
         return weight.dtype
 
     @property
-    def beside(self) -> tuple[nn.Parameter, ...]:
+    def extra_parameters(self) -> tuple[nn.Parameter, ...]:
         """Parameters trained in addition to the flat one: FedALT's routers, else none."""
         return ()
 

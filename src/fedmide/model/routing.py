@@ -31,7 +31,7 @@ class RoutedModel(LoraModel):
     flat_routers: Flat = field(kw_only=True)
 
     @property
-    def beside(self) -> tuple[nn.Parameter, ...]:
+    def extra_parameters(self) -> tuple[nn.Parameter, ...]:
         """The routers."""
         return (self.flat_routers.parameter,)
 

@@ -97,7 +97,7 @@ class Stepped:
         )
         self.values = self.flat if self.share is None else torch.nn.Parameter(_whole(self.flat.detach(), self.share))
         make = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[terms.optimizer]
-        self.stepped = [self.values, *model.beside]
+        self.stepped = [self.values, *model.extra_parameters]
         self.optimizer = make(self.stepped, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
     @torch.no_grad()
@@ -176,7 +176,7 @@ def _unscale(model: LoraModel, scale: float) -> bool:
 
 def _gradients(model: LoraModel) -> list[Tensor]:
     """The gradients of all trained parameters."""
-    return [each.grad for each in (model.flat.parameter, *model.beside) if each.grad is not None]
+    return [each.grad for each in (model.flat.parameter, *model.extra_parameters) if each.grad is not None]
 
 
 def _pass(
