@@ -19,7 +19,7 @@ from fedmide.data.batches import Batch
 from fedmide.model.adapters import ROUTER, A, without_routers
 from fedmide.model.decoder.layout import Flat
 from fedmide.model.interface import Adapter
-from fedmide.model.lora import OnToken, LoraModel
+from fedmide.model.lora import LoraModel, OnToken
 from fedmide.model.workers import Workers
 
 
