@@ -20,7 +20,7 @@ from fedmide.model import generation, scoring, training
 from fedmide.model import lora as model
 from fedmide.model.interface import Adapter, TrainingPlan
 from fedmide.model.lora import LoraModel
-from fedmide.model.memory import Room, is_out_of_memory
+from fedmide.model.memory import BatchBudget, is_out_of_memory
 from fedmide.runs import opening, stages
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,7 +82,7 @@ def limited(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], Base
 
 def listening(lora: LoraModel) -> list[str]:
     told: list[str] = []
-    lora.training_room.tell = lora.scoring_room.tell = told.append
+    lora.training_budget.tell = lora.scoring_budget.tell = told.append
     return told
 
 
@@ -127,7 +127,7 @@ def test_generation_goes_on_with_fewer_prompts_at_a_time(
     lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
     examples, told, tried = random_examples(12), list[str](), list[int]()
-    lora.generation_room.tell = told.append
+    lora.generation_budget.tell = told.append
     wanted = generation.generate(lora, examples, 4, 3)
     decode = LoraModel.continuations
 
@@ -165,12 +165,12 @@ def test_other_errors_are_left_as_they_are(other: BaseException) -> None:
         raise other
 
     with pytest.raises(type(other)):
-        Room("x").within(100, 1, act)
+        BatchBudget("x").within(100, 1, act)
 
 
-def test_a_room_shrinks_for_good_and_keeps_to_less_where_less_is_wanted() -> None:
-    room, tried, told = Room("knob"), [], list[str]()
-    room.tell = told.append
+def test_a_budget_shrinks_for_good_and_uses_less_if_less_is_asked_for() -> None:
+    budget, tried, told = BatchBudget("knob"), [], list[str]()
+    budget.tell = told.append
 
     def act(tokens: int) -> int:
         tried.append(tokens)
@@ -178,7 +178,7 @@ def test_a_room_shrinks_for_good_and_keeps_to_less_where_less_is_wanted() -> Non
             raise MemoryError
         return tokens
 
-    assert [room.within(wanted, 10, act) for wanted in (1000, 1000, 40, 280, 1000)] == [250, 250, 40, 250, 250]
+    assert [budget.within(wanted, 10, act) for wanted in (1000, 1000, 40, 280, 1000)] == [250, 250, 40, 250, 250]
     assert tried == [1000, 500, 250, 250, 40, 250, 250]
     assert told == [TOLD.format("knob", 1000, 250)]
 
@@ -197,7 +197,7 @@ lora = load(Path(sys.argv[1]), ModelConfig(dtype="float32", device="cpu"), LoraC
 draw = np.random.default_rng(0)
 examples = [Example(RecordId(str(number)), draw.integers(0, 256, 200).astype(np.int64), 1) for number in range(400)]
 few = scoring.nll(lora, examples[:3], "all", 200)
-lora.scoring_room.tell = print
+lora.scoring_budget.tell = print
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (size + 24 * 10**6,) * 2)  # a pass of 80,000 tokens needs some ten times that
 found = scoring.nll(lora, examples, "all", 80_000)

@@ -156,8 +156,8 @@ def test_a_cached_model_begins_every_run_alike(tiny_folder: Path) -> None:
 
     for number, (name, heard) in enumerate(said.items()):
         resident = kept(config, tiny_folder, tell=heard.append)
-        resident.model.scoring_room.within(128, 10, passes)
-        resident.model.scoring_room.within(128, 10, passes)
+        resident.model.scoring_budget.within(128, 10, passes)
+        resident.model.scoring_budget.within(128, 10, passes)
         assert [each.split(":")[0] for each in heard] == ["memory has no room for scoring.tokens_per_batch = 128"], name
         assert taken == [128, 64, 64] * (number + 1)
     assert resident.model is kept.model

@@ -48,7 +48,7 @@ def generate(
             texts.update(zip(rows, _decode(model, prompts, max_new_tokens), strict=True))
             progress(len(rows))
 
-    model.generation_room.within(batch_size, 1, decode)
+    model.generation_budget.within(batch_size, 1, decode)
     return tuple(texts[row] for row in range(len(examples)))
 
 

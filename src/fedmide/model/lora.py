@@ -37,7 +37,7 @@ from fedmide.model.decoder.layout import Flat
 from fedmide.model.decoder.parts import Dropout
 from fedmide.model.decoder.prefixes import Prefixes
 from fedmide.model.interface import Adapter
-from fedmide.model.memory import Room
+from fedmide.model.memory import BatchBudget
 from fedmide.model.pretrained.hf import checkpoint, load_base, under_lora
 from fedmide.model.workers import Workers
 
@@ -100,11 +100,11 @@ class LoraModel:
     """The storage of the base's linear layers. Adapters can only be merged into plain ones ("none")."""
     checkpointing: bool = False
     """True to recompute each block's activations in the backward pass, instead of keeping them."""
-    training_room: Room = field(default_factory=lambda: Room("training.tokens_per_batch"))
+    training_budget: BatchBudget = field(default_factory=lambda: BatchBudget("training.tokens_per_batch"))
     """The tokens per pass in training, reduced if memory is full."""
-    scoring_room: Room = field(default_factory=lambda: Room("scoring.tokens_per_batch"))
+    scoring_budget: BatchBudget = field(default_factory=lambda: BatchBudget("scoring.tokens_per_batch"))
     """The tokens per pass in scoring, reduced if memory is full."""
-    generation_room: Room = field(default_factory=lambda: Room("generation.batch_size"))
+    generation_budget: BatchBudget = field(default_factory=lambda: BatchBudget("generation.batch_size"))
     """The prompts per batch in generation, reduced if memory is full."""
     modules: threading.Lock = field(default_factory=threading.Lock)
     """A lock on the network's own modules: only one worker may use them at a time."""

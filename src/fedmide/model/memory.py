@@ -31,7 +31,7 @@ REMEDY = (
 )
 
 
-class Room:
+class BatchBudget:
     """The number of tokens per pass of one kind of work: the configured number, or less once memory has no room for it.
 
     Within a run it never grows again, so the same failure does not repeat.
@@ -43,7 +43,7 @@ class Room:
         self.tell: Callable[[str], None] = quiet
         self._most: int | None = None
 
-    def begin(self, tell: Callable[[str], None]) -> None:
+    def reset(self, tell: Callable[[str], None]) -> None:
         """Forgets the reduced size: each run starts with the configured one."""
         self.tell, self._most = tell, None
 

@@ -37,7 +37,7 @@ def nll(
             progress(sum(len(examples[row].ids) for row in rows))
 
     longest = max((len(example.ids) for example in examples), default=0)
-    model.scoring_room.within(tokens_per_batch, longest, score)
+    model.scoring_budget.within(tokens_per_batch, longest, score)
     return tuple(results[row] for row in range(len(examples)))
 
 

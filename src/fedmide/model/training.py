@@ -162,7 +162,7 @@ def _gradient(
         return loss_sum
 
     longest = max(len(example.ids) for example in examples)
-    loss_sum = model.training_room.within(settings.tokens_per_batch, longest, losses)
+    loss_sum = model.training_budget.within(settings.tokens_per_batch, longest, losses)
     return Nll(loss_sum, num_tokens)
 
 

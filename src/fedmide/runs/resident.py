@@ -148,8 +148,8 @@ def open_model(config: Config, folder: Path, threads: int = 0, tell: Callable[[s
 
 def _begun(model: LoraModel, config: Config, tell: Callable[[str], None]) -> Resident:
     """The model for a new run: its batch sizes begin as configured again."""
-    for room in (model.training_room, model.scoring_room, model.generation_room):
-        room.begin(tell)
+    for budget in (model.training_budget, model.scoring_budget, model.generation_budget):
+        budget.reset(tell)
     return Resident(model, config)
 
 
