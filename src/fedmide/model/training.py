@@ -41,7 +41,7 @@ def train(
     """
     settings = plan.settings
     order = np.random.default_rng(plan.stream_seed)
-    stepped = Stepped(model, plan)
+    stepper = Stepper(model, plan)
     last_step = num_steps(len(examples), settings)
     weights = _of_mean_one(plan.weights)
     step = 0
@@ -58,7 +58,7 @@ def train(
             seed = plan.stream_seed + step * PASSES
             chosen = None if weights is None else weights[rows]
             loss += _gradient(model, [examples[row] for row in rows], settings, seed, chosen)
-            stepped.step(rate_at(step, last_step, settings))
+            stepper.step(rate_at(step, last_step, settings))
             step += 1
             progress(sum(len(examples[row].ids) for row in rows))
         adapter = model.take()
@@ -82,7 +82,7 @@ def _record_batches(order: np.ndarray, batch_size: int) -> Iterator[np.ndarray]:
         yield order[start : start + batch_size]
 
 
-class Stepped:
+class Stepper:
     """The optimizer and the values it updates.
 
     The values are the flat parameter or, if the method scales what the model sees, the unscaled values.
