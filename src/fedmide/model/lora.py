@@ -48,7 +48,7 @@ OnToken = Callable[[int], None]
 """A function that is called with each new token id."""
 
 
-class Positions(nn.Module):
+class RowFilter(nn.Module):
     """A hook that passes only chosen rows of the hidden states (B, T, D) on, as (1, N, D)."""
 
     def __init__(self) -> None:
@@ -92,7 +92,7 @@ class LoraModel:
     workers: Workers
     base: BaseWeights
     prefixes: Prefixes | None
-    chosen: Positions
+    chosen: RowFilter
     device: torch.device
     num_positions: int | None
     """The length in tokens of the longest text that the model was made for; None if its configuration has no limit."""
@@ -301,7 +301,7 @@ def load(
     if checkpointing:
         checkpoint(base, model.name)
     network, config = under_lora(base, model.name, lora)
-    chosen = Positions()
+    chosen = RowFilter()
     network.get_output_embeddings().register_forward_pre_hook(chosen)
     if model.quantization == "none":
         network.to(device)
