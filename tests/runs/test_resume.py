@@ -32,7 +32,7 @@ from fedmide.errors import RunFolderError
 from fedmide.evaluation.measure import Measured
 from fedmide.model import adapters
 from fedmide.model.interface import Adapter
-from fedmide.runs import opening, stages
+from fedmide.runs import measuring, opening, stages
 from fedmide.runs.inputs import Inputs, read
 
 STAGES = (stages.train, stages.personalize, stages.generate, stages.evaluate)
@@ -214,9 +214,8 @@ def dice_run(real_inputs: Inputs, fakes: Any, monkeypatch: pytest.MonkeyPatch) -
         }
 
     monkeypatch.setattr(opening, "read", lambda *_, **__: begin())
-    monkeypatch.setattr(
-        stages, "measure", measure
-    )  # these figures have no side effects, and are slow in comparison with dice
+    # these figures have no side effects, and are slow in comparison with dice
+    monkeypatch.setattr(measuring, "measure", measure)
     monkeypatch.setattr(stages.summary, "summarize", summarize)
     monkeypatch.setattr(stages.summary, "set_figures", lambda ledger, records: {"entries": len(ledger)})
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
