@@ -1,6 +1,6 @@
-"""What the server makes of the clients' adapters: folds over replies, one adapter in memory at a time.
+"""The weighted mean of the clients' adapters: a fold over replies, one adapter in memory at a time.
 
-Factors are averaged apart, as FedIT and FedMIDE do: mean(B) mean(A) is not mean(BA).
+A and B are averaged separately, as FedIT and FedMIDE do: mean(B) mean(A) is not mean(BA).
 """
 
 from collections.abc import Iterable
@@ -12,10 +12,11 @@ from fedmide.model.interface import Adapter
 
 
 def weighted_mean(adapters: Iterable[tuple[Adapter, int]]) -> Adapter | None:
-    """The mean of the adapters weighted by their numbers of records; None where there is no weight at all.
+    """The mean of the adapters weighted by their numbers of records; None if all weights are zero.
 
-    Sums are float64: a float32 value times a record count is exact there, so equal adapters give themselves, and the
-    order of the replies shows in the float32 result only where large values cancel. Adapters must have been checked.
+    Sums are float64: a float32 value times a record count is exact there. So equal adapters have exactly themselves as
+    mean, and the order of the replies shows in the float32 result only where large values cancel. The adapters must have
+    been checked before.
     """
     sums: dict[str, NDArray[np.float64]] = {}
     total = 0

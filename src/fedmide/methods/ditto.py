@@ -1,9 +1,9 @@
-"""Ditto: beside the common adapter each client trains a personal one that is pulled to it.
+"""Ditto: each client trains a personal adapter in addition to the common one, and the loss pulls it to the common one.
 
-    client: theta_k from theta^t as fedavg;  v_k from where it stood, with lambda / 2 norm(v_k - theta^t)^2 in the loss
+    client: theta_k from theta^t as fedavg;  v_k from its last state, with lambda / 2 norm(v_k - theta^t)^2 in the loss
     server: fedavg on theta
 
-Li et al. 2021, arXiv:2012.04221, Algorithm 1. v_k begins at the first received adapter.
+Li et al. 2021, arXiv:2012.04221, Algorithm 1. v_k begins as the first received adapter.
 """
 
 from fedmide.methods.method import Method, Trained, Visit, learn, two_adapters
@@ -25,7 +25,7 @@ def _own(visit: Visit, model: LocalModel) -> Adapter:
 
 DITTO = Method(
     "ditto",
-    "fedavg, and beside it a personal adapter that is pulled to the common one: twice the steps",
+    "fedavg, plus a personal adapter that is pulled to the common one: twice the steps",
     "Li et al. 2021, arXiv:2012.04221",
     traffic="A and B of the common adapter, each way",
     local=_local,

@@ -1,11 +1,11 @@
-"""FedALT: the client's own adapter goes on from where it stood, beside a frozen one of the rest of the world.
+"""FedALT: a client's local adapter, trained from its last state, is mixed with a frozen mean of all others' adapters.
 
-    client: trains its own A, B and a router per layer; output g_1 own(x) + g_2 world(x), g = softmax(router x) by token
-    server: world_k = mean of the own adapters of all other clients; routers stay on the sites
+    client: trains A, B and a router per layer; output g_1 own(x) + g_2 world(x), per token g = softmax(router x)
+    server: world_k = mean of the local adapters of all other clients; routers stay on the sites
 
-Bian et al. 2026, arXiv:2503.11880. Routers begin at zero, so both count half. The server keeps each client's latest
-adapter,
-so a client that sits out still counts for the others. Before anyone else has answered the world is nothing.
+Bian et al. 2026, arXiv:2503.11880. Routers begin at zero, so both adapters count half. The server keeps each client's
+latest adapter, so a client that sits out still counts for the others. Before another client has answered, the world's
+adapter is zero.
 """
 
 from collections.abc import Iterable, Sequence
@@ -31,13 +31,13 @@ def _local(visit: Visit, model: LocalModel) -> Trained:
 
 
 def _routed(visit: Visit, model: LocalModel) -> Adapter:
-    """Both adapters as one of both ranks, and the routers."""
+    """Both adapters as one of the summed rank, and the routers."""
     own, world, routers = _parts(visit, model)
     return {**stacked(own, world), **routers}
 
 
 def _parts(visit: Visit, model: LocalModel) -> tuple[Adapter, Adapter, Adapter]:
-    """The own adapter, that of the rest of the world, and the routers."""
+    """The local adapter, the mean of all others', and the routers."""
     fresh = model.fresh(visit.config.seed)
     own = under("own", visit.memory) or fresh
     world = visit.received or {name: np.zeros_like(array) for name, array in fresh.items()}
@@ -50,7 +50,7 @@ def _down(common: Common, client: str, config: Config) -> Adapter:
 
 
 def _latest(common: Common, client: str, config: Config) -> Adapter:
-    """The own adapter goes on from where it stood when the client was last heard of; before that it is fresh."""
+    """The start of the client's training: the adapter of its last answer, or a fresh one before any answer."""
     return under(_name(client), common.memory) or adapters.fresh(adapters.shapes(common.adapter), config.seed)
 
 
@@ -65,7 +65,7 @@ def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Commo
 
 
 def _mean(memory: Adapter, clients: Sequence[str]) -> Adapter:
-    """The mean of these clients' latest adapters; nothing where none has answered yet."""
+    """The mean of these clients' latest adapters; empty if none has answered yet."""
     present = [adapter for client in clients if (adapter := under(_name(client), memory))]
     return weighted_mean((adapter, 1) for adapter in present) or {}
 
@@ -75,16 +75,16 @@ def _name(client: str) -> str:
 
 
 def _routed_sizes(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
-    """The own adapter and the routers train; a weight for each token can't be merged."""
+    """The local adapter and the routers train; weights per token can't be merged."""
     size, routers = num_values(adapter), sum(2 * adapter[layer + A].shape[1] for layer in layers(adapter))
     return Sizes(size + routers, 2 * size + routers)
 
 
 FEDALT = Method(
     "fedalt",
-    "an own adapter beside one of the rest of the world, mixed per token by a router that is trained",
+    "each site's adapter plus a frozen mean of all others', mixed per token by a trained router",
     "Bian et al. 2026, arXiv:2503.11880",
-    traffic="up the own A and B, down the mean of all others'",
+    traffic="up the site's A and B, down the mean of all other sites'",
     local=_local,
     remembers=True,
     own=_routed,

@@ -19,7 +19,7 @@ def _nothing_up(common: Common, client: str, config: Config) -> Shapes:
 
 
 def _alone(visit: Visit, model: LocalModel) -> Trained:
-    """From the client's own adapter of its last round; nothing travels back."""
+    """Training from the client's own adapter of its last round; nothing travels back."""
     work = learn(visit, model, _own(visit, model))
     return Trained({}, work, work.adapter)
 
@@ -29,14 +29,14 @@ def _own(visit: Visit, model: LocalModel) -> Adapter:
 
 
 def _near(visit: Visit, model: LocalModel) -> Trained:
-    """The loss plus mu / 2 times the squared distance to the received adapter."""
+    """Training with mu / 2 times the squared distance to the received adapter added to the loss."""
     work = learn(visit, model, visit.received, Terms(visit.config.fedprox.mu, visit.received))
     return Trained(work.adapter, work)
 
 
 LOCAL = Method(
     "local",
-    "each client trains alone, for as many rounds, then tunes on",
+    "each site trains alone, for the same number of rounds, then tunes its adapter further",
     "the baseline that a federation must beat",
     traffic="nothing",
     local=_alone,
@@ -51,9 +51,9 @@ LOCAL = Method(
 
 CENTRAL = Method(
     "central",
-    "one adapter trained on all clients' records in one place: an oracle, for research only",
-    "the bound that no federation may use",
-    traffic="the records themselves would have to",
+    "one adapter trained on the records of all sites in one place, for research only",
+    "a reference that no federation may use",
+    traffic="the records themselves, which a federation never sends",
     in_one_place=True,
 )
 
@@ -67,7 +67,7 @@ FEDAVG = Method(
 
 FEDAVG_FT = Method(
     "fedavg-ft",
-    "fedavg, then each client tunes the common adapter on its own records",
+    "fedavg, then each site tunes the common adapter on its own records",
     "McMahan et al. 2017, arXiv:1602.05629; with LoRA FedIT, arXiv:2305.05644",
     tuning=plain,
 )

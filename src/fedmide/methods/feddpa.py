@@ -6,9 +6,9 @@
     at inference: w L + (1 - w) G with w = most * mean_i cos(h(x), h(x_i)) over a few training records x_i; h is the
     last layer's state at the last token of the prompt, under L_k
 
-Yang et al. 2024, arXiv:2403.19211. Where L_k begins: in T at the client's G after its first round, which trains no L_k,
-as in the authors' code; in F at the last common G. w is cut to 0 .. most. Two mixed adapters are one of both ranks, so
-the same passes serve; dropout then draws one mask for both, where separate ones draw two.
+Yang et al. 2024, arXiv:2403.19211. In T, L_k begins as the client's G after its first round, which trains no L_k, as
+in the authors' code. In F, it begins as the last common G. w is clipped to 0 .. most. Two mixed adapters are one adapter
+of the summed rank, so the same passes serve. Dropout then draws one mask for both; two separate adapters would draw two.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ from fedmide.seeds import stream
 
 
 def own_share(like: Adapter, weight: float) -> Adapter:
-    """What trains in a stack: all of the first adapter, of which the model sees this weight; the other is frozen."""
+    """Shares for training a stack: all of its first adapter trains, seen with this weight; the second is frozen."""
     result = {}
     for name, array in like.items():
         own = np.full_like(array, weight if name.endswith(B) else 1.0)
@@ -57,7 +57,7 @@ def _tuning(visit: Visit) -> Terms:
 
 
 def _for_records(visit: Visit, model: LocalModel, stack: Adapter) -> Adapter:
-    """Both adapters, and what a record is compared with to weight them."""
+    """Both adapters, and the states that a record is compared with to weight them."""
     own, config = _own_of(stack, visit), visit.config.feddpa
     draw = stream(visit.config.seed, "references", 0, visit.client)
     count = min(config.references, len(visit.examples))
@@ -73,18 +73,18 @@ def _for_records(visit: Visit, model: LocalModel, stack: Adapter) -> Adapter:
 
 
 def _both_in_turn(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
-    """Both train in a round; a weight for each record can't be merged."""
+    """Both adapters train in a round; weights per record can't be merged."""
     return Sizes(2 * num_values(adapter), 2 * num_values(adapter))
 
 
 def _one_after_the_other(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
-    """The common one trains in the rounds, the local one afterwards."""
+    """The common adapter trains in the rounds, the local one afterwards."""
     return Sizes(num_values(adapter), 2 * num_values(adapter))
 
 
 FEDDPA_T = Method(
     "feddpa-t",
-    "a common and a local adapter, trained in turn in each round, weighted for each record at inference",
+    "a common and a local adapter, trained in turn in each round, weighted per record at inference",
     "Yang et al. 2024, arXiv:2403.19211",
     traffic="A and B of the common adapter, each way",
     local=_local_then_common,
@@ -99,7 +99,7 @@ FEDDPA_T = Method(
 
 FEDDPA_F = Method(
     "feddpa-f",
-    "fedavg, then a local adapter beside the common one, weighted for each record at inference",
+    "fedavg, then a local adapter next to the common one, weighted per record at inference",
     "Yang et al. 2024, arXiv:2403.19211",
     traffic="A and B of the common adapter, each way",
     own=_mixed,

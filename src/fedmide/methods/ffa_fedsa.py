@@ -1,9 +1,9 @@
 """Methods in which one of the two factors travels.
 
-FFA-LoRA: A is frozen at a random start that follows from the seed, B is trained and averaged, so that the mean of the
-products is the product of the means. Sun et al. 2024, arXiv:2403.12313.
+FFA-LoRA: A is frozen at a random start that the seed gives. B is trained and averaged. So the mean of the products is
+the product of the means. Sun et al. 2024, arXiv:2403.12313.
 
-FedSA-LoRA: both are trained, A is averaged (unweighted), B stays on the site. Guo et al. 2025, arXiv:2410.01463.
+FedSA-LoRA: both are trained. A is averaged (unweighted), B stays on the site. Guo et al. 2025, arXiv:2410.01463.
 """
 
 from collections.abc import Iterable
@@ -27,7 +27,7 @@ def _train_b(visit: Visit, model: LocalModel) -> Trained:
 
 
 def _with_received(visit: Visit, model: LocalModel) -> Adapter:
-    """The received factor beside the other one as it is at the start."""
+    """The received factor, and the other one as it is at the start."""
     return {**model.fresh(visit.config.seed), **visit.received}
 
 
@@ -83,7 +83,7 @@ FFA_LORA = Method(
 
 FEDSA_LORA = Method(
     "fedsa-lora",
-    "A is averaged, each client keeps its own B",
+    "A is averaged, each site keeps its own B",
     "Guo et al. 2025, arXiv:2410.01463",
     traffic="A, each way",
     local=_train_both,

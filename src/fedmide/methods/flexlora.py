@@ -1,10 +1,10 @@
-"""FlexLoRA: clients of different ranks; the server cuts the mean of their products to each one's rank.
+"""FlexLoRA: clients of different ranks; the server cuts the mean of their products to each client's rank.
 
     server: M = sum p_k B_k A_k;  M = U S V^T;  client k gets B = U S, A = V^T, cut to its r_k largest singular values
 
-Bai et al. 2024, arXiv:2402.11505. M is never formed: with Q_B R_B and Q_A R_A of the stacked factors, the singular
-values of M are those of the small R_B R_A^T (as HLoRA does). The scale alpha / r is the same for every
-rank, so that an adapter means the same after it has been cut.
+Bai et al. 2024, arXiv:2402.11505. M is never formed. With the QR decompositions Q_B R_B and Q_A R_A of the stacked
+factors, the singular values of M are those of the small R_B R_A^T (as HLoRA does). The scale alpha / r is the same for
+every rank, so an adapter means the same after it is cut.
 """
 
 from collections.abc import Iterable, Sequence
@@ -22,7 +22,7 @@ from fedmide.model.interface import Adapter
 
 
 def rank_of(client: str, clients: tuple[str, ...], config: Config) -> int:
-    """A client's rank: the ranks of the configuration are dealt out in the clients' order, again and again."""
+    """A client's rank: the configured ranks in the clients' order, from the first again after the last."""
     ranks = config.flexlora.ranks or [config.lora.r]
     return ranks[clients.index(client) % len(ranks)]
 
@@ -33,12 +33,12 @@ def highest_rank(config: Config) -> int:
 
 
 def cut(adapter: Adapter, rank: int) -> Adapter:
-    """The adapter's first ranks, which are those of its largest singular values."""
+    """The adapter cut to its first ranks, which belong to its largest singular values."""
     return {name: array[:rank] if name.endswith(A) else array[:, :rank] for name, array in adapter.items()}
 
 
 def decomposed(stack: Adapter, rank: int) -> Adapter:
-    """The nearest adapter of this rank to a stack: B = U S, A = V^T; zeros where the stack has fewer ranks."""
+    """The nearest adapter of this rank to a stack: B = U S, A = V^T; zeros fill up ranks that the stack lacks."""
     result: dict[str, NDArray[np.float32]] = {}
     for layer in layers(stack):
         a, b = (each.astype(np.float64) for each in factors(stack, layer))
@@ -69,7 +69,7 @@ def _begin(fresh: Adapter, clients: Sequence[str], config: Config) -> Common:
 
 
 def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
-    """The mean of the products. Ranks that none of them has get rows of the common A, and B = 0: so they can train."""
+    """The mean of the products. Ranks that no answer has get rows of the common A and B = 0, so that they can train."""
     given = list(answers)
     if not given:
         return None
@@ -78,16 +78,16 @@ def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Commo
 
 
 def _sizes(adapter: Adapter, clients: Sequence[str], config: Config) -> Sizes:
-    """The mean over clients."""
+    """The counts for the clients' mean rank."""
     ranks = [rank_of(client, tuple(clients), config) for client in clients]
     return Sizes(round(num_values(adapter) * sum(ranks) / (len(ranks) * config.lora.r)))
 
 
 FLEXLORA = Method(
     "flexlora",
-    "each client has its own rank; the mean of the products is cut to it by singular values",
+    "each site has its own rank; the mean of the products is cut to it by singular values",
     "Bai et al. 2024, arXiv:2402.11505",
-    traffic="A and B of the client's rank, each way",
+    traffic="A and B of the site's rank, each way",
     begin=_begin,
     rank=highest_rank,
     sizes=_sizes,

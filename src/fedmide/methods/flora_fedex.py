@@ -1,14 +1,15 @@
-"""Methods whose server makes the exact mean of the products, by stacking the factors and merging them into the base.
+"""Methods with an exact mean of the products: the server stacks the factors, which are merged into the base.
 
     stack       A = rows of the A_k, B = columns of the p_k B_k, so that B A = sum p_k B_k A_k
     FLoRA       every round trains a fresh adapter on the base into which all earlier stacks are merged.
                 Wang et al. 2024, arXiv:2409.05976
-    FedEx-LoRA  A and B are averaged as in fedavg; what their product lacks, sum p_k B_k A_k - mean(B) mean(A), is a
-                stack with -mean(B) and mean(A) beside the others, and is merged. Singhal et al. 2025, arXiv:2410.09432
+    FedEx-LoRA  A and B are averaged as in fedavg. Their product misses sum p_k B_k A_k - mean(B) mean(A). This rest is
+                a stack too, with -mean(B) and mean(A) as one more pair, and is merged.
+                Singhal et al. 2025, arXiv:2410.09432
 
-A stack travels once to each client, when it is next asked to train: the server keeps those that some client may lack,
-and for each client the last round that it answered. A site keeps the sum of what it merged (`base_delta`), which stands
-beside the adapter as a change of the base weights.
+A stack travels once to each client, when the client is next asked to train. So the server keeps each stack that a
+client may lack, and the last round that each client answered. A site keeps the sum of its merged stacks (`base_delta`).
+This sum is a change of the base weights, in addition to the adapter.
 """
 
 from collections.abc import Iterable, Sequence
@@ -37,7 +38,7 @@ from fedmide.seeds import entropy
 
 # --- on a site
 def _merged(visit: Visit) -> tuple[Adapter, Adapter]:
-    """The change of the base weights with every stack merged that came, and what to keep of it."""
+    """The change of the base weights with every received stack merged, and the memory to keep."""
     known = int(visit.memory["rounds"][0]) if visit.memory else 0
     base = dict(deltas(visit.memory))
     for number in range(known, visit.round):
@@ -54,7 +55,7 @@ def _from_fresh(visit: Visit, model: LocalModel) -> Trained:
 
 
 def _fresh_seed(config: Config, round_number: int) -> int:
-    """What the fresh adapter of a round is drawn from, the same on all sites."""
+    """The seed of a round's fresh adapter, the same on all sites."""
     return entropy(config.seed, "fresh", round_number)
 
 
@@ -74,7 +75,7 @@ def _mean_and_merged(visit: Visit, model: LocalModel) -> Adapter:
 
 # --- on the server
 def _begin(adapter: Adapter, clients: Sequence[str], config: Config) -> Common:
-    """The common model has a change of the base weights, which is nothing at first."""
+    """The common model has a change of the base weights, which is zero at first."""
     zeros = {
         f"{layer}{DELTA}": np.zeros((len(b), a.shape[1]), np.float32)
         for layer in layers(adapter)
@@ -84,7 +85,7 @@ def _begin(adapter: Adapter, clients: Sequence[str], config: Config) -> Common:
 
 
 def _stacks_down(common: Common, client: str, config: Config) -> Adapter:
-    """The stacks that the client has not had."""
+    """The stacks that the client has not received."""
     since = int(common.memory.get(_seen(client), _number(0))[0])
     return {
         name: array
@@ -127,7 +128,7 @@ def _average_and_stack(common: Common, answers: Iterable[Answer], config: Config
 
 
 def stacked(answers: Sequence[Answer], minus: Adapter | None = None) -> Adapter:
-    """Factors whose product is the weighted mean of the answers' products, less that of `minus`."""
+    """Factors whose product is the weighted mean of the answers' products, minus the product of `minus`."""
     total = sum(answer.num_records for answer in answers)
     parts = [(answer.arrays, answer.num_records / total) for answer in answers]
     if minus is not None:
@@ -136,7 +137,7 @@ def stacked(answers: Sequence[Answer], minus: Adapter | None = None) -> Adapter:
 
 
 def product(stack: Adapter, config: Config) -> Adapter:
-    """The change of the base weights that factors make, (out, in) for each layer."""
+    """The factors' product as a change of the base weights, (out, in) per layer."""
     scale = config.lora.alpha / config.lora.r
     return {
         f"{layer}{DELTA}": (scale * (b.astype(np.float64) @ a.astype(np.float64))).astype(np.float32)
@@ -146,7 +147,7 @@ def product(stack: Adapter, config: Config) -> Adapter:
 
 
 def _with_stack(common: Common, stack: Adapter, answers: Sequence[Answer], config: Config) -> Common:
-    """The stack is merged into the common model, and kept until every client has had it."""
+    """The common state with the stack merged; the stack is kept until every client has received it."""
     base = _added(deltas(common.adapter), product(stack, config))
     answered = {_seen(answer.client): _number(common.round) for answer in answers}
     seen = {_seen(client): common.memory.get(_seen(client), _number(0)) for client in common.clients} | answered
@@ -178,9 +179,9 @@ def _number(value: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float32]]:
 
 FLORA = Method(
     "flora",
-    "a fresh adapter in each round; their stack, an exact mean, is merged into the base",
+    "a fresh adapter in each round; the sites' stack, an exact mean, is merged into the base",
     "Wang et al. 2024, arXiv:2409.05976",
-    traffic="up A and B, down the stack of all clients' A and B, once each",
+    traffic="up A and B, down each stack of all sites' A and B once",
     local=_from_fresh,
     remembers=True,
     own=_merged_only,
@@ -194,9 +195,9 @@ FLORA = Method(
 
 FEDEX_LORA = Method(
     "fedex-lora",
-    "fedavg, and what the mean of the factors lacks of the mean of the products is merged into the base",
+    "fedavg; the mean of the products minus the product of the means is merged into the base",
     "Singhal et al. 2025, arXiv:2410.09432",
-    traffic="up A and B, down their means and the stack of all clients' A and B, once each",
+    traffic="up A and B, down their means, and each stack of all sites' A and B once",
     local=_from_mean,
     remembers=True,
     own=_mean_and_merged,

@@ -1,17 +1,17 @@
-"""SCAFFOLD: control variates take out of each client's gradient what is special about its records.
+"""SCAFFOLD: control variates remove from each client's gradient the part that is special to its records.
 
     client: SGD with theta <- theta - lr (g - c_k + c), from theta^t
             c_k' = c_k - c + (theta^t - theta_k) / sum of the steps' rates
     server: theta <- theta + server_rate (sum p_k theta_k - theta);  c <- c + 1 / N sum (c_k' - c_k)
 
-Karimireddy et al. 2020, arXiv:1910.06378, Algorithm 1, option II. N counts all clients. Only SGD makes the change of
-theta a sum of gradients, so AdamW is not offered. Gradients are clipped before they are corrected: so c_k' is the mean
-of what the client's steps were made of.
+Karimireddy et al. 2020, arXiv:1910.06378, Algorithm 1, option II. N counts all clients. Only with SGD is the change of
+theta a sum of gradients, so AdamW is not offered. Gradients are clipped before they are corrected. So c_k' is the mean
+of the clipped gradients of the client's steps.
 
-c stays the mean of the c_k only where both sides agree on which changes count. An answer may be lost, late or refused
-after the client has trained, so with c comes the round of the client's last answer that did count, and of what the
-client kept of its last round it takes c_k' or what stood before it. Only where `replies.max_update_norm` shortens a
-change does the client keep the whole of it, and c is not quite the mean.
+c stays the mean of the c_k only if both sides agree on the changes that count. But an answer may be lost, late or
+refused after the client has trained. So the server sends the round of the client's last answer that counted, with c.
+The client keeps c_k and c_k' of its last round, and takes c_k' only if that round counted. One exception remains:
+if `replies.max_update_norm` shortens a change, the client keeps the whole change, and c is not quite the mean.
 """
 
 from collections.abc import Iterable
@@ -26,7 +26,7 @@ from fedmide.model.adapters import Shapes, prefixed, shapes, under
 from fedmide.model.interface import Adapter, LocalModel, Terms, rate_at
 
 COUNTED = "counted"
-"""An array beside the variates, (1,): the round of the client's last answer that counted, -1 before there is any."""
+"""Array (1,) sent with the variates: the round of the client's last answer that counted, -1 before there is any."""
 
 
 _ROUND = "round"
@@ -64,7 +64,7 @@ def _up(common: Common, client: str, config: Config) -> Shapes:
 
 
 def _before_training(common: Common, client: str, config: Config) -> Adapter:
-    """What travels back of the variate is its change, which begins at zero."""
+    """The start of a client's update. Only the change of the variate travels back, and it begins at zero."""
     zeros = {name: np.zeros_like(array) for name, array in common.adapter.items()}
     return {**prefixed("adapter", common.adapter), **prefixed("control", zeros)}
 
@@ -96,9 +96,9 @@ def _own(visit: Visit, model: LocalModel) -> Adapter:
 
 SCAFFOLD = Method(
     "scaffold",
-    "fedavg by SGD, with control variates against client drift",
+    "fedavg with SGD, and control variates against client drift",
     "Karimireddy et al. 2020, arXiv:1910.06378",
-    traffic="A, B and a control variate as large, each way",
+    traffic="A, B and a control variate of the same size, each way",
     local=_local,
     remembers=True,
     own=_own,

@@ -1,4 +1,4 @@
-"""Server optimisers: the clients' mean step is a gradient that the server takes a step with.
+"""Server optimizers: the clients' mean step serves as a gradient for a step of the server.
 
     D = sum p_k (theta_k - theta^t)
     FedAvgM:    v <- beta v + D                           theta <- theta + v
@@ -30,7 +30,7 @@ Arrays = dict[str, Array]
 
 
 SecondMoment = Callable[[Array, Array, Config], Array]
-"""v and D^2 to the next v."""
+"""Maps v and D^2 to the next v."""
 
 
 def _combine_momentum(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
