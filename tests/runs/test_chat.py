@@ -114,9 +114,8 @@ def test_each_voice_is_its_own_adapters(folder: RunFolder, tiny_folder: Path) ->
         loaded.put(adapter)
         assert {voice: said[voice]} == {voice: generation.generate(loaded, [example], 8, 1)[0]}  # type: ignore[index]
     begun.answer("personalised", "Name heart")
-    assert (
-        begun.answer("personalised", "Name liver") == said["personalised"]
-    )  # the questions in between are not remembered
+    # the question in between is not remembered
+    assert begun.answer("personalised", "Name liver") == said["personalised"]
 
 
 def test_the_context_is_part_of_the_prompt(folder: RunFolder) -> None:

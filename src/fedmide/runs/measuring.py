@@ -86,9 +86,8 @@ def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Ada
             adapter = _adapter(run, client, stage, aggregated)
             found = score_questions(run.inputs.resident, adapter, run.inputs.encode, questions, longest)
             run.folder.save_questions(name, about, asdict(found))
-            earlier = (
-                run.folder.read_questions(name, about) or {}
-            )  # read back: sums that are not finite look the same now and later
+            # read back: sums that are not finite look the same now and later
+            earlier = run.folder.read_questions(name, about) or {}
         scored[stage, client] = Scored.from_dict(earlier)
         advance(1, f"{name}, {about}")
     run.folder.save_questions(name, "figures", set_figures(name, questions, scored, run.config))

@@ -113,9 +113,8 @@ def tracked(folder: RunFolder) -> Tracked:
     knobs = {name: str(value) for name, value in flat(facts.config).items()}
     files = {"config.toml": to_toml(facts.config).encode()}
     if not alone:
-        files["report.html"] = page(
-            replace(facts, scores={})
-        ).encode()  # made here, not the report.html in the run folder
+        # made here, because the run folder's own report may show scores
+        files["report.html"] = page(replace(facts, scores={})).encode()
         files |= {"metrics.json": to_json(facts.metrics)} if facts.metrics else {}
     return Tracked(
         name=facts.name,
