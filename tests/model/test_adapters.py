@@ -1,4 +1,4 @@
-"""Adapters: a fresh one, what is refused, and bytes."""
+"""Adapters: fresh ones, problems, and bytes."""
 
 import json
 import math
@@ -41,14 +41,14 @@ def test_a_fresh_adapter_follows_from_the_seed() -> None:
 
 
 @given(st.sets(st.sampled_from(sorted(SHAPES)), min_size=1), st.randoms(use_true_random=False))
-def test_each_array_has_its_own_stream_whichever_others_there_are(names: set[str], random: Any) -> None:
+def test_each_array_has_its_own_random_stream(names: set[str], random: Any) -> None:
     order = sorted(names)
     random.shuffle(order)
     whole, part = adapters.fresh(SHAPES, 5), adapters.fresh({name: SHAPES[name] for name in order}, 5)
     assert all(np.array_equal(part[name], whole[name]) for name in names)
 
 
-def test_layers_do_not_begin_alike() -> None:
+def test_layers_start_with_different_numbers() -> None:
     fresh = adapters.fresh(SHAPES, seed=0)
     assert not np.array_equal(fresh[A], fresh[A.replace("0", "1")])
 
@@ -71,7 +71,7 @@ def changed(name: str, value: Any) -> Any:
         (np.full((8, 100), -np.inf, np.float32), "holds a value that is not finite"),
     ],
 )
-def test_a_wrong_array_is_told_by_its_name(array: Any, told: str) -> None:
+def test_a_wrong_array_is_reported_by_its_name(array: Any, told: str) -> None:
     assert adapters.problems(changed(A, array), SHAPES) == (f"{A!r} {told}",)
 
 
@@ -81,7 +81,7 @@ def test_one_value_that_is_not_finite_is_enough() -> None:
     assert len(adapters.problems(changed(A, array), SHAPES)) == 1
 
 
-def test_all_problems_are_told_at_once() -> None:
+def test_all_problems_are_reported_at_once() -> None:
     wrong = {B: np.zeros((1, 1), np.float32), "another": np.zeros(1, np.float32)}
     missing, extra, shape = adapters.problems(wrong, {A: (8, 100), B: (50, 8)})
     assert missing == f"1 arrays missing, first {A!r}"
@@ -93,7 +93,7 @@ def test_all_problems_are_told_at_once() -> None:
 
 
 @given(st.permutations(sorted(SHAPES)))
-def test_equal_adapters_give_equal_bytes_that_give_the_adapter_back(order: list[str]) -> None:
+def test_equal_adapters_give_equal_bytes_that_decode_to_the_adapter(order: list[str]) -> None:
     fresh = adapters.fresh(SHAPES, 0)
     data = adapters.encode({name: fresh[name] for name in order})
     assert data == adapters.encode(fresh)
@@ -102,7 +102,7 @@ def test_equal_adapters_give_equal_bytes_that_give_the_adapter_back(order: list[
     assert all(back[name].tobytes() == fresh[name].tobytes() and back[name].dtype == np.float32 for name in back)
 
 
-def test_a_transposed_view_is_written_as_it_reads() -> None:
+def test_a_transposed_view_is_written_in_its_own_order() -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3).T
     assert np.array_equal(adapters.decode(adapters.encode({"a": array}))["a"], array)
 
@@ -129,7 +129,7 @@ def tensors(header: Any, payload: bytes = b"\1" * 8) -> bytes:
         tensors({"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}, b"\1" * 7),
     ],
 )
-def test_what_is_no_adapter_is_a_message_error(data: bytes) -> None:
+def test_bytes_without_an_adapter_are_a_message_error(data: bytes) -> None:
     with pytest.raises(MessageError, match=r"^not an adapter in safetensors: "):
         adapters.decode(data)
 
@@ -150,7 +150,7 @@ def test_a_file_is_read_back(tmp_path: Path) -> None:
     assert adapters.encode(adapters.read(path, SHAPES)) == path.read_bytes()
 
 
-def test_a_file_that_is_not_there_or_cut_off_is_a_model_error_with_its_path(tmp_path: Path) -> None:
+def test_a_missing_or_cut_file_is_a_model_error_with_its_path(tmp_path: Path) -> None:
     path = tmp_path / "adapter.safetensors"
     with pytest.raises(ModelError, match=re.escape(f"{path}: the adapter can't be read")):
         adapters.read(path)
@@ -168,10 +168,10 @@ def test_a_file_of_another_model_is_refused_with_all_problems(tmp_path: Path) ->
     assert all(problem.startswith(f"{path}: ") for problem in caught.value.problems)
 
 
-# --- how far one is from another
+# --- distances
 
 
-def test_an_adapter_on_the_way_to_another_is_as_far_as_it_should_be() -> None:
+def test_the_distance_of_an_adapter_between_two_others() -> None:
     start, end = adapters.fresh(SHAPES, 0), adapters.fresh(SHAPES, 1)
     whole = adapters.distance(start, end)
     flat = np.concatenate([(end[name].astype(float) - start[name]).ravel() for name in SHAPES])

@@ -1,4 +1,4 @@
-"""Responses decoded in batches are what plain greedy decoding gives for each prompt alone."""
+"""Responses decoded in batches equal plain greedy decoding of each prompt alone."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def opened(folder: Path, **lora: Any) -> LoraModel:
 
 
 def alone(network: Any, tokenizer: Any, example: Example, max_new_tokens: int) -> tuple[str, list[int]]:
-    """One prompt's greedy continuation by transformers, unpadded: its text, and its ids."""
+    """The greedy continuation of one prompt by transformers, without padding: its text and its ids."""
     ids = torch.from_numpy(example.ids[: example.prompt_length])[None]
     greedy = GenerationConfig(max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=EOS, pad_token_id=256)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_batched_equals_one_at_a_time(
     shape_folder: Path, shape_model: LoraModel, random_examples: MakeExamples
 ) -> None:
     lora, examples = shape_model, random_examples(5, shortest=4, longest=24)
-    assert len({example.prompt_length for example in examples}) > 3  # of unlike lengths, so there is padding
+    assert len({example.prompt_length for example in examples}) > 3  # different lengths need padding
     base = AutoModelForCausalLM.from_pretrained(shape_folder).eval()
     lora.put(adapters.fresh(lora.shapes, seed=0))
     expected = [alone(base, lora.tokenizer, example, 8) for example in examples]
@@ -56,7 +56,7 @@ def test_batched_equals_one_at_a_time(
 
 @pytest.fixture(scope="module")
 def stopping_folder(tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with an output layer that likes to say the end of sequence, and other control tokens."""
+    """The tiny model with an output layer that often gives the end of sequence and other control tokens."""
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("stopping") / "model")
     network = AutoModelForCausalLM.from_pretrained(folder)
     with torch.no_grad():
@@ -70,7 +70,7 @@ def test_stops_at_the_end_and_removes_special_tokens(stopping_folder: Path, rand
     expected = [alone(lora.network, lora.tokenizer, example, 16) for example in examples]
     lengths = [len(ids) for _, ids in expected]
     assert min(lengths) < 8 < max(lengths) == 16  # some stop and some do not
-    assert any(set(ids[:-1]) & {258, 259} for _, ids in expected)  # some say other control tokens
+    assert any(set(ids[:-1]) & {258, 259} for _, ids in expected)  # some contain other control tokens
     texts = generation.generate(lora, examples, 16, batch_size=8)
     assert texts == tuple(text for text, _ in expected)
     assert not any("<|" in text and "|>" in text for text in texts)
@@ -82,24 +82,24 @@ def test_order_is_the_callers(tiny_folder: Path, random_examples: MakeExamples) 
     assert generation.generate(lora, examples[::-1], 6, batch_size=4) == forwards[::-1]
 
 
-def test_response_is_not_looked_at(tiny_folder: Path, random_examples: MakeExamples) -> None:
+def test_the_reference_response_does_not_matter(tiny_folder: Path, random_examples: MakeExamples) -> None:
     lora, examples = opened(tiny_folder), random_examples(4, shortest=8)
     silent = [replace(example, ids=example.ids[: example.prompt_length]) for example in examples]
     assert generation.generate(lora, silent, 6, 4) == generation.generate(lora, examples, 6, 4)
 
 
-def test_adapter_is_heard(tiny_folder: Path, random_examples: MakeExamples) -> None:
+def test_the_adapter_changes_responses(tiny_folder: Path, random_examples: MakeExamples) -> None:
     lora, examples = opened(tiny_folder), random_examples(6, shortest=8)
     before = generation.generate(lora, examples, 8, 4)
     draw = np.random.default_rng(0)
     lora.put({name: draw.normal(0, 0.3, shape).astype(np.float32) for name, shape in lora.shapes.items()})
     after = generation.generate(lora, examples, 8, 4)
     assert after != before
-    lora.network.train()  # dropout is off, whatever the model did before
+    lora.network.train()  # generation switches dropout off
     assert generation.generate(lora, examples, 8, 4) == after
 
 
-def test_checkpoints_own_wishes_do_not_change_greedy_decoding(
+def test_generation_settings_of_a_checkpoint_do_not_change_greedy_decoding(
     tiny_folder: Path, tmp_path: Path, random_examples: MakeExamples
 ) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
@@ -114,7 +114,7 @@ def test_nothing_to_generate(tiny_folder: Path) -> None:
     assert generation.generate(opened(tiny_folder), [], 8, 4) == ()
 
 
-def test_records_are_told_as_they_are_done(tiny_folder: Path, random_examples: MakeExamples) -> None:
+def test_records_are_reported_as_they_are_done(tiny_folder: Path, random_examples: MakeExamples) -> None:
     told: list[int] = []
     generation.generate(opened(tiny_folder), random_examples(7), 2, 3, told.append)
     assert told == [3, 3, 1]

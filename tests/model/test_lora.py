@@ -1,4 +1,4 @@
-"""Which layers get an adapter, adapters in and out bit for bit, and what other tools make of the saved one."""
+"""The layers that get an adapter, adapters copied in and out bit for bit, and saved adapters read by PEFT."""
 
 import json
 import re
@@ -47,7 +47,7 @@ def open_tiny(folder: Path, **lora: Any) -> LoraModel:
 
 
 def noisy(lora: LoraModel, seed: int = 1, scale: float = 0.3) -> Adapter:
-    """An adapter of which no array is zero."""
+    """An adapter without zero arrays."""
     draw = np.random.default_rng(seed)
     return {name: (scale * draw.normal(size=shape)).astype(np.float32) for name, shape in lora.shapes.items()}
 
@@ -137,13 +137,13 @@ def test_put_and_take_are_exact(shape_model: LoraModel) -> None:
         array.setflags(write=False)
     lora.put(adapter)
     taken = lora.take()
-    lora.put(adapters.fresh(lora.shapes, seed=0))  # what was taken is a copy
+    lora.put(adapters.fresh(lora.shapes, seed=0))  # `take` returned a copy
     assert taken.keys() == adapter.keys()
     assert all(np.array_equal(taken[name], adapter[name]) for name in adapter)
     assert {array.dtype for array in taken.values()} == {np.dtype(np.float32)}
 
 
-def test_put_refuses_what_does_not_fit_and_changes_nothing(tiny_folder: Path) -> None:
+def test_put_refuses_an_adapter_that_does_not_fit_and_changes_nothing(tiny_folder: Path) -> None:
     lora = open_tiny(tiny_folder)
     before = lora.take()
     first, second, third, *_ = adapter = dict(noisy(lora))
@@ -159,8 +159,8 @@ def test_put_refuses_what_does_not_fit_and_changes_nothing(tiny_folder: Path) ->
     assert all(np.array_equal(before[name], array) for name, array in lora.take().items())
 
 
-def test_put_takes_what_is_not_finite(tiny_folder: Path) -> None:
-    """A client whose training diverged is still measured: its NLLs are not finite, and are counted as such."""
+def test_put_accepts_values_that_are_not_finite(tiny_folder: Path) -> None:
+    """A client whose training diverged is still measured: its NLLs are not finite, and count as such."""
     lora = open_tiny(tiny_folder)
     adapter = {name: np.full_like(array, np.nan) for name, array in noisy(lora).items()}
     lora.put(adapter)
@@ -179,11 +179,11 @@ def write_folder(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 def loaded_by_peft(base: Path, folder: Path) -> Any:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own
+        warnings.simplefilter("ignore")  # warnings of PEFT itself
         return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), folder).eval()
 
 
-def test_peft_loads_what_is_saved(shape_folder: Path, tmp_path: Path) -> None:
+def test_peft_loads_a_saved_adapter(shape_folder: Path, tmp_path: Path) -> None:
     lora = open_tiny(shape_folder, targets="all-linear", blocks="top:2", r=4, alpha=12.0)
     adapter = noisy(lora)
     lora.put(adapter)
@@ -191,7 +191,7 @@ def test_peft_loads_what_is_saved(shape_folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logits(loaded_by_peft(shape_folder, folder), IDS), logits(lora.network, IDS))
 
 
-def test_saved_files_repeat_and_name_no_folder(tiny_folder: Path) -> None:
+def test_saved_files_repeat_and_contain_no_folder(tiny_folder: Path) -> None:
     names = ["v_proj", "q_proj", "up_proj"]
     one, two = open_tiny(tiny_folder, targets=names), open_tiny(tiny_folder, targets=names[::-1])
     adapter = noisy(one)
@@ -221,7 +221,7 @@ def test_pickled_weights_are_not_loaded(tiny_folder: Path, tmp_path: Path) -> No
     assert "can't be loaded" in refused(folder)
 
 
-def test_weights_that_are_missing_are_not_made_up(tiny_folder: Path, tmp_path: Path) -> None:
+def test_missing_weights_are_an_error(tiny_folder: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_folder, tmp_path / "model")
     weights = load_file(folder / "model.safetensors")
     del weights["model.layers.2.mlp.up_proj.weight"], weights["model.norm.weight"]
@@ -237,13 +237,15 @@ def test_damaged_files_are_a_plain_error(tiny_folder: Path, tmp_path: Path, dama
     assert "can't be loaded" in refused(folder)
 
 
-def test_device_that_is_not_there(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_device(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ModelError, match="no such device"):
         model.load(tiny_folder, ModelConfig(device="cuda"), LoraConfig())
 
 
-def test_checkpointing_that_a_model_has_not_is_refused(tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpointing_is_refused_if_the_model_does_not_support_it(
+    tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
     with pytest.raises(ModelError, match=r"training\.checkpointing: the modules of tiny-random do not support it"):
         model.load(tiny_folder, FLOAT32, LoraConfig(), checkpointing=True)

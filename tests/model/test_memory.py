@@ -1,4 +1,4 @@
-"""Where memory ends, work goes on with half the tokens at a time: the same results, told once."""
+"""If memory is full, work continues with half the tokens per pass: the same results, and one message."""
 
 import os
 import subprocess
@@ -45,7 +45,7 @@ ERRORS: dict[str, Callable[[], BaseException]] = {
 
 @pytest.fixture(params=ERRORS)
 def error(request: pytest.FixtureRequest) -> Callable[[], BaseException]:
-    """What makes an error that means that memory has ended."""
+    """A function that makes an error which means that memory is full."""
     return ERRORS[request.param]
 
 
@@ -62,7 +62,7 @@ def start(lora: LoraModel) -> Adapter:
 
 
 def limited(monkeypatch: pytest.MonkeyPatch, most: int, error: Callable[[], BaseException]) -> list[int]:
-    """Lets a pass of more tokens end in an error, after it has added to the gradient; gives the sizes tried."""
+    """Makes larger passes fail, after they have added to the gradient; returns the sizes that were tried."""
     tried: list[int] = []
 
     def within(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -93,10 +93,10 @@ def trained(lora: LoraModel, examples: tuple[Example, ...], tokens: int) -> tupl
     return epochs[-1].adapter, [epoch.loss.sum for epoch in epochs]
 
 
-def test_training_goes_on_as_if_it_had_been_given_less(
+def test_training_continues_as_if_it_had_a_smaller_budget(
     lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
-    """Bit for bit, dropout included: a step that failed leaves nothing behind, not even half a gradient."""
+    """Bit for bit, with dropout: a failed step leaves nothing behind, not even half a gradient."""
     examples, told = random_examples(20, shortest=20), listening(lora)
     wanted, losses = trained(lora, examples, 100)
     assert told == []
@@ -105,10 +105,10 @@ def test_training_goes_on_as_if_it_had_been_given_less(
     assert all(found[name].tobytes() == wanted[name].tobytes() for name in wanted)
     assert their_losses == losses
     assert told == [TOLD.format("training.tokens_per_batch", 400, 100)]
-    assert sum(size > 150 for size in tried) == 2, "later steps do not try again what failed"
+    assert sum(size > 150 for size in tried) == 2, "later steps do not try the failed size again"
 
 
-def test_scoring_goes_on_with_what_is_left(
+def test_scoring_continues_with_the_remaining_records(
     lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
     examples, told = random_examples(30), listening(lora)
@@ -123,7 +123,7 @@ def test_scoring_goes_on_with_what_is_left(
     assert told == [TOLD.format("scoring.tokens_per_batch", 400, 50)]
 
 
-def test_generation_goes_on_with_fewer_prompts_at_a_time(
+def test_generation_continues_with_fewer_prompts_at_a_time(
     lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
     examples, told, tried = random_examples(12), list[str](), list[int]()
@@ -133,7 +133,7 @@ def test_generation_goes_on_with_fewer_prompts_at_a_time(
 
     def limited_to_four(self: LoraModel, ids: torch.Tensor, *given: Any) -> torch.Tensor:
         tried.append(len(ids))
-        if len(tried) > 2 and len(ids) > 4:  # the first batches are small enough for what is free
+        if len(tried) > 2 and len(ids) > 4:  # the first batches are small enough for the free memory
             raise error()
         return decode(self, ids, *given)
 
@@ -146,7 +146,7 @@ def test_generation_goes_on_with_fewer_prompts_at_a_time(
     assert told == [TOLD.format("generation.batch_size", 8, 4)]
 
 
-def test_one_record_that_has_no_room_alone_is_told_in_plain_words(
+def test_one_record_that_is_too_large_alone_is_a_plain_error(
     lora: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, error: Any
 ) -> None:
     examples, told = random_examples(10, longest=40), listening(lora)
@@ -158,7 +158,7 @@ def test_one_record_that_has_no_room_alone_is_told_in_plain_words(
 
 
 @pytest.mark.parametrize("other", [RuntimeError("shapes do not match"), ValueError("memory"), KeyboardInterrupt()])
-def test_other_errors_are_left_as_they_are(other: BaseException) -> None:
+def test_other_errors_pass_unchanged(other: BaseException) -> None:
     assert not is_out_of_memory(other)
 
     def act(tokens: int) -> None:
@@ -186,7 +186,9 @@ def test_a_budget_shrinks_for_good_and_uses_less_if_less_is_asked_for() -> None:
 LITTLE = """
 import resource, sys
 from pathlib import Path
+
 import numpy as np
+
 from fedmide.config.sections import LoraConfig, ModelConfig
 from fedmide.data.records import RecordId
 from fedmide.data.tokens import Example
@@ -195,19 +197,21 @@ from fedmide.model.lora import load
 
 lora = load(Path(sys.argv[1]), ModelConfig(dtype="float32", device="cpu"), LoraConfig())
 draw = np.random.default_rng(0)
+
 examples = [Example(RecordId(str(number)), draw.integers(0, 256, 200).astype(np.int64), 1) for number in range(400)]
 few = scoring.nll(lora, examples[:3], "all", 200)
-lora.scoring_budget.tell = print
+
+lora.scoring_budget.reset(print)
 size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-resource.setrlimit(resource.RLIMIT_AS, (size + 24 * 10**6,) * 2)  # a pass of 80,000 tokens needs some ten times that
+resource.setrlimit(resource.RLIMIT_AS, (size + 24 * 10**6,) * 2)  # 80,000 tokens need ten times that
 found = scoring.nll(lora, examples, "all", 80_000)
 assert all(abs(one.sum - two.sum) < 1e-5 * two.sum for one, two in zip(found, few))
 """
-"""Scores in a process of its own: this one has memory that was given back and may be used again."""
+"""Scores in another process, because this one has freed memory that it can use again."""
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="asks Linux for the size of a process")
-def test_memory_that_really_ends(tiny_folder: Path) -> None:
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the size of a process from Linux")
+def test_memory_that_is_really_full(tiny_folder: Path) -> None:
     command = [sys.executable, "-c", LITTLE, str(tiny_folder)]
     done = subprocess.run(
         command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
@@ -217,7 +221,7 @@ def test_memory_that_really_ends(tiny_folder: Path) -> None:
     assert told.startswith("memory has no room for scoring.tokens_per_batch = 80000: using")
 
 
-def test_a_run_tells_it_and_ends_well(small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_reports_it_and_succeeds(small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     limited(monkeypatch, 150, ERRORS["gpu"])
     with opening.start(load(small_input.config, ["training.batch_size=10"]), tmp_path / "run", told.append) as run:

@@ -1,4 +1,4 @@
-"""A base in 8 or 4 bits gives the numbers of a plain one with the weights that it stands for, gradients included."""
+"""A base in 8 or 4 bits gives the same numbers and gradients as a plain one with its dequantized weights."""
 
 import importlib.util
 import math
@@ -39,7 +39,7 @@ def opened(folder: Path, kind: str, lora: LoraConfig = EVERYWHERE, dtype: str = 
 
 
 def stands_for(layer: Any) -> torch.Tensor:
-    """The plain weight that a quantised layer computes with."""
+    """The plain weight that a quantized layer computes with."""
     if type(layer).__name__ == "Linear8bitLt":
         codes, scales = layer.state.CB, layer.state.SCB
         return int8_vectorwise_dequant(
@@ -48,20 +48,20 @@ def stands_for(layer: Any) -> torch.Tensor:
     return dequantize_4bit(layer.weight, layer.weight.quant_state)
 
 
-def quantised_layers(lora: LoraModel) -> dict[str, Any]:
+def quantized_layers(lora: LoraModel) -> dict[str, Any]:
     named = lora.network.named_modules()
     return {name: each for name, each in named if type(each).__module__.startswith("bitsandbytes")}
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request: pytest.FixtureRequest, tiny_folder: Path, one_thread: None) -> tuple[LoraModel, LoraModel]:
-    """The tiny model quantised, and a plain one with the weights that it stands for."""
-    quantised, twin = (opened(tiny_folder, kind) for kind in (request.param, "none"))
-    layers = quantised_layers(quantised)
+    """The quantized tiny model, and a plain one with its dequantized weights."""
+    quantized, twin = (opened(tiny_folder, kind) for kind in (request.param, "none"))
+    layers = quantized_layers(quantized)
     assert len(layers) == 4 * 7
     for name, layer in layers.items():
         twin.network.get_submodule(name).weight.data.copy_(stands_for(layer))
-    return quantised, twin
+    return quantized, twin
 
 
 def gradient(lora: LoraModel, examples: tuple[Example, ...]) -> tuple[np.ndarray, np.ndarray]:
@@ -73,13 +73,13 @@ def gradient(lora: LoraModel, examples: tuple[Example, ...]) -> tuple[np.ndarray
     return losses.numpy(), np.concatenate([pieces[name] for name in sorted(pieces)])
 
 
-def test_scores_and_gradients_are_those_of_the_weights_it_stands_for(
+def test_scores_and_gradients_are_those_of_the_dequantized_weights(
     pair: tuple[LoraModel, LoraModel], random_examples: MakeExamples
 ) -> None:
-    quantised, twin = pair
+    quantized, twin = pair
     examples = random_examples(9)
-    assert quantised.prefixes is None and twin.prefixes is not None
-    for _ in range(2):  # scoring leaves nothing behind that training would feel, and the other way round
+    assert quantized.prefixes is None and twin.prefixes is not None
+    for _ in range(2):  # scoring does not affect later training, nor training later scoring
         ours, theirs = (scoring.nll(each, examples, "all", 200) for each in pair)
         assert [each.mean for each in ours] == pytest.approx([each.mean for each in theirs], rel=1e-5)
         (losses, found), (their_losses, wanted) = (gradient(each, examples) for each in pair)
@@ -88,7 +88,7 @@ def test_scores_and_gradients_are_those_of_the_weights_it_stands_for(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_it_is_another_model_than_the_plain_one_but_near(
+def test_it_differs_from_the_plain_model_but_little(
     tiny_folder: Path, random_examples: MakeExamples, kind: str
 ) -> None:
     examples = random_examples(9)
@@ -100,7 +100,7 @@ def test_nothing_but_adapters_changes_in_training(
     pair: tuple[LoraModel, LoraModel], random_examples: MakeExamples
 ) -> None:
     lora, _ = pair
-    before = {name: stands_for(layer) for name, layer in quantised_layers(lora).items()}
+    before = {name: stands_for(layer) for name, layer in quantized_layers(lora).items()}
     assert {name for name, each in lora.network.named_parameters() if each.requires_grad} == {
         name.replace("_A.", "_A.default.").replace("_B.", "_B.default.") for name in lora.shapes
     }
@@ -108,12 +108,12 @@ def test_nothing_but_adapters_changes_in_training(
     plan = TrainingPlan(TrainingConfig(epochs=3, batch_size=8, learning_rate=1e-2), 0, 0, "a")
     epochs = list(training.train(lora, random_examples(16), plan))
     assert epochs[-1].loss.mean < epochs[0].loss.mean
-    assert all(torch.equal(before[name], stands_for(layer)) for name, layer in quantised_layers(lora).items())
+    assert all(torch.equal(before[name], stands_for(layer)) for name, layer in quantized_layers(lora).items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_adapters_stay_float32_and_go_in_and_out_bit_for_bit(tiny_folder: Path, kind: str, dtype: str) -> None:
+def test_adapters_stay_float32_and_are_copied_in_and_out_bit_for_bit(tiny_folder: Path, kind: str, dtype: str) -> None:
     lora = opened(tiny_folder, kind, LoraConfig(targets=["q_proj", "down_proj"], blocks="top:2"), dtype)
     assert lora.quantization == kind and opened(tiny_folder, "none").quantization == "none"
     assert {each.dtype for each in lora.parameters().values()} == {torch.float32}
@@ -124,7 +124,7 @@ def test_adapters_stay_float32_and_go_in_and_out_bit_for_bit(tiny_folder: Path, 
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_scores_do_not_depend_on_neighbours_or_padding(
+def test_scores_do_not_depend_on_neighbors_or_padding(
     tiny_folder: Path, random_examples: MakeExamples, kind: str
 ) -> None:
     lora, examples = opened(tiny_folder, kind), random_examples(12)
@@ -132,7 +132,7 @@ def test_scores_do_not_depend_on_neighbours_or_padding(
     assert [each.mean for each in together] == pytest.approx([each.mean for each in alone], rel=1e-5)
 
 
-def test_without_the_library_it_is_refused_with_the_command_that_helps(
+def test_without_the_library_it_is_refused_with_the_command_that_installs_it(
     tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = importlib.util.find_spec
@@ -146,7 +146,7 @@ def test_without_the_library_it_is_refused_with_the_command_that_helps(
 
 
 @pytest.mark.model
-def test_smollm2_quantised_is_near_itself() -> None:
+def test_quantized_smollm2_is_near_the_plain_model() -> None:
     """Measured on 48 medical records in float32: 3.378 nats plain, 3.379 in 8 bits, 3.707 in 4."""
     folder = locate("smollm2-135m")
     records = [

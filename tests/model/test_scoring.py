@@ -1,4 +1,4 @@
-"""A record's NLL is transformers' own loss for that record alone, whatever batch it is in."""
+"""A record's NLL equals the loss of transformers for that record alone, in any batch."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -29,7 +29,7 @@ MakeExamples = Callable[..., tuple[Example, ...]]
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder: Path, one_thread: None) -> LoraModel:
-    """The tiny model under an adapter that matters."""
+    """The tiny model under an adapter that changes its output."""
     lora = model.load(tiny_folder, ModelConfig(dtype="float32", device="cpu"), LoraConfig(dropout=0.5))
     draw = np.random.default_rng(0)
     lora.put({name: draw.normal(0, 0.2, shape).astype(np.float32) for name, shape in lora.shapes.items()})
@@ -37,7 +37,7 @@ def tiny(tiny_folder: Path, one_thread: None) -> LoraModel:
 
 
 def their_loss(network: Any, example: Example, positions: Positions) -> float:
-    """Transformers' own mean loss of one record, with labels of -100 where nothing counts."""
+    """The mean loss of one record by transformers, with label -100 at positions that do not count."""
     ids = torch.from_numpy(example.ids)[None]
     labels = ids.clone()
     if positions == "response":
@@ -88,7 +88,7 @@ def test_counts_exactly_the_chosen_positions(
 @given(
     seed=st.integers(0, 10**6), count=st.integers(1, 12), budget=st.integers(1, 500), positions=st.sampled_from(BOTH)
 )
-def test_neighbours_order_and_budget_change_nothing(
+def test_neighbors_order_and_budget_change_nothing(
     tiny: LoraModel, random_examples: MakeExamples, seed: int, count: int, budget: int, positions: Positions
 ) -> None:
     examples = random_examples(count, seed=seed)
@@ -101,15 +101,15 @@ def test_neighbours_order_and_budget_change_nothing(
 
 
 @pytest.mark.parametrize("positions", BOTH)
-def test_length_need_not_be_a_multiple_of_anything(
+def test_lengths_that_are_not_multiples_of_8(
     tiny: LoraModel, random_examples: MakeExamples, positions: Positions
 ) -> None:
-    """With padding on the left to a multiple of 8, the first token of most records was predicted from padding."""
+    """The original pads on the left to a multiple of 8, so it predicts the first token of most records from padding."""
     longest = random_examples(1, shortest=33, longest=33)[0]
     cut = [Example(longest.id, longest.ids[:length], 5) for length in range(6, 34)]
     found = scoring.nll(tiny, cut, positions, 10**4)
     sums = [value.sum for value in found]
-    # one token more adds that token's own NLL and nothing else, at the multiples of 8 as elsewhere
+    # one more token adds only its own NLL, at multiples of 8 as at other lengths
     whole = scoring.nll(tiny, cut[-1:], positions, 1)[0]
     with torch.no_grad():
         logits = tiny.network(input_ids=torch.from_numpy(longest.ids)[None]).logits[0]
@@ -131,23 +131,23 @@ def test_dropout_is_off_and_nothing_is_left_behind(tiny: LoraModel, random_examp
     assert all(np.array_equal(before[name], array) for name, array in tiny.take().items())
     assert not any(parameter.grad.any() for parameter in tiny.parameters().values())
     ids = torch.arange(10)[None]
-    assert tiny.network(input_ids=ids).logits.shape == (1, 10, 260)  # all positions again for whoever asks next
+    assert tiny.network(input_ids=ids).logits.shape == (1, 10, 260)  # all positions again for the next caller
 
 
-def test_positions_are_let_through_again_after_an_error(tiny: LoraModel) -> None:
+def test_all_positions_pass_again_after_an_error(tiny: LoraModel) -> None:
     with pytest.raises(IndexError):
         tiny.token_nll(torch.tensor([[1, 9999]]), torch.tensor([[True, False]]))
     assert tiny.chosen.rows is None
 
 
-def test_adapter_that_is_not_a_number_gives_nll_that_is_not(tiny_folder: Path, random_examples: MakeExamples) -> None:
+def test_an_adapter_of_nan_gives_an_nll_of_nan(tiny_folder: Path, random_examples: MakeExamples) -> None:
     lora = model.load(tiny_folder, ModelConfig(dtype="float32", device="cpu"), LoraConfig())
     lora.put({name: np.full(shape, np.nan, np.float32) for name, shape in lora.shapes.items()})
     values = scoring.nll(lora, random_examples(3), "all", 100)
     assert all(np.isnan(value.sum) and value.num_tokens > 0 for value in values)
 
 
-def test_tokens_are_told_as_they_pass(tiny: LoraModel, random_examples: MakeExamples) -> None:
+def test_tokens_are_reported_as_they_are_scored(tiny: LoraModel, random_examples: MakeExamples) -> None:
     examples, told = random_examples(20), []
     scoring.nll(tiny, examples, "response", 64, told.append)
     assert sum(told) == sum(len(example.ids) for example in examples)

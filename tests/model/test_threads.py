@@ -1,4 +1,4 @@
-"""As many threads as get more done than fewer do, within what this process may use."""
+"""The number of threads that pay off, out of those that this process may use."""
 
 import os
 from pathlib import Path
@@ -14,8 +14,8 @@ from fedmide.model import threads
 @pytest.mark.parametrize(
     ("cores", "free", "chosen"), [(1, 1, 1), (2, 2, 2), (2, 1, 1), (3, 2, 2), (8, 8, 8), (8, 4, 4), (64, 16, 16)]
 )
-def test_threads_on_cores_of_others_bring_nothing(cores: int, free: int, chosen: int) -> None:
-    """A product ends with its slowest thread: one too many, and all wait for their turn on a core that is shared."""
+def test_threads_on_busy_cores_are_not_used(cores: int, free: int, chosen: int) -> None:
+    """A product waits for its slowest thread. With one thread too many, all wait for a shared core."""
 
     def speed(number: int) -> float:
         return float(number) if number <= free else 0.5
@@ -36,7 +36,7 @@ def test_a_number_between_one_and_all(cores: int, gain: float) -> None:
         assert chosen == 1
 
 
-def test_measuring_gives_speeds_and_leaves_torch_as_it_was() -> None:
+def test_measuring_gives_speeds_and_restores_torch() -> None:
     earlier = torch.get_num_threads()
     more, fewer = threads.speeds(2, 1)
     assert more > 0 and fewer > 0
@@ -49,7 +49,7 @@ def test_one_core_needs_no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     assert threads.free_threads() == 1
 
 
-def test_fewer_than_there_are_is_told_with_what_takes_them_all(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fewer_threads_are_reported_with_the_setting_that_uses_all(monkeypatch: pytest.MonkeyPatch) -> None:
     told: list[str] = []
     monkeypatch.setattr(threads, "available_cores", lambda: 4)
     monkeypatch.setattr(threads, "speeds", lambda more, fewer: (1.0, 1.0) if more > 2 else (2.0, 1.0))
@@ -62,7 +62,7 @@ def test_fewer_than_there_are_is_told_with_what_takes_them_all(monkeypatch: pyte
 
 
 @pytest.mark.parametrize(("quota", "cores"), [("200000 100000", 2), ("50000 100000", 1), ("max 100000", 8), ("", 8)])
-def test_no_more_cores_than_a_container_is_granted(
+def test_no_more_cores_than_the_container_has(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quota: str, cores: int
 ) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -74,7 +74,7 @@ def test_no_more_cores_than_a_container_is_granted(
 
 
 @pytest.mark.parametrize(("said", "cores"), [("3", 3), ("64", 8), ("0", 1), ("4,2", 8), ("", 8)])
-def test_no_more_than_the_environment_says(
+def test_no_more_than_the_environment_allows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str, cores: int
 ) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)

@@ -1,4 +1,4 @@
-"""The training loop equals a plain one, repeats bit for bit, and leaves the base model as it was."""
+"""The training loop equals a plain one, repeats bit for bit, and does not change the base model."""
 
 import hashlib
 import warnings
@@ -67,7 +67,7 @@ def distance(one: Adapter, two: Adapter) -> float:
 
 @contextmanager
 def watched(lora: LoraModel) -> Iterator[list[tuple[float, float]]]:
-    """The rate and the norm of the gradient at each optimiser step."""
+    """The learning rate and the norm of the gradient at each optimizer step."""
     steps: list[tuple[float, float]] = []
 
     def look(optimizer: torch.optim.Optimizer, _arguments: Any, _keywords: Any) -> None:
@@ -81,18 +81,18 @@ def watched(lora: LoraModel) -> Iterator[list[tuple[float, float]]]:
         handle.remove()
 
 
-# --- the same as others ----------------------------------------------------------------------------------------
+# --- the same as plain fine-tuning -----------------------------------------------------------------------------
 
 
 def plain_fine_tuning(
     folder: Path, targets: list[str], begin: Adapter, examples: Sequence[Example], how: TrainingPlan
 ) -> Adapter:
-    """One client's local training as anyone would write it with transformers and PEFT: whole batches, masked."""
+    """One client's local training, in the usual way with transformers and PEFT: whole batches, masked."""
     settings = how.settings
     base = AutoModelForCausalLM.from_pretrained(folder)
     config = peft.LoraConfig(r=8, lora_alpha=16, lora_dropout=0.0, target_modules=targets, task_type="CAUSAL_LM")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # PEFT's own
+        warnings.simplefilter("ignore")  # warnings of PEFT itself
         network = peft.get_peft_model(base, config)
     peft.set_peft_model_state_dict(network, {name: torch.tensor(array) for name, array in begin.items()})
     network.train()
@@ -137,7 +137,7 @@ def test_equals_plain_fine_tuning(
     examples, how = random_examples(14), plan(**settings)
     ours = trained(exact, examples, how)
     theirs = plain_fine_tuning(tiny_folder, ["q_proj", "v_proj"], start(exact), examples, how)
-    assert distance(ours, theirs) < 1e-6  # AdamW makes what rounds otherwise in a tiny gradient larger
+    assert distance(ours, theirs) < 1e-6  # AdamW enlarges rounding differences of tiny gradients
     assert distance(ours, start(exact)) > 4e-4
 
 
@@ -181,7 +181,7 @@ def test_the_first_records_come_before_the_others_in_every_pass(
     assert distance(trained(exact, first + others, how), trained(exact, first + changed, how)) > 0
     exact.put(start(exact))
     losses = [epoch.loss.num_tokens for epoch in training.train(exact, first + others, how)]
-    assert losses == [sum(each.num_predicted("all") for each in first + others)] * 2  # none is left out
+    assert losses == [sum(each.num_predicted("all") for each in first + others)] * 2  # every record
 
 
 # --- steps, rates and clipping ---------------------------------------------------------------------------------
@@ -205,7 +205,7 @@ def test_number_of_steps(count: int, batch_size: int, epochs: int, max_steps: in
         ({"max_steps": 99}, [3]),
     ],
 )
-def test_rates_fall_from_the_full_one(
+def test_rates_fall_from_the_full_rate(
     exact: LoraModel, random_examples: MakeExamples, settings: dict[str, Any], ends: list[int]
 ) -> None:
     examples = random_examples(10)  # three steps of four, four and two
@@ -223,7 +223,7 @@ def test_rates_fall_from_the_full_one(
         assert steps[0][0] == 2e-4
         assert len(told) == last
     if not settings.get("max_steps"):
-        assert sum(told) == len(ends) * sum(len(each.ids) for each in examples)  # every record once an epoch
+        assert sum(told) == len(ends) * sum(len(each.ids) for each in examples)  # every record once per epoch
 
 
 def test_gradients_are_clipped(exact: LoraModel, random_examples: MakeExamples) -> None:
@@ -246,13 +246,15 @@ def test_no_records_no_steps(exact: LoraModel) -> None:
     assert distance(epoch.adapter, start(exact)) == 0
 
 
-# --- the same again, and nothing else touched ------------------------------------------------------------------
+# --- repeatable, and without side effects ----------------------------------------------------------------------
 
 
-def test_same_plan_same_bits_other_plan_others(dropping: LoraModel, random_examples: MakeExamples) -> None:
+def test_the_same_plan_gives_the_same_bits_and_another_plan_others(
+    dropping: LoraModel, random_examples: MakeExamples
+) -> None:
     examples, how = random_examples(12), plan()
     first = trained(dropping, examples, how)
-    torch.rand(3)  # what others draw does not matter
+    torch.rand(3)  # other draws do not matter
     assert distance(trained(dropping, examples, how), first) == 0
     for other in (replace(how, seed=1), replace(how, round_number=4), replace(how, client="b")):
         assert distance(trained(dropping, examples, other), first) > 0
@@ -281,7 +283,7 @@ def test_base_weights_never_change(dropping: LoraModel, random_examples: MakeExa
     assert all(each.grad is None for name, each in dropping.network.named_parameters() if "lora_" not in name)
 
 
-def test_states_stay_as_they_were_given(exact: LoraModel, random_examples: MakeExamples) -> None:
+def test_states_do_not_change_after_they_are_given(exact: LoraModel, random_examples: MakeExamples) -> None:
     exact.put(start(exact))
     states, copies = [], []
     for epoch in training.train(exact, random_examples(8), plan(epochs=3)):
@@ -311,7 +313,7 @@ def test_adapter_stays_float32_over_a_bfloat16_base(tiny_folder: Path, random_ex
     after = trained(rough, random_examples(12), plan(learning_rate=1e-6))
     assert {array.dtype for array in after.values()} == {np.dtype(np.float32)}
     moved = distance(after, start(rough))
-    assert 0 < moved < 1e-5  # steps that bfloat16 weights would round away
+    assert 0 < moved < 1e-5  # bfloat16 weights would round such steps to zero
 
 
 # --- the real model --------------------------------------------------------------------------------------------
@@ -322,13 +324,13 @@ def test_adapter_stays_float32_over_a_bfloat16_base(tiny_folder: Path, random_ex
 
 @pytest.fixture(scope="module", params=["passes", "modules"])
 def halves(request: pytest.FixtureRequest, tiny_folder: Path, one_thread: None) -> LoraModel:
-    """The tiny model in float16, by the passes that are written out and by its modules."""
+    """The tiny model in float16, by the hand-written passes and by its modules."""
     lora = model.load(tiny_folder, ModelConfig(dtype="float16", device="cpu"), LoraConfig(dropout=0.0))
     return lora if request.param == "passes" else replace(lora, prefixes=None)
 
 
 def first_gradient(lora: LoraModel, examples: tuple[Example, ...]) -> np.ndarray:
-    """The gradient of the first step, which a rate of almost zero leaves as it is."""
+    """The gradient of the first step. A learning rate of almost zero keeps it unchanged in later steps."""
     draw = np.random.default_rng(1)
     shapes = sorted(lora.shapes.items())
     lora.put({name: draw.normal(0, 0.1, shape).astype(np.float32) for name, shape in shapes})
@@ -354,7 +356,7 @@ def test_gradients_too_small_for_float16_are_not_lost(
     assert error() < 0.01 < 0.1 < lost
 
 
-def test_a_gradient_too_large_for_float16_is_made_again(
+def test_a_gradient_too_large_for_float16_is_computed_again(
     halves: LoraModel, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     examples = random_examples(8)
@@ -393,10 +395,8 @@ def weighted(lora: LoraModel, examples: Sequence[Example], weights: Sequence[flo
     return trained(lora, examples, replace(plan(**settings), weights=tuple(weights)))
 
 
-def test_a_record_that_weighs_twice_trains_as_if_it_were_there_twice(
-    exact: LoraModel, random_examples: MakeExamples
-) -> None:
-    """One step over all: with AdamW's first step only the gradient's direction matters."""
+def test_a_record_of_weight_two_trains_like_two_records(exact: LoraModel, random_examples: MakeExamples) -> None:
+    """One step over all records. In AdamW's first step only the direction of the gradient matters."""
     first, second, third = random_examples(3, 12, 12)
     twice = trained(exact, [first, first, second, third], plan(batch_size=4, max_steps=1))
     assert distance(weighted(exact, [first, second, third], [2, 1, 1], batch_size=4, max_steps=1), twice) < 1e-6
@@ -414,9 +414,7 @@ def test_only_the_ratios_of_weights_matter_and_equal_ones_do_not(
     assert distance(weighted(exact, examples, one), plain) > 1e-5
 
 
-def test_the_loss_is_told_without_the_weights_and_passes_do_not_show(
-    exact: LoraModel, random_examples: MakeExamples
-) -> None:
+def test_the_loss_has_no_weights_and_does_not_depend_on_passes(exact: LoraModel, random_examples: MakeExamples) -> None:
     examples = random_examples(8)
     weights = tuple(float(number) for number in range(1, 9))
     ends = []

