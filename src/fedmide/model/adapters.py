@@ -36,8 +36,8 @@ ROUTER = ".router.weight"
 OWN, COMMON, REFERENCES, MOST = "own", "common", "references", "most"
 """The parts of two adapters that are weighted per record.
 
-In order: the factors of the own adapter; those of the common adapter; the states (N, D) that records are compared with;
-the highest weight of the own adapter."""
+In order: the factors of the local adapter; those of the common adapter; the states (N, D) to compare records with;
+the highest weight of the local adapter."""
 
 
 def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -162,7 +162,7 @@ def as_factors(adapter: Adapter, scale: float) -> Adapter:
     """The adapter as factors alone. A change to base weights becomes additional ranks, as many as it can have.
 
     `scale` is the factor by which the model multiplies the product of the factors.
-    If the weights of two adapters depend on the record, the own one gets its highest weight.
+    If the weights of two adapters depend on the record, the local one gets its highest weight.
     A router is left out, so each of its two adapters counts half.
     """
     if MOST in adapter:

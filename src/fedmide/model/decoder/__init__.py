@@ -1,1 +1,1 @@
-"""The Llama-shaped decoder, written out by hand for speed."""
+"""The Llama-shaped decoder, written by hand for speed."""

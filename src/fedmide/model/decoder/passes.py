@@ -1,4 +1,4 @@
-"""The forward and backward pass of Llama-shaped decoders under LoRA, written out by hand.
+"""The forward and backward pass of Llama-shaped decoders under LoRA, written by hand.
 
 With transformers' modules, most of a training step on a CPU is not spent on matrix products.
 It is spent on attention's backward pass, casts and small kernels.
