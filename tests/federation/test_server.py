@@ -161,11 +161,11 @@ HIGHER_RANK = {"x.lora_A.weight": np.ones((4, 3), np.float32), "x.lora_B.weight"
         ({"federation": "other"}, "of 'other'"),
         ({"client": "z"}, "no client 'z'"),
         ({"client": "a"}, "answers for another client, or twice"),
-        ({"adapter": None}, "3 records do not go with no adapter"),
-        ({"num_records": 0}, "0 records do not go with an adapter"),
-        ({"num_records": -3}, "-3 is no number of records"),
-        ({"num_records": MAX_RECORDS + 1}, "is no number of records"),
-        ({"num_records": 10**400}, "is no number of records"),
+        ({"adapter": None}, "3 records, but no adapter"),
+        ({"num_records": 0}, "0 records, but an adapter"),
+        ({"num_records": -3}, "-3 is not a valid number of records"),
+        ({"num_records": MAX_RECORDS + 1}, "is not a valid number of records"),
+        ({"num_records": 10**400}, "is not a valid number of records"),
     ],
 )
 def test_a_reply_that_can_not_be_trusted_is_refused_and_the_others_count(

@@ -109,7 +109,7 @@ def encode_trouble(trouble: Trouble) -> bytes:
 
 
 def decode_request(data: bytes) -> Hello | ClientTask:
-    """What the server asks in a frame; raises `MessageError`."""
+    """The server's request in a frame; raises `MessageError`."""
     text, payload = _unframe(data)
     if _kind(text) != "hello":
         return decode_task(data)
@@ -119,7 +119,7 @@ def decode_request(data: bytes) -> Hello | ClientTask:
 
 
 def decode_answer(data: bytes) -> SiteAnswer:
-    """What a site answers in a frame; raises `MessageError`."""
+    """A site's answer in a frame; raises `MessageError`."""
     text, payload = _unframe(data)
     kind = _kind(text)
     if kind == "facts":
@@ -144,7 +144,7 @@ def split_frame(data: bytes) -> tuple[bytes, bytes]:
 
 
 def _kind(text: bytes) -> str:
-    """Which kind of frame a header says it is; it need not be one."""
+    """The kind of frame that a header names, which need not exist; empty if it names none."""
     try:
         return str(json.loads(text).get("kind"))
     except (ValueError, AttributeError, RecursionError):
@@ -153,16 +153,16 @@ def _kind(text: bytes) -> str:
 
 def _check_end(payload: bytes) -> None:
     if payload:
-        raise MessageError("a message goes on after its end")
+        raise MessageError("a message has bytes after its end")
 
 
 def encode_task(task: ClientTask) -> bytes:
-    """The task's frame; raises `MessageError` where it names something too long to be read again."""
+    """The task's frame; raises `MessageError` if a name in it is too long to be read again."""
     return next(encode_tasks([task]))
 
 
 def encode_tasks(tasks: Iterable[ClientTask]) -> Iterator[bytes]:
-    """The tasks' frames; an adapter that follows itself, as where all clients get one, is encoded once."""
+    """The tasks' frames. The same adapter in successive tasks is encoded once, as when all clients get one adapter."""
     adapter, payload = None, b""
     for task in tasks:
         header = _checked(
@@ -194,7 +194,7 @@ def decode_task(data: bytes) -> ClientTask:
 
 
 def encode_reply(reply: ClientReply) -> bytes:
-    """The reply's frame; raises `MessageError` where a metric is not finite."""
+    """The reply's frame; raises `MessageError` if a metric is not finite."""
     header = _checked(
         _ReplyHeader,
         kind="reply",
@@ -209,7 +209,7 @@ def encode_reply(reply: ClientReply) -> bytes:
 
 
 def decode_reply(data: bytes) -> ClientReply:
-    """The reply in a frame; raises `MessageError`. What it says is not checked here, see `server.refusal`."""
+    """The reply in a frame; raises `MessageError`. Its content is not checked here, see `server.refusal`."""
     text, payload = _unframe(data)
     header = _validated(_ReplyHeader, text)
     if not header.has_adapter:
@@ -263,7 +263,7 @@ _FIELDS = frozenset({*(name for header in _HEADERS for name in header.model_fiel
 
 
 def _first(error: ValidationError) -> str:
-    """In which field the first problem is and what it is; nothing that the sender chose is repeated."""
+    """The field of the first problem, and the problem; nothing that the sender chose is repeated."""
     details = error.errors(include_input=False, include_url=False)[0]
     known = [str(part) for part in details["loc"] if part in _FIELDS]
     return f"{'.'.join(known) or 'a field'}: {details['msg']}"

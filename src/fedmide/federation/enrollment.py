@@ -1,6 +1,6 @@
-"""Who is shared, who is personal, and why: scores and a rule in, verdicts out.
+"""Verdicts on records, shared or personal, with their reasons: computed from scores and a rule.
 
-Everything is joined by record id. Verdicts are given for every record asked about, so nothing can get lost.
+Everything is joined by record id. Every record asked about gets a verdict, so none can get lost.
 """
 
 import math
@@ -22,17 +22,17 @@ SetName = Literal["shared", "personal"]
 
 Reason = Literal[
     "below-threshold",  # its score is below the threshold: shared, or enrolled
-    "at-or-above-threshold",  # its score is not: personal
-    "no-threshold",  # a warning: the rule could part nothing, everything is shared
-    "ablation",  # it was not the score that decided, but `enrollment.split` or `enrollment.choice`
-    "not-finite",  # its score is no number: personal, and counted
-    "own-nll",  # no verdict: what the site's own model made of the record after training
+    "at-or-above-threshold",  # its score is at the threshold or above it: personal
+    "no-threshold",  # a warning: the rule found no threshold, everything is shared
+    "ablation",  # not decided by the score, but by `enrollment.split` or `enrollment.choice`
+    "not-finite",  # its score is not a finite number: personal, and counted
+    "own-nll",  # no verdict: the record's NLL under the site's local adapter after training
 ]
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Where a record belongs, why, and the threshold that its score was compared with."""
+    """The set of a record, the reason, and the threshold that its score was compared with."""
 
     set: SetName
     reason: Reason
@@ -40,10 +40,10 @@ class Verdict:
 
 
 def score(nll_aggregated: float, nll_local: float) -> float:
-    """Ratio of perplexities, aggregated over local: above 1 the site's own model explains the record better.
+    """Ratio of perplexities, common adapter over local adapter: above 1 the local adapter predicts the record better.
 
-    Computed in log space, so that huge perplexities do not overflow before they are divided. NaN where either NLL is
-    not finite, and where the ratio itself is too large for a float.
+    Computed in log space, so huge perplexities do not overflow before they are divided. NaN if either NLL is not
+    finite, or if the ratio itself is too large for a float.
 
     >>> round(score(math.log(12.0), math.log(10.0)), 12)
     1.2
@@ -58,9 +58,9 @@ def score(nll_aggregated: float, nll_local: float) -> float:
 
 
 def relative_gap(nll_aggregated: float, nll_local: float) -> float:
-    """What part of the aggregated adapter's NLL the local one saves: above 0 the site's own explains the record better.
+    """The part of the common adapter's NLL that the local one saves: above 0 it predicts the record better.
 
-    NaN where either NLL is not finite, or the aggregated one is 0.
+    NaN if either NLL is not finite, or if the common adapter's is 0.
 
     >>> relative_gap(2.0, 1.5)
     0.25
@@ -73,14 +73,15 @@ def relative_gap(nll_aggregated: float, nll_local: float) -> float:
 SCORES: Mapping[ScoreKind, Callable[[float, float], float]] = MappingProxyType(
     {"ratio": score, "relative-gap": relative_gap}
 )
-"""The scores by their names in the configuration, of the aggregated NLL and the local one."""
+"""The scores by their names in the configuration, as functions of the NLL under the common and the local adapter."""
 
 
 def split(scores: Mapping[RecordId, float], rule: ThresholdRule, kind: ScoreKind = "ratio") -> dict[RecordId, Verdict]:
     """The verdict on every record after the warm-up: score < threshold is shared, else personal.
 
-    The threshold is the rule's over the finite scores; "natural" knows it from the kind of score. Where it gives none,
-    everything is shared, with the warning "no-threshold"; else a score that is not finite makes its record personal.
+    The rule computes the threshold from the finite scores; for "natural" the kind of score gives it. Without a
+    threshold everything is shared, with the warning "no-threshold". With one, a score that is not finite makes its
+    record personal.
     """
     finite = [value for value in scores.values() if math.isfinite(value)]
     threshold = NATURAL[kind] if rule == "natural" else RULES[rule](finite)
@@ -90,7 +91,7 @@ def split(scores: Mapping[RecordId, float], rule: ThresholdRule, kind: ScoreKind
 
 
 LENGTH_GROUPS = 10
-"""Records are of like length where they are in one tenth of a client's records by length."""
+"""Number of groups of similar length: each is one tenth of a client's records, in order of length."""
 
 
 def rearranged(
@@ -100,10 +101,10 @@ def rearranged(
     how: SplitRule,
     draw: np.random.Generator,
 ) -> dict[RecordId, Verdict]:
-    """The verdicts of a split, or of a round's enrollment, with as many shared records, but others: an ablation.
+    """An ablation of a split or of a round's enrollment: the same number of shared records, but other ones.
 
-    A record without a threshold or with a score that is not finite keeps its verdict. The order of the records does
-    not show.
+    A record without a threshold, or with a score that is not finite, keeps its verdict. The result does not depend on
+    the order of the records.
     """
     movable = sorted(record for record, verdict in verdicts.items() if verdict.reason in _BY_SCORE)
     count = sum(verdicts[record].set == "shared" for record in movable)
@@ -148,10 +149,10 @@ def enroll(scores: Mapping[RecordId, float], threshold: float) -> dict[RecordId,
 
 
 def weight(value: float | None, threshold: float | None, kind: ScoreKind, softness: float) -> float:
-    """What a record's loss weighs in the common training, by its last score: 1 / (1 + exp(d / softness)).
+    """The weight of a record's loss in the common training, by its last score: 1 / (1 + exp(d / softness)).
 
-    d is how far the score lies above the threshold that it was compared with, a ratio's in its logarithm. 1 where there
-    was no threshold, 0 where there was no score.
+    d is the score minus the threshold that it was compared with; for a ratio, the difference of their logarithms. The
+    weight is 1 without a threshold, and 0 without a score.
 
     >>> weight(1.0, 1.0, "ratio", 0.1), weight(0.25, 0.0, "relative-gap", 0.25)
     (0.5, 0.2689414213699951)

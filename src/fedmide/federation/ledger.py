@@ -1,7 +1,8 @@
 """A client's append-only account of every score and every move; the sets are derived from it and from nothing else.
 
 It stays on the site. An entry belongs to a round; warm-up rounds are numbered -W .. -1, federated ones 0 .. T-1. To
-handle a round again, the entries from that round on are left out and made anew: handling a round is idempotent.
+handle a round again, the site drops the entries from that round on and writes them again. So handling a round is
+idempotent.
 """
 
 import json
@@ -23,10 +24,10 @@ from fedmide.model.interface import Nll
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One score, with the verdict it led to; or, with reason "own-nll", one measurement under the own adapter.
+    """One score with its verdict; or, with reason "own-nll", one NLL measured under the local adapter.
 
     NLLs are nats per token over `num_tokens` predicted tokens. `local_round` is the round in which `nll_local` was
-    measured: `round - local_round` is its age. A number that was not finite is None, null in JSON.
+    measured, so `round - local_round` is its age. A number that was not finite is None, null in JSON.
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
@@ -45,7 +46,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A record's NLL under the client's own adapter (NaN where it was not finite) and the round it was measured in."""
+    """A record's NLL under the local adapter (NaN if it was not finite), and the round of the measurement."""
 
     nll: float
     num_tokens: int
@@ -54,13 +55,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Standing:
-    """What follows from a ledger: each training record's set, its last own NLL, and whether the split is done."""
+    """The state that follows from a ledger: each training record's set, and its last NLL under the local adapter.
+
+    `is_split`: the split by score is done.
+    """
 
     sets: Mapping[RecordId, SetName]
     own: Mapping[RecordId, Measured] = field(default_factory=dict)
     is_split: bool = False
     judged: Mapping[RecordId, Entry] = field(default_factory=dict)
-    """The last verdict on each record that has any."""
+    """The last verdict on each record that has one."""
 
     @property
     def shared(self) -> Sequence[RecordId]:
@@ -69,7 +73,7 @@ class Standing:
 
     @property
     def personal(self) -> Sequence[RecordId]:
-        """Records kept back."""
+        """Records held back."""
         return members(self.sets, "personal")
 
 
@@ -102,7 +106,7 @@ def before(ledger: Ledger, round_number: int) -> Ledger:
 
 
 def measurements(round_number: int, values: Mapping[RecordId, Nll], sets: Mapping[RecordId, SetName]) -> Ledger:
-    """Entries that store what the client's own adapter makes of its records."""
+    """Entries that store the NLLs of records under the client's local adapter."""
     return tuple(
         Entry(
             round=round_number,
@@ -134,7 +138,7 @@ def verdicts(
     values: Mapping[RecordId, float],
     judged: Mapping[RecordId, Verdict],
 ) -> Ledger:
-    """Entries that say how each record was judged, by which score."""
+    """Entries that store the verdict on each record, and its score."""
     return tuple(
         Entry(
             round=round_number,
@@ -159,7 +163,7 @@ def to_lines(ledger: Iterable[Entry]) -> str:
 
 
 def from_lines(text: str, where: str) -> Ledger:
-    """The entries that `to_lines` wrote; raises `RunFolderError` with the line that is not one."""
+    """The entries that `to_lines` wrote; raises `RunFolderError` with the first line that is not one."""
     entries = []
     for number, line in enumerate(lines_of(text), 1):
         try:

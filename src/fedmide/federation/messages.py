@@ -1,4 +1,4 @@
-"""All that may cross the wire: a task to a client, a reply from it, and their bytes.
+"""All that may cross the wire: a task to a client and its reply, the greeting before them, and trouble.
 
 Privacy by type: no field of a reply can hold a text, a record id or a per-record score. Its numbers are sums over
 records, under names from a closed list. A frame is a magic word, a JSON header of bounded length and the adapter as
@@ -12,41 +12,41 @@ from typing import Literal, TypeAlias
 from fedmide.model.interface import Adapter
 
 MAX_RECORDS = 2**29 - 1
-"""A float32 times so many is exact in float64; see `aggregation`."""
+"""A float32 times this number is exact in float64; see `aggregation`."""
 
 
 MetricName = Literal[
     "loss",  # training loss: nats over trained tokens, count of those
-    "validation_loss",  # the same on the validation records, at the epoch that was kept
+    "validation_loss",  # the same on the validation records, at the kept epoch
     "shared",  # records in the shared set
     "personal",  # records in the personal set
     "enrolled",  # records that moved in this round
-    "not_finite",  # records whose score was no number
+    "not_finite",  # records whose score was not a finite number
     "warnings",  # verdicts given without a threshold
-    "steps",  # optimiser steps
-    "epoch",  # the personalisation epoch that was kept
-    "beta",  # how much of that tuning was kept, where there was a choice
+    "steps",  # optimizer steps
+    "epoch",  # the epoch of the tuning that was kept
+    "beta",  # the share of that tuning that was kept, if there was a choice
     "trained_tokens",  # tokens that the loss counted
-    "scored_tokens",  # tokens whose likelihood was computed
+    "scored_tokens",  # tokens whose NLL was computed
 ]
 
 
 TroubleCode = Literal[
-    "federation",  # it is no member of this federation: other code, model, prompt or settings
+    "federation",  # it is not a member of this federation: other code, model, prompt or settings
     "message",  # the task can't be read
     "round",  # it has already done a later round
     "ledger",  # its ledger can't be read or does not fit its records
     "disk",  # what it must keep can't be written
     "site",  # its records, model or configuration can't be used
-    "worker",  # nothing that works on tasks is running there
+    "worker",  # no process there works on tasks
     "failed",  # anything else
 ]
-"""Why a site does not answer, which is all that it says: the details are in its own log."""
+"""The reason why a site does not answer, and all that it sends: the details are in its own log."""
 
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A figure that adds up over clients: a sum over so many things."""
+    """A figure that adds up over clients: a sum over `count` things."""
 
     sum: float
     count: int = 1
@@ -54,10 +54,10 @@ class Metric:
 
 @dataclass(frozen=True)
 class ClientTask:
-    """What the server asks of a client in a round.
+    """The server's request to a client in a round.
 
-    `round`: -W .. -1 warm-up, 0 .. T-1 federated, T personalisation. `restart`: train from the fresh adapter that the
-    configuration's seed gives, not from `adapter` (which is then only scored with). `train` false: score only.
+    `round`: -W .. -1 warm-up, 0 .. T-1 federated, T personalization. `restart`: train from the fresh adapter that the
+    configuration's seed gives; `adapter` is then used for scoring only. `train` false: score only.
     """
 
     federation: str
@@ -70,7 +70,7 @@ class ClientTask:
 
 @dataclass(frozen=True)
 class ClientReply:
-    """What a client answers: its adapter, how many records trained it, and sums.
+    """A client's reply: its adapter, the number of records that trained it, and sums.
 
     No adapter and 0 records: the client did not train for the common model in this round.
     """
@@ -85,7 +85,7 @@ class ClientReply:
 
 @dataclass(frozen=True)
 class Hello:
-    """What the server asks of a site before anything else: who it is, and where it stands before a round."""
+    """The server's first request to a site: to identify itself, and to report its state before a round."""
 
     federation: str
     round: int
@@ -93,9 +93,10 @@ class Hello:
 
 @dataclass(frozen=True)
 class Facts:
-    """What a site says of itself: versions and hashes that must agree, and how large its two sets are.
+    """A site's report on itself: versions and hashes that must agree, and the sizes of its two sets.
 
-    `federation` is its own hash of all that must agree, `knobs` are the settings among that. -1, -1: it has no ledger.
+    `federation` is the site's own hash of all that must agree; `knobs` are the settings among that. Sizes of -1: the
+    site has no ledger.
     """
 
     federation: str
@@ -110,11 +111,11 @@ class Facts:
 
 @dataclass(frozen=True)
 class Trouble:
-    """Why a site does not answer."""
+    """The reason why a site does not answer."""
 
     client: str
     code: TroubleCode
 
 
 SiteAnswer: TypeAlias = ClientReply | Facts | Trouble
-"""What may come back from a site."""
+"""All that may come back from a site."""

@@ -8,15 +8,15 @@ from fedmide.federation.messages import ClientTask
 from fedmide.federation.server import Delivery, RoundSummary, ServerState, apply, plan
 
 Runtime: TypeAlias = Callable[[Sequence[ClientTask]], Iterator[Delivery]]
-"""Brings tasks to clients and their replies back: in process, over a network, or a list in a test."""
+"""Brings tasks to clients, and their replies back: in process, over a network, or from a list in a test."""
 
 
 Commit: TypeAlias = Callable[[ServerState, RoundSummary], None]
-"""Makes a round last: after it returns, the round is never run again."""
+"""Makes a round permanent: after it returns, the round is never run again."""
 
 
 def run(state: ServerState, config: Config, runtime: Runtime, commit: Commit) -> ServerState:
-    """The state after the last federated round, from wherever the given state stands."""
+    """The state after the last federated round; begins with the round of the given state."""
     while state.round < config.federation.rounds:
         state, summary = apply(state, runtime(plan(state, config)), config)
         commit(state, summary)

@@ -1,7 +1,7 @@
-"""The server: who does what in a round, and what becomes of the replies. Pure; it knows no transport and no model.
+"""The server: the tasks of a round, and the state after its replies. Pure; it knows no transport and no model.
 
-It trusts no reply: one with other keys, shapes, types or a value that is not finite is refused with its reason, and
-the round goes on without that client.
+It trusts no reply. A reply with other keys, shapes or types, or with a value that is not finite, is refused with the
+reason. The round continues without that client.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,9 +22,9 @@ Stage = Literal["warmup", "train", "personalize"]
 
 @dataclass(frozen=True)
 class ServerState:
-    """The federation between two rounds: `round` is the one to come, `adapter` the aggregated one it starts from.
+    """The federation between two rounds: `round` is the next one, `adapter` the common adapter that it starts from.
 
-    `memory` is what else the method keeps on the server.
+    `memory` are the other arrays that the method keeps on the server.
     """
 
     federation: str
@@ -41,7 +41,7 @@ class ServerState:
 
 @dataclass(frozen=True)
 class Delivery:
-    """What a runtime brings back for one task: a reply or the reason why there is none, and what it cost."""
+    """The result of a runtime for one task: a reply or the reason why there is none, and the cost."""
 
     client: str
     reply: ClientReply | None
@@ -55,7 +55,7 @@ class Delivery:
 class ClientRow:
     """One client's part in a round. `refused` is the reason why its reply did not count, empty if it did.
 
-    `clipped_from` is the length of its update where that was shortened, else 0.
+    `clipped_from` is the length of its update if that was shortened, else 0.
     """
 
     client: str
@@ -70,7 +70,7 @@ class ClientRow:
 
 @dataclass(frozen=True)
 class RoundSummary:
-    """A round in figures. `aggregated` false: nobody trained, the adapter stays as it was."""
+    """A round in figures. `aggregated` false: no reply with training counted, so the adapter stays as it was."""
 
     round: int
     stage: Stage
@@ -79,7 +79,7 @@ class RoundSummary:
 
 
 def begin(federation: str, clients: Iterable[str], adapter: Adapter, config: Config) -> ServerState:
-    """The state before the first round, out of a fresh adapter."""
+    """The state before the first round, from a fresh adapter."""
     common = methods.of(config).begin(adapter, tuple(clients), config)
     state = ServerState(federation, common.clients, -config.warmup.rounds, common.adapter, common.memory)
     if config.replies.max_update_norm:
@@ -88,14 +88,14 @@ def begin(federation: str, clients: Iterable[str], adapter: Adapter, config: Con
 
 
 def stage_of(round_number: int, config: Config) -> Stage:
-    """Which stage a round belongs to."""
+    """The stage that a round belongs to."""
     if round_number < 0:
         return "warmup"
     return "train" if round_number < config.federation.rounds else "personalize"
 
 
 def plan(state: ServerState, config: Config) -> tuple[ClientTask, ...]:
-    """The tasks of the round to come, in client order."""
+    """The tasks of the next round, in client order."""
     down, restart = methods.of(config).down, _restarts(state.round, config)
     return tuple(
         ClientTask(state.federation, client, state.round, down(state.common, client, config), restart, trains)
@@ -104,10 +104,10 @@ def plan(state: ServerState, config: Config) -> tuple[ClientTask, ...]:
 
 
 def asked(state: ServerState, config: Config) -> dict[str, bool]:
-    """Whom the round to come asks, in client order, and whether to train or only to score.
+    """The clients that the next round asks, in client order: true if a client is to train, false if only to score.
 
-    Warm-up and personalisation are for everyone. So is round 0 after a warm-up, since it brings the adapter that the
-    split is made with; those who are not drawn for it only score.
+    All clients take part in warm-up and personalization, and in round 0 after a warm-up. That round brings the adapter
+    for the split; clients that are not drawn for it only score.
     """
     drawn = _participants(state, config) if stage_of(state.round, config) == "train" else frozenset(state.clients)
     everyone = _follows_warmup(state.round, config)
@@ -115,7 +115,7 @@ def asked(state: ServerState, config: Config) -> dict[str, bool]:
 
 
 def apply(state: ServerState, deliveries: Iterable[Delivery], config: Config) -> tuple[ServerState, RoundSummary]:
-    """The state after the round: replies are checked and folded as they come."""
+    """The state after the round; replies are checked and folded in as they arrive."""
     rows: list[ClientRow] = []
     combined = methods.of(config).combine(state.common, _accepted(state, deliveries, rows, config), config)
     summary = RoundSummary(state.round, stage_of(state.round, config), combined is not None, tuple(rows))
@@ -124,15 +124,15 @@ def apply(state: ServerState, deliveries: Iterable[Delivery], config: Config) ->
 
 
 def refusal(reply: ClientReply, state: ServerState, config: Config) -> str:
-    """Why a reply must not count; empty if it may."""
+    """The reason why a reply must not count; empty if it may."""
     if (reply.federation, reply.round) != (state.federation, state.round):
         return f"it answers round {reply.round} of {reply.federation!r}"
     if reply.client not in state.clients:
         return f"there is no client {reply.client!r}"
     if not 0 <= reply.num_records <= MAX_RECORDS:
-        return f"{reply.num_records} is no number of records"
+        return f"{reply.num_records} is not a valid number of records"
     if (reply.adapter is None) != (reply.num_records == 0):
-        return f"{reply.num_records} records do not go with {'no' if reply.adapter is None else 'an'} adapter"
+        return f"{reply.num_records} records, but {'no' if reply.adapter is None else 'an'} adapter"
     if reply.adapter is None:
         return ""
     expected = methods.of(config).up(state.common, reply.client, config)
@@ -142,7 +142,7 @@ def refusal(reply: ClientReply, state: ServerState, config: Config) -> str:
 def _accepted(
     state: ServerState, deliveries: Iterable[Delivery], rows: list[ClientRow], config: Config
 ) -> Iterator[Answer]:
-    """The answers that count; every delivery leaves a row."""
+    """The answers that count; every delivery adds one row to `rows`."""
     trains, answered = asked(state, config), set[str]()
     for delivery in deliveries:
         reply = delivery.reply
@@ -167,7 +167,7 @@ def _accepted(
 
 
 def _bounded(reply: ClientReply, state: ServerState, config: Config) -> tuple[Adapter | None, float]:
-    """The reply's arrays with an update as long as is allowed at most, and its length where it was longer; else 0."""
+    """The reply's arrays, with the update cut to the longest allowed, and its length before if it was cut, else 0."""
     most = config.replies.max_update_norm
     if reply.adapter is None or not most:
         return reply.adapter, 0.0
@@ -177,7 +177,7 @@ def _bounded(reply: ClientReply, state: ServerState, config: Config) -> tuple[Ad
 
 
 def _start(client: str, state: ServerState, config: Config) -> Adapter:
-    """What a client's update of this round is measured from, by the names of what it sends."""
+    """The arrays that a client's update of this round is measured from, by the names of the arrays it sends."""
     if _restarts(state.round, config):
         return adapters.fresh(adapters.shapes(state.adapter), config.seed)
     method = methods.of(config)
@@ -185,14 +185,14 @@ def _start(client: str, state: ServerState, config: Config) -> Adapter:
 
 
 def _check_measurable(state: ServerState, config: Config) -> None:
-    """Refuses a limit to updates that have no length, since the method does not say what they are measured from."""
+    """Refuses a limit on updates if the method does not say what they are measured from: they have no length then."""
     for client in state.clients:
         start, up = _start(client, state, config), methods.of(config).up(state.common, client, config)
         if unknown := [name for name, shape in up.items() if name not in start or start[name].shape != shape]:
             raise ConfigError(
                 f"replies.max_update_norm: method {config.method!r} does not say what an update of {unknown[0]!r} is "
                 "measured from",
-                "Set it to 0, or give the method's `measured_from`",
+                "Set it to 0, or define the method's `measured_from`",
             )
 
 
@@ -211,17 +211,17 @@ def _row(delivery: Delivery, refused: str, too_long: float) -> ClientRow:
 
 
 def _follows_warmup(round_number: int, config: Config) -> bool:
-    """Whether a round is the first federated one after a warm-up."""
+    """True if a round is the first federated one after a warm-up."""
     return round_number == 0 and config.warmup.rounds > 0 and config.federation.rounds > 0
 
 
 def _restarts(round_number: int, config: Config) -> bool:
-    """Whether a round's training begins with a fresh adapter, whatever the aggregated one is."""
+    """True if a round's training begins with a fresh adapter instead of the common one."""
     return _follows_warmup(round_number, config) and config.warmup.reset
 
 
 def _participants(state: ServerState, config: Config) -> frozenset[str]:
-    """The clients that train in this round, drawn anew in each: those with the lowest draws of their own streams."""
+    """The clients that train in this round, drawn in each round: those with the lowest draws of their own streams."""
     number = max(1, round(config.federation.participation * len(state.clients)))
     draws = {name: stream(config.seed, "participation", state.round, name).random() for name in state.clients}
     return frozenset(sorted(draws, key=draws.__getitem__)[:number])

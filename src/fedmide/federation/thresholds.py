@@ -1,7 +1,7 @@
-"""Thresholds that part a set of scores in two: Otsu's, of the scores or of their logarithms, and quantiles.
+"""Thresholds that split a set of scores in two: Otsu's, of the scores or of their logarithms, and quantiles.
 
-Each rule gives None where it can't part anything: fewer than two scores, all equal, or one that is not finite; the
-rule of 256 bins also where the scores lie so close that a float64 can't tell its bins apart.
+Each rule gives None if it can't split the scores: fewer than two, all equal, or one that is not finite. The rule of 256
+bins also gives None if the scores are so close that their bins have the same float64 edges.
 
 Reference: N. Otsu, A threshold selection method from gray-level histograms, IEEE Trans. SMC 9(1), 1979.
 """
@@ -19,12 +19,14 @@ NUM_BINS = 256
 
 
 def otsu_256(scores: ArrayLike) -> float | None:
-    """Otsu's threshold as the published method computes it: left edge of the best of 256 bins.
+    """Otsu's threshold as the published method computes it: the left edge of the best of 256 bins.
 
-    Probabilities and their sums are float32 and class means are of the bins' left edges, as published: all bins of a
-    gap are equally good but for rounding, so float64 would split some sets elsewhere. The left edge can be the lowest
-    score itself (where the best cut lies within the first bin); then no record is below it. Float32 sums can end just
-    below 1, so scores that all lie within some 1e-4 of each other are not parted sensibly; `otsu_exact` has neither.
+    As published, probabilities and their sums are float32, and class means are of the bins' left edges. All bins of a
+    gap are equally good except for rounding, so float64 would split some sets elsewhere.
+
+    Two weaknesses follow, and `otsu_exact` has neither. The left edge can be the lowest score itself, if the best cut
+    lies within the first bin; then no record is below it. Float32 sums can end just below 1, so scores that all lie
+    within about 1e-4 of each other are not split sensibly.
 
     >>> otsu_256([0.0, 0.1, 1.0, 1.2])
     0.0984375
@@ -50,7 +52,7 @@ def otsu_256(scores: ArrayLike) -> float | None:
 
 
 def otsu_exact(scores: ArrayLike) -> float | None:
-    """The middle of the cut of the sorted scores that maximises the variance between the two classes.
+    """The middle of the cut of the sorted scores that maximizes the variance between the two classes.
 
     >>> otsu_exact([0.0, 0.0, 1.0, 1.0])
     0.5
@@ -64,16 +66,16 @@ def otsu_exact(scores: ArrayLike) -> float | None:
     mean_below = sums[:-1] / num_below
     mean_above = (sums[-1] - sums[:-1]) / (len(ordered) - num_below)
     between = num_below * (len(ordered) - num_below) * (mean_below - mean_above) ** 2
-    between[ordered[1:] == ordered[:-1]] = -np.inf  # equal scores can't be parted
+    between[ordered[1:] == ordered[:-1]] = -np.inf  # equal scores can't be split
     cut = int(np.argmax(between))
-    lowest_above = np.nextafter(ordered[cut], ordered[cut + 1])  # the middle of two neighbours is one of them
+    lowest_above = np.nextafter(ordered[cut], ordered[cut + 1])  # the middle of two adjacent floats is one of them
     return float(max(lowest_above, ordered[cut] + (ordered[cut + 1] - ordered[cut]) / 2))
 
 
 def otsu_log(scores: ArrayLike) -> float | None:
-    """Otsu's exact threshold of the scores' logarithms, as a score: a long right tail does not drag it up.
+    """Otsu's exact threshold of the scores' logarithms, as a score: a long right tail does not pull it up.
 
-    None also where a score is not positive.
+    None also if a score is not positive.
 
     >>> round(otsu_log([0.01, 0.01, 1.0, 1.0]), 9)
     0.1
@@ -85,12 +87,12 @@ def otsu_log(scores: ArrayLike) -> float | None:
     cut = otsu_exact(logs)
     if cut is None:
         return None
-    lowest_above = np.nextafter(values[logs < cut].max(), np.inf)  # exp may round to the other side of a neighbour
+    lowest_above = np.nextafter(values[logs < cut].max(), np.inf)  # exp may round past the next score
     return float(np.clip(np.exp(cut), lowest_above, values[logs >= cut].min()))
 
 
 def quantile(part: float, scores: ArrayLike) -> float | None:
-    """So that about this part of the records is shared, whatever their scores.
+    """The threshold that makes about this part of the records shared, whatever their scores.
 
     >>> quantile(0.5, [3.0, 1.0, 2.0])
     2.0
@@ -110,7 +112,7 @@ RULES: Mapping[ThresholdRule, Callable[[ArrayLike], float | None]] = MappingProx
         "upper-quartile": partial(quantile, 0.75),
     }
 )
-"""The rules that look at the scores, by their names in the configuration."""
+"""The rules that use the scores, by their names in the configuration."""
 
 
 def _usable(scores: ArrayLike) -> NDArray[np.float64] | None:

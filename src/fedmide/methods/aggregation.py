@@ -15,8 +15,8 @@ def weighted_mean(adapters: Iterable[tuple[Adapter, int]]) -> Adapter | None:
     """The mean of the adapters weighted by their numbers of records; None if all weights are zero.
 
     Sums are float64: a float32 value times a record count is exact there. So equal adapters have exactly themselves as
-    mean, and the order of the replies shows in the float32 result only where large values cancel. The adapters must have
-    been checked before.
+    mean, and the order of the replies shows in the float32 result only where large values cancel. The adapters must
+    have been checked before.
     """
     sums: dict[str, NDArray[np.float64]] = {}
     total = 0

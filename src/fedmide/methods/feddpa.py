@@ -7,8 +7,9 @@
     last layer's state at the last token of the prompt, under L_k
 
 Yang et al. 2024, arXiv:2403.19211. In T, L_k begins as the client's G after its first round, which trains no L_k, as
-in the authors' code. In F, it begins as the last common G. w is clipped to 0 .. most. Two mixed adapters are one adapter
-of the summed rank, so the same passes serve. Dropout then draws one mask for both; two separate adapters would draw two.
+in the authors' code. In F, it begins as the last common G. w is clipped to 0 .. most. Two mixed adapters are one
+adapter of the summed rank, so the same passes serve. Dropout then draws one mask for both; two separate adapters would
+draw two.
 """
 
 from collections.abc import Sequence

@@ -1,7 +1,7 @@
-"""All clients in this process, one after the other, under one resident base model.
+"""All clients in this process, one after the other, on one resident base model.
 
-Every message is encoded and decoded with the codec of the wire, so bytes are counted and nothing is passed that could
-not have travelled.
+Every message is encoded and decoded with the codec of the wire. So its bytes are counted, and nothing passes that could
+not cross a network.
 """
 
 import time
@@ -18,7 +18,7 @@ from fedmide.model.interface import LocalModel
 
 @dataclass(frozen=True)
 class InProcess:
-    """A runtime: call it with tasks. `sites` is updated in place; `save` has each state before its reply."""
+    """A runtime: call it with tasks. `sites` is updated in place; `save` gets each state before its reply returns."""
 
     sites: MutableMapping[str, ClientState]
     model: LocalModel

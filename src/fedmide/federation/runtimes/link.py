@@ -1,7 +1,8 @@
 """Bytes between two processes on one machine, over a socket in a folder that only its user can enter.
 
-`Exchange` is what any transport does for the server: it knows who is there, brings each a frame and brings back what
-they answer. `Linked` is an exchange in another process, which `serve` there gives access to. Nothing is unpickled.
+`Exchange` is the interface of every transport for the server: it lists the connected nodes, sends each a frame and
+returns their answers. `Linked` is an exchange in another process; there, `serve` gives access to it. Nothing is
+unpickled.
 """
 
 import hashlib
@@ -29,7 +30,7 @@ class LinkLostError(FedMIDEError):
 
 @dataclass(frozen=True)
 class Answered:
-    """What came back from a node: a frame, or the reason why there is none."""
+    """The answer of a node: a frame, or the reason why there is none."""
 
     node: int
     frame: bytes
@@ -40,16 +41,16 @@ class Exchange(Protocol):
     """A transport, as the server sees it."""
 
     def nodes(self) -> list[int]:
-        """Who is there."""
+        """The connected nodes."""
 
     def ask(self, frames: Iterable[tuple[int, bytes]], seconds: float) -> Iterator[Answered]:
-        """The answers of the nodes to their frames, as they come, for at most so many seconds."""
+        """The answers of the nodes to their frames, as they arrive, for at most `seconds`."""
 
 
 def socket_path(folder: Path, name: str) -> Path:
-    """Where a folder's sockets are: their paths must be short, and only this user may enter.
+    """The path of a folder's socket, in a place that only this user can enter; the paths of sockets must be short.
 
-    Raises `RunFolderError` where somebody else has made that place.
+    Raises `RunFolderError` if others can enter that place, or own it.
     """
     digest = hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:16]
     private = Path(tempfile.gettempdir()) / f"fedmide-{os.getuid()}-{digest}"
@@ -62,7 +63,7 @@ def socket_path(folder: Path, name: str) -> Path:
 
 @contextmanager
 def listening(path: Path) -> Iterator[socket.socket]:
-    """A socket at a path, until the end."""
+    """A listening socket at a path, removed at the end."""
     path.unlink(missing_ok=True)
     with closing(socket.socket(socket.AF_UNIX)) as listener:
         listener.bind(str(path))
@@ -75,7 +76,7 @@ def listening(path: Path) -> Iterator[socket.socket]:
 
 
 def accepted(listener: socket.socket, still: Callable[[], bool]) -> Connection | None:
-    """The next that connects; None once it is no longer worth waiting."""
+    """The next connection; None once `still` returns false."""
     while still():
         with suppress(TimeoutError):
             other, _ = listener.accept()
@@ -85,7 +86,7 @@ def accepted(listener: socket.socket, still: Callable[[], bool]) -> Connection |
 
 
 def connected(path: Path, seconds: float = 0.0) -> Connection:
-    """A connection to who listens at a path, for whom it waits so long; raises `LinkLostError`."""
+    """A connection to the listener at a path; raises `LinkLostError` if none appears within `seconds`."""
     until = time.monotonic() + seconds
     while True:
         with closing(socket.socket(socket.AF_UNIX)) as own, suppress(FileNotFoundError, ConnectionRefusedError):
@@ -103,13 +104,13 @@ class Linked:
     connection: Connection
 
     def nodes(self) -> list[int]:
-        """Who is there."""
+        """The connected nodes."""
         with _lost():
             _send(self.connection, {"do": "nodes"})
             return list(_receive(self.connection)["nodes"])
 
     def ask(self, frames: Iterable[tuple[int, bytes]], seconds: float) -> Iterator[Answered]:
-        """The answers of the nodes to their frames, as they come, for at most so many seconds."""
+        """The answers of the nodes to their frames, as they arrive, for at most `seconds`."""
         with _lost():
             _send(self.connection, {"do": "ask", "seconds": seconds})
             for node, frame in frames:
@@ -120,7 +121,7 @@ class Linked:
 
 
 def serve(connection: Connection, exchange: Exchange) -> None:
-    """Gives the other end this exchange, until it goes."""
+    """Gives the other end access to this exchange, until the other end disconnects."""
     with suppress(EOFError, OSError):
         while True:
             request = _receive(connection)
@@ -150,7 +151,7 @@ def _receive(connection: Connection) -> dict[str, Any]:
 
 @contextmanager
 def _lost() -> Iterator[None]:
-    """Says that the link is lost where the other end is gone."""
+    """Raises `LinkLostError` if the other end is gone."""
     try:
         yield
     except (EOFError, OSError):

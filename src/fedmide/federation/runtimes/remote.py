@@ -1,8 +1,8 @@
-"""Sites in other processes or places: a runtime over any `Exchange`.
+"""Sites in other processes or on other machines: a runtime over any `Exchange`.
 
-A node is greeted before it gets a task: its version, model, prompt and settings must be the server's, and its ledger
-the one that the server knows of; otherwise it is refused with the reason. One message goes each way per client and
-round. Replies are passed on in the tasks' order where they come close enough together, so that sums repeat to the bit.
+A node is greeted before it gets a task. Its version, model, prompt and settings must be the server's, and its ledger
+must be the one that the server knows. Otherwise it is refused with the reason. One message travels each way per client
+and round. Replies that arrive close enough together are returned in the tasks' order, so that sums repeat to the bit.
 """
 
 import time
@@ -17,14 +17,14 @@ from fedmide.federation.runtimes.link import Answered, Exchange, LinkLostError
 from fedmide.federation.server import Delivery
 
 _EARLY_BYTES = 2**30
-"""How much may wait for an earlier task's reply."""
+"""The most bytes of replies that wait for an earlier task's reply."""
 
 
 _LOOK_SECONDS = 1.0
 
 
 _MAX_LOST = 5
-"""How often in a row the way to the sites may be lost within one round."""
+"""Losses of the connection to the sites after which a round asks no more."""
 
 
 REASONS: Mapping[TroubleCode, str] = {
@@ -41,11 +41,11 @@ REASONS: Mapping[TroubleCode, str] = {
 
 @dataclass
 class Remote:
-    """A runtime: call it with tasks. Whatever goes wrong with a site becomes the reason in its delivery.
+    """A runtime: call it with tasks. Every problem with a site becomes the reason in its delivery.
 
-    `connect` opens a way to the sites, anew where one was lost. `own` are the server's facts; `set_sizes` says how many
-    shared and personal records a site has told of, where it has. `bound` are the sites that nodes are known to be by
-    their keys; without it a node is who it says.
+    `connect` opens a connection to the sites, again if it was lost. `own` are the server's facts. `set_sizes` gives the
+    numbers of shared and personal records that sites have reported. `bound` maps nodes to sites by their keys; without
+    it, the name that a node gives is trusted.
     """
 
     connect: Callable[[], Exchange]
@@ -55,18 +55,18 @@ class Remote:
     tell: Callable[[str], None]
     bound: Mapping[int, str] | None = None
     needed: float = 1.0
-    """Part of the asked sites that must be there for a round to begin before its deadline."""
+    """Share of the asked sites that must be connected for a round to begin before its deadline."""
     _exchange: Exchange | None = None
     _node_of: dict[str, int] = field(default_factory=dict)
     _refused: dict[int, str] = field(default_factory=dict)
     _met: bool = False
 
     def __call__(self, tasks: Sequence[ClientTask]) -> Iterator[Delivery]:
-        """The replies, in the tasks' order as far as that needs no long store."""
+        """The replies, in the tasks' order as long as early ones take little memory."""
         open_tasks = {task.client: task for task in tasks}
         ordered = _InOrder([task.client for task in tasks])
         num_lost = 0
-        while open_tasks and num_lost < _MAX_LOST:  # without a task, or with every one answered, nobody is to be asked
+        while open_tasks and num_lost < _MAX_LOST:  # no open task: no site is asked
             try:
                 for delivery in self._ask(open_tasks):
                     del open_tasks[delivery.client]
@@ -103,7 +103,7 @@ class Remote:
             yield _delivery(client, answer, sizes[client], seconds)
 
     def _gather(self, exchange: Exchange, tasks: Mapping[str, ClientTask]) -> None:
-        """Meets who is there; before the first round waits for all, later for as many as are needed."""
+        """Greets the connected nodes; waits for all sites before the first round, later for the needed share."""
         until = time.monotonic() + self.deadline_seconds
         round_number = next(iter(tasks.values())).round
         told = False
@@ -120,7 +120,7 @@ class Remote:
         self._met = True
 
     def _meet(self, exchange: Exchange, round_number: int) -> None:
-        """Greets nodes that are new, and forgets those that are gone."""
+        """Greets new nodes, and forgets those that are gone."""
         there = exchange.nodes()
         self._node_of = {name: node for name, node in self._node_of.items() if node in there}
         self._refused = {node: reason for node, reason in self._refused.items() if node in there}
@@ -136,19 +136,19 @@ class Remote:
                 self._node_of[name] = answer.node
 
     def _judged(self, answer: Answered, set_sizes: Mapping[str, tuple[int, int]]) -> tuple[str, list[str]]:
-        """Which site a node is, and why it can't take part."""
+        """The site that a node is, and the reasons why it can't take part."""
         known = "" if self.bound is None else self.bound.get(answer.node, "")
         facts = _decoded(answer)
         if not isinstance(facts, Facts):
             return known, [facts if isinstance(facts, str) else "it does not say who it is"]
         if self.bound is not None and facts.client != known:
-            return known, [f"its key is that of {known or 'no site'}, and it says that it is another"]
+            return known, [f"its key belongs to {known or 'no site'}, but it says that it is another"]
         if facts.client in self._node_of:
-            return facts.client, ["another node is that site already"]
+            return facts.client, ["another node is already connected as this site"]
         return facts.client, list(differences(self.own, facts, set_sizes.get(facts.client)))
 
     def _absence(self, client: str) -> str:
-        """Why a site was not asked; empty if it was."""
+        """The reason why a site was not asked; empty if it was."""
         if client in self._node_of:
             return ""
         named = {} if self.bound is None else {name: node for node, name in self.bound.items()}
@@ -157,7 +157,7 @@ class Remote:
 
 
 def differences(own: Facts, site: Facts, set_sizes: tuple[int, int] | None) -> Iterator[str]:
-    """Why a site with these facts can't take part; nothing if it can."""
+    """The reasons why a site with these facts can't take part; none if it can."""
     for what, theirs, ours in (
         ("fedmide", site.version, own.version),
         ("the base model", site.model, own.model),
@@ -170,18 +170,18 @@ def differences(own: Facts, site: Facts, set_sizes: tuple[int, int] | None) -> I
     if site.federation != own.federation.partition("-")[0]:
         yield "it belongs to another federation"
     elif set_sizes is not None and (site.shared, site.personal) != set_sizes:
-        yield "its ledger is not the one that its last round left: bring it back"
+        yield "its ledger is not the one that its last round left: restore that one"
 
 
 @dataclass
 class _InOrder:
-    """Deliveries put into the order of their clients, as long as those that are early take little memory."""
+    """Deliveries in the order of their clients, as long as early ones take little memory."""
 
     clients: list[str]
     early: dict[str, Delivery] = field(default_factory=dict)
 
     def add(self, delivery: Delivery) -> Iterator[Delivery]:
-        """Those whose turn it is now."""
+        """The deliveries whose turn it is now."""
         self.early[delivery.client] = delivery
         while self.clients and self.clients[0] in self.early:
             yield self.early.pop(self.clients.pop(0))
@@ -192,7 +192,7 @@ class _InOrder:
 
 
 def _decoded(answer: Answered) -> SiteAnswer | str:
-    """What a node answered, or the reason why that can't be used."""
+    """A node's answer, or the reason why it can't be used."""
     if answer.problem:
         return answer.problem
     try:
@@ -207,5 +207,5 @@ def _delivery(client: str, answer: Answered, bytes_down: int, seconds: float) ->
     bytes_up = len(answer.frame)
     if isinstance(reply, ClientReply):
         return Delivery(client, reply, "", bytes_down, bytes_up, seconds)
-    problem = reply if isinstance(reply, str) else "it answers something else"
+    problem = reply if isinstance(reply, str) else "its answer is not a reply to the task"
     return Delivery(client, None, problem, bytes_down, bytes_up, seconds)
