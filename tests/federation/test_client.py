@@ -21,7 +21,7 @@ EXACT = "enrollment.rule=otsu-exact"
 
 
 def place(adapter: Adapter | None) -> float:
-    """Where a line model's adapter stands."""
+    """The position of a line model's adapter."""
     assert adapter is not None
     return float(adapter["line.lora_B.weight"][0, 0])
 
@@ -35,14 +35,14 @@ def entries(state: ClientState, number: int) -> list[Entry]:
 
 
 def warmed_up(fakes: Any, *overrides: str) -> ClientState:
-    """Site a with records 8, 9 and 13 after the warm-up, in which its own adapter came to stand at 5."""
+    """Site a with records 8, 9 and 13 after the warm-up, in which its local adapter moved to 5."""
     site = fakes.site("a", [8, 9, 13], fakes.config(EXACT, *overrides))
     state: ClientState = handle(task(fakes, -1, 0.0), site, fakes.line())[1]
     return state
 
 
 def split(fakes: Any, *overrides: str) -> ClientState:
-    """The same after round 0 under the aggregated adapter 9: record 8 is personal, its own NLL 2.5 (from 5.5)."""
+    """The same after round 0 under the common adapter 9: record 8 is personal, its local NLL 2.5 (from 5.5)."""
     state: ClientState = handle(task(fakes, 0, 9.0, restart=True), warmed_up(fakes, *overrides), fakes.line())[1]
     return state
 
@@ -139,7 +139,7 @@ def test_without_a_warm_up_nothing_is_measured_and_all_is_shared(fakes: Any) -> 
         assert (reply.num_records, state.ledger) == (3, ())
 
 
-def test_one_record_can_not_be_parted_which_is_a_warning(fakes: Any) -> None:
+def test_one_record_can_not_be_split_which_is_a_warning(fakes: Any) -> None:
     state = fakes.site("a", [8], fakes.config())
     _, state = handle(task(fakes, -1, 0.0), state, fakes.line())
     reply, after = handle(task(fakes, 0, 9.0), state, fakes.line())
@@ -151,7 +151,7 @@ def test_one_record_can_not_be_parted_which_is_a_warning(fakes: Any) -> None:
 # --- enrollment
 
 
-def test_a_record_that_the_received_adapter_explains_better_is_enrolled_and_trains_at_once(fakes: Any) -> None:
+def test_a_record_that_the_received_adapter_predicts_better_is_enrolled_and_trains_at_once(fakes: Any) -> None:
     reply, after = handle(task(fakes, 1, 10.0), split(fakes), fakes.line())
     (entry,) = entries(after, 1)
     assert entry == Entry(1, RecordId("a0"), 2, 2.5, 2.0, math.exp(-0.5), "shared", "below-threshold", 1.0, 0)
@@ -177,7 +177,7 @@ def test_a_score_of_exactly_the_threshold_stays_personal_and_is_measured_again(f
 
 
 @pytest.mark.parametrize(("threshold", "members"), [("0.6", "personal"), ("0.61", "shared")])
-def test_the_threshold_of_enrollment_is_a_knob(fakes: Any, threshold: str, members: str) -> None:
+def test_the_threshold_of_enrollment_is_a_setting(fakes: Any, threshold: str, members: str) -> None:
     state = split(fakes, f"enrollment.threshold={threshold}")  # the score is exp(-0.5), 0.6065
     _, after = handle(task(fakes, 1, 10.0), state, fakes.line())
     assert standing(after.ledger, after.training).sets["a0"] == members
@@ -213,7 +213,7 @@ def test_an_empty_shared_set_is_not_trained_on_and_weighs_nothing(fakes: Any) ->
 
 
 class Odd:
-    """A line model to which some records are no numbers while it stands at some places."""
+    """A line model whose NLL of some records is not finite at some positions."""
 
     def __init__(self, fakes: Any, odd: Mapping[tuple[float, int], Nll]) -> None:
         self.line, self.odd = fakes.line(), odd
@@ -255,7 +255,7 @@ def test_a_loss_that_is_no_number_is_left_out_of_the_reply(fakes: Any) -> None:
     assert reply.metrics["trained_tokens"] == Metric(9)
 
 
-def test_failures_are_counted_even_where_nothing_can_be_parted(fakes: Any) -> None:
+def test_failures_are_counted_even_if_nothing_can_be_split(fakes: Any) -> None:
     model = Odd(fakes, {(9.0, 9): Nll(math.nan, 3), (9.0, 13): Nll(math.nan, 4)})
     reply, _ = handle(task(fakes, 0, 9.0), warmed_up(fakes), model)
     assert (reply.metrics["warnings"], reply.metrics["not_finite"]) == (Metric(3), Metric(2))
@@ -281,7 +281,7 @@ def test_loss_and_trained_tokens_are_over_all_passes(fakes: Any) -> None:
 
 
 @pytest.mark.parametrize(("scored", "trained"), [("response", "all"), ("all", "response")])
-def test_what_is_scored_and_what_is_trained_on_are_two_knobs(fakes: Any, scored: str, trained: str) -> None:
+def test_scored_and_trained_positions_are_two_settings(fakes: Any, scored: str, trained: str) -> None:
     """The records have 2, 3 and 4 predicted tokens, one of them the prompt's."""
     config = fakes.config(f"scoring.positions={scored}", f"training.positions={trained}")
     reply, after = handle(task(fakes, -1, 0.0), fakes.site("a", [8, 9, 13], config), fakes.line())
@@ -310,7 +310,7 @@ def test_a_task_that_is_handled_again_is_answered_the_same_and_done_once(fakes: 
     assert told(*twice) == told(*once)
 
 
-def test_a_round_that_is_made_anew_forgets_what_came_after(fakes: Any) -> None:
+def test_a_repeated_round_forgets_all_later_entries(fakes: Any) -> None:
     """As a site does that was stopped after it wrote its ledger, before the server wrote the round."""
     state = split(fakes)
     _, further = handle(task(fakes, 1, 10.0), state, fakes.line())
@@ -337,18 +337,18 @@ def test_a_site_judges_each_record_alike_in_whatever_order_they_come(
     assert sorted(state.ledger, key=repr) == sorted(other.ledger, key=repr)
 
 
-# --- personalisation
+# --- personalization
 
 
 class Path:
-    """A model whose training goes through given places, with the validation loss given at each."""
+    """A model whose training moves through given positions, with a given validation loss at each."""
 
     def __init__(self, fakes: Any, losses: Sequence[float]) -> None:
         self.fakes, self.losses = fakes, losses
         self.trained: list[tuple[float, list[str], TrainingPlan]] = []
 
     def fresh(self, seed: int) -> Adapter:
-        raise AssertionError("personalisation goes on from the aggregated adapter")
+        raise AssertionError("personalization starts from the common adapter")
 
     def nll(self, adapter: Adapter, examples: Sequence[Any], positions: Any) -> tuple[Nll, ...]:
         return tuple(Nll(4 * self.losses[int(place(adapter)) - 1], 4) for _ in examples)
@@ -391,7 +391,7 @@ def test_the_epoch_with_the_lowest_validation_loss_is_kept_on_the_site(
 
 
 @pytest.mark.parametrize("losses", [[math.nan, math.nan], [math.inf, math.nan], [math.inf, math.inf]])
-def test_where_no_epoch_validates_the_aggregated_adapter_is_kept(fakes: Any, losses: list[float]) -> None:
+def test_if_no_epoch_validates_the_common_adapter_is_kept(fakes: Any, losses: list[float]) -> None:
     _, reply, after = personalized(fakes, losses)
     assert (place(after.adapter), reply.metrics["epoch"]) == (50.0, Metric(0))
     assert "validation_loss" not in reply.metrics
@@ -447,7 +447,7 @@ def test_the_loss_of_a_single_validation_record_stays_on_the_site(fakes: Any) ->
 @pytest.mark.parametrize(
     ("records", "expected"), [("all", ["a0", "a1", "a2"]), ("shared", ["a1", "a2"]), ("personal", ["a0"])]
 )
-def test_it_tunes_the_aggregated_adapter_on_the_chosen_records(fakes: Any, records: str, expected: list[str]) -> None:
+def test_it_tunes_the_common_adapter_on_the_chosen_records(fakes: Any, records: str, expected: list[str]) -> None:
     rate = "personalization.learning_rate=0.5"
     model, _, after = personalized(fakes, [1.0], f"personalization.records={records}", rate, "training.max_steps=1")
     ((start, trained, plan),) = model.trained
@@ -478,7 +478,7 @@ def test_without_epochs_or_records_the_aggregated_adapter_is_the_personal_one(fa
         assert (place(after.adapter), reply.adapter, reply.metrics) == (50.0, None, {})
 
 
-def test_with_the_whole_line_model_personalisation_moves_towards_the_own_records(fakes: Any) -> None:
+def test_with_the_whole_line_model_personalization_moves_toward_the_own_records(fakes: Any) -> None:
     config = fakes.config("personalization.epochs=3")
     validation = tuple(fakes.site("v", [9], config).training.values())
     site = fakes.site("a", [10, 10], config, validation=validation)

@@ -93,7 +93,7 @@ def test_the_folds_have_streams_of_their_own_and_share_the_steps(fakes: Any) -> 
     assert len({plan.stream_seed for plan in plans}) == 2
 
 
-def test_who_is_in_which_fold_does_not_hang_on_the_order_of_the_records(fakes: Any) -> None:
+def test_the_folds_do_not_depend_on_the_order_of_the_records(fakes: Any) -> None:
     one, other = Watched(fakes), Watched(fakes)
     site = fakes.site("a", [8, 9, 13, 4, 7], fakes.config("warmup.folds=2"))
     _, after = handle(task(fakes, -1, 0.0), site, one)
@@ -130,7 +130,7 @@ def test_the_warm_up_may_take_fewer_steps(fakes: Any) -> None:
 # --- the relative gap
 
 
-def test_the_gap_parts_and_enrolls_at_its_own_zero(fakes: Any) -> None:
+def test_the_gap_splits_and_enrolls_at_its_own_zero(fakes: Any) -> None:
     """After the warm-up (at 5) NLLs 3, 4, 8; under 2: 6, 7, 11, so nobody trains; under 9: 1, 0, 4."""
     knobs = ("scoring.kind=relative-gap", "enrollment.rule=natural")
     model = Watched(fakes)
@@ -230,7 +230,7 @@ def test_a_record_that_is_enrolled_later_weighs_by_its_new_score(fakes: Any) -> 
     assert model.trained[-1][2].weights[0] == pytest.approx(1 / (1 + math.exp(math.log(score) / 0.5)))
 
 
-# --- personalisation
+# --- personalization
 
 
 class Valley:
@@ -273,7 +273,7 @@ def test_as_much_of_the_tuning_is_kept_as_validates_best(
     found, metrics, _ = tuned(fakes, validation, BETAS)
     assert (found, metrics["beta"]) == (at, Metric(beta))
     assert metrics["validation_loss"] == Metric(sum(abs(at - value) for value in validation), 2)
-    assert metrics["scored_tokens"] == Metric(3 * 2), "of the tuned adapter, and of two betas beside 1"
+    assert metrics["scored_tokens"] == Metric(3 * 2), "of the tuned adapter, and of two betas other than 1"
 
 
 def test_of_equal_betas_the_smaller_is_kept_and_without_validation_the_largest(fakes: Any) -> None:
@@ -286,13 +286,13 @@ def test_a_tuning_can_be_overshot(fakes: Any) -> None:
     assert tuned(fakes, [14, 14], "personalization.interpolation=[1.0, 1.5]")[0] == 14.0
 
 
-def test_without_a_choice_nothing_is_told_or_scored_for_it(fakes: Any) -> None:
+def test_without_a_choice_nothing_is_reported_or_scored_for_it(fakes: Any) -> None:
     found, metrics, model = tuned(fakes, [6, 6])
     assert (found, "beta" in metrics, model.scored) == (10.0, False, 1)
     assert metrics["scored_tokens"] == Metric(2)
 
 
-def test_tuning_goes_on_from_the_own_adapter_of_the_last_round(fakes: Any) -> None:
+def test_tuning_starts_from_the_local_adapter_of_the_last_round(fakes: Any) -> None:
     config = fakes.config("personalization.epochs=1", "personalization.start=own", "enrollment.rule=natural", BETAS)
     site = fakes.site("a", [8, 9, 13], config, validation=tuple(fakes.site("v", [6, 6], config).training.values()))
     _, state = handle(task(fakes, -1, 0.0), site, fakes.line())
@@ -323,7 +323,7 @@ class RunsOff(Valley):
         yield Epoch(self.fakes.adapter(math.nan), Nll(1.0, 1), 1)
 
 
-def test_an_own_adapter_that_has_run_off_is_not_kept(fakes: Any) -> None:
+def test_a_local_adapter_that_diverged_is_not_kept(fakes: Any) -> None:
     config = fakes.config("personalization.start=own", "enrollment.rule=natural")
     _, state = handle(task(fakes, -1, 0.0), fakes.site("a", [8, 9, 13], config), fakes.line())
     reply, state = handle(task(fakes, 0, 9.0), state, RunsOff(fakes))
@@ -331,7 +331,7 @@ def test_an_own_adapter_that_has_run_off_is_not_kept(fakes: Any) -> None:
     assert [memory.round for memory in state.memory] == [-1]
 
 
-def test_who_has_never_trained_tunes_the_aggregated_adapter(fakes: Any) -> None:
+def test_a_site_that_never_trained_tunes_the_common_adapter(fakes: Any) -> None:
     assert tuned(fakes, [6, 6], "personalization.start=own")[2].starts == [2.0]
 
 

@@ -30,17 +30,17 @@ def test_a_score_is_the_ratio_of_the_perplexities(aggregated: float, local: floa
 def test_huge_nlls_are_compared_though_their_perplexities_overflow() -> None:
     assert score(5000.0, 5000.0) == 1.0
     assert score(1000.5, 1000.0) == math.exp(0.5)
-    assert score(0.0, 1e6) == 0.0  # underflow is no failure: the aggregated model explains it far better
+    assert score(0.0, 1e6) == 0.0  # underflow is not a failure: the common model predicts it far better
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_score_of_what_is_not_finite_is_no_number(bad: float) -> None:
+def test_a_score_of_values_that_are_not_finite_is_nan(bad: float) -> None:
     assert math.isnan(score(bad, 1.0))
     assert math.isnan(score(1.0, bad))
     assert math.isnan(score(bad, bad))
 
 
-def test_a_ratio_too_large_for_a_float_is_no_number() -> None:
+def test_a_ratio_too_large_for_a_float_is_nan() -> None:
     assert math.isnan(score(1e6, 0.0))
     assert math.isnan(score(1e308, -1e308))
 
@@ -77,7 +77,7 @@ def test_the_order_of_the_records_decides_nothing(
 
 
 @pytest.mark.parametrize("values", [[1.5], [1.0, 1.0, 1.0], [math.nan, math.inf], [1.0, math.nan]])
-def test_where_nothing_can_be_parted_all_is_shared_with_a_warning(values: list[float]) -> None:
+def test_if_nothing_can_be_split_all_is_shared_with_a_warning(values: list[float]) -> None:
     verdicts = split({RecordId(str(number)): value for number, value in enumerate(values)}, "otsu-256")
     assert set(verdicts.values()) == {Verdict("shared", "no-threshold", None)}
 
@@ -131,7 +131,7 @@ def shared_of(verdicts: Any) -> set[RecordId]:
 
 @pytest.mark.parametrize("how", HOWS)
 @given(rows=some_scores, seed=st.integers(0, 9))
-def test_another_split_shares_as_many_and_loses_nobody(how: str, rows: list[tuple[float, int]], seed: int) -> None:
+def test_another_split_shares_as_many_and_loses_no_record(how: str, rows: list[tuple[float, int]], seed: int) -> None:
     by_score, found, scores, _ = arrange(rows, how, seed)
     assert list(found) == list(scores)
     assert len(shared_of(found)) == len(shared_of(by_score))
@@ -193,7 +193,7 @@ def test_the_relative_gap_has_the_sign_of_the_ratios_logarithm(aggregated: float
 
 
 @pytest.mark.parametrize(("aggregated", "local"), [(math.nan, 1.0), (1.0, math.inf), (0.0, 1.0), (math.inf, math.inf)])
-def test_a_gap_of_what_is_not_finite_is_no_number(aggregated: float, local: float) -> None:
+def test_a_gap_of_values_that_are_not_finite_is_nan(aggregated: float, local: float) -> None:
     assert math.isnan(relative_gap(aggregated, local))
 
 
@@ -230,6 +230,6 @@ def test_weights_go_from_a_hard_split_to_all_alike() -> None:
 
 def test_the_weight_of_what_has_no_score_or_no_threshold() -> None:
     assert weight(None, 1.0, "ratio", 0.1) == 0.0  # not finite: personal
-    assert weight(1.0, None, "ratio", 0.1) == 1.0  # nothing could be parted: shared
-    assert weight(0.0, 1.0, "ratio", 0.1) == 1.0  # underflow: the aggregated model explains it far better
+    assert weight(1.0, None, "ratio", 0.1) == 1.0  # nothing could be split: shared
+    assert weight(0.0, 1.0, "ratio", 0.1) == 1.0  # underflow: the common model predicts it far better
     assert weight(0.0, 0.0, "ratio", 0.1) == 0.5

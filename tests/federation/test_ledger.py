@@ -173,7 +173,7 @@ def test_measurements_store_means_per_token() -> None:
     assert {(entry.round, entry.local_round, entry.reason, entry.score) for entry in found} == {(4, 4, "own-nll", None)}
 
 
-def test_verdicts_tell_scores_and_their_age() -> None:
+def test_verdicts_store_scores_and_their_age() -> None:
     judged = {A: Verdict("personal", "at-or-above-threshold", 1.0), B: Verdict("personal", "not-finite", 1.0)}
     own = {A: Measured(1.5, 4, 2), B: Measured(math.nan, 4, 5)}
     aggregated = {A: Nll(8.0, 4), B: Nll(8.0, 4)}

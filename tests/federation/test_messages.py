@@ -212,7 +212,7 @@ def test_a_reply_that_leaves_something_out_is_refused(missing: str) -> None:
         frame(REPLY, b"and a record's text"),
     ],
 )
-def test_what_is_no_message_is_a_message_error(data: bytes) -> None:
+def test_bytes_that_are_not_a_message_are_a_message_error(data: bytes) -> None:
     for decode in (decode_reply, decode_task):
         with pytest.raises(MessageError):
             decode(data)
@@ -356,7 +356,7 @@ def figures_of(nll: Nll) -> tuple[float, ...]:
 def test_a_reply_holds_no_text_no_record_id_and_no_figure_of_a_record(
     fakes: Any, given_texts: list[str], salt: int, max_steps: int, batch_size: int
 ) -> None:
-    """A client answers for a whole federation; each reply is searched for whatever is of one record only."""
+    """A client answers for a whole federation; each reply is searched for any figure or text of a single record."""
     knobs = (f"training.max_steps={max_steps}", f"training.batch_size={batch_size}")
     model, config = fakes.dice(salt), fakes.config("federation.rounds=2", "personalization.epochs=2", *knobs)
     state, secrets = site_of(given_texts, config)
@@ -391,7 +391,7 @@ def test_the_search_would_find_it(leak: dict[str, Any]) -> None:
     assert found_in(data, ["my secret", "my \u20ac secret"], [1.2345678])
 
 
-# --- a greeting, and what a site says of itself
+# --- a greeting, and the facts of a site
 
 
 def test_a_greeting_and_its_answers_come_back() -> None:
@@ -420,14 +420,14 @@ def test_trouble_has_no_room_for_words() -> None:
 
 
 @pytest.mark.parametrize("frame", [encode_hello(Hello("f", 0)), encode_trouble(Trouble("a", "disk"))])
-def test_a_frame_that_goes_on_after_its_end_is_refused(frame: bytes) -> None:
+def test_a_frame_with_bytes_after_its_end_is_refused(frame: bytes) -> None:
     decode = decode_request if b"hello" in frame else decode_answer
     with pytest.raises(MessageError, match="after its end"):
         decode(frame + b"x")
 
 
 @given(st.binary(max_size=200))
-def test_noise_is_no_message(data: bytes) -> None:
+def test_noise_is_not_a_message(data: bytes) -> None:
     for decode in (decode_request, decode_answer, split_frame):
         with pytest.raises(MessageError):
             decode(data)
@@ -445,7 +445,7 @@ def test_a_frame_has_a_head_of_its_own_and_an_adapter() -> None:
     assert [head + payload for head, payload in zip(heads, payloads, strict=True)] == frames
 
 
-def test_an_adapter_that_follows_itself_is_encoded_once_and_frames_are_as_alone(
+def test_an_adapter_in_successive_tasks_is_encoded_once_and_frames_are_as_alone(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     other = {name: array + 1 for name, array in ADAPTER.items()}

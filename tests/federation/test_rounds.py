@@ -1,10 +1,10 @@
 """The loop: a federation computed on paper, one client alone, and what holds in every federation whatever happens.
 
-On paper, with a model that is a number on a line (an NLL is a distance, training goes half of the way to the mean of
-the records), clients a with records 8, 9, 13 and b with three records of 26, one warm-up round and two rounds:
+On paper, the model is a number on a line. An NLL is a distance, and training moves half of the way to the mean of the
+records. Client a has records 8, 9, 13, and client b three records of 26. There are one warm-up round and two rounds:
 
     warm-up   a: 0 -> 5, b: 0 -> 13                         (3 * 5 + 3 * 13) / 6 = 9
-    round 0   a: log scores 1 - 3, 0 - 4, 4 - 8: 8 is personal; b: all 17 - 13, nothing to part
+    round 0   a: log scores 1 - 3, 0 - 4, 4 - 8: 8 is personal; b: all 17 - 13, nothing to split
               from 0 again, a: -> 11 / 2, b: -> 13          (2 * 5.5 + 3 * 13) / 5 = 10
     round 1   a: 8 is 2 away from 10 and was 2.5 from 5.5: it is enrolled, and 8, 9, 13 train
               a: 10 -> 10, b: 10 -> 18                      (3 * 10 + 3 * 18) / 6 = 14
@@ -45,7 +45,7 @@ def in_process(sites: MutableMapping[str, ClientState], model: Any) -> InProcess
 
 
 def paper_federation(fakes: Any, *overrides: str) -> tuple[list[float], list[RoundSummary], dict[str, ClientState]]:
-    """The aggregated adapter after each round, the summaries, and the sites at the end."""
+    """The common adapter after each round, the summaries, and the sites at the end."""
     config = fakes.config("federation.rounds=2", "enrollment.rule=otsu-exact", *overrides)
     sites = {name: fakes.site(name, values, config) for name, values in (("a", [8, 9, 13]), ("b", [26, 26, 26]))}
     places, summaries = [], []
@@ -97,7 +97,7 @@ def test_a_federation_of_two_clients_and_two_rounds_is_as_on_paper(fakes: Any) -
         ("federation.rounds=0", [9.0]),
     ],
 )
-def test_the_knobs_change_what_they_say_and_nothing_else(
+def test_the_settings_change_what_they_say_and_nothing_else(
     fakes: Any, override: str, expected: list[float | None]
 ) -> None:
     places, _, _ = paper_federation(fakes, override)
@@ -113,7 +113,7 @@ def test_the_knobs_change_what_they_say_and_nothing_else(
 def test_one_client_alone_trains_as_if_there_were_no_federation(
     fakes: Any, salt: int, num_records: int, num_rounds: int, num_warmups: int
 ) -> None:
-    """Its own adapter is the aggregated one, whatever its weight: all scores are 1, so nothing is parted."""
+    """Its own adapter is the aggregated one, whatever its weight: all scores are 1, so nothing is split."""
     overrides = (f"federation.rounds={num_rounds}", f"warmup.rounds={num_warmups}", "warmup.reset=false")
     model, config = fakes.dice(salt), fakes.config(*overrides)
     site = fakes.site("a", list(range(num_records)), config)
@@ -127,11 +127,11 @@ def test_one_client_alone_trains_as_if_there_were_no_federation(
     assert adapters.encode(after.adapter) == adapters.encode(chained)
 
 
-# --- going on, and adding to a federation
+# --- resuming, and adding to a federation
 
 
 @given(st.integers(0, 99), st.integers(-1, 3))
-def test_going_on_from_any_round_ends_with_the_same_bytes(fakes: Any, salt: int, stop: int) -> None:
+def test_resuming_from_any_round_ends_with_the_same_bytes(fakes: Any, salt: int, stop: int) -> None:
     config = fakes.config("federation.rounds=3", "federation.participation=0.7")
     states: dict[int, tuple[ServerState, dict[str, ClientState]]] = {}
     sites = {name: fakes.site(name, [1, 2, 3, 4], config) for name in "abc"}
@@ -166,7 +166,7 @@ def test_a_client_without_records_takes_part_and_changes_nothing(fakes: Any) -> 
 class Watched:
     """A runtime that some tasks and replies do not get through, and that checks all that a site does.
 
-    The check is the method told once more, as slowly as it reads: what is judged, by what, and what trains.
+    The check is the method written a second time, slowly and plainly: what is judged, by what, and what trains.
     """
 
     sites: dict[str, ClientState]

@@ -1,4 +1,4 @@
-"""The server: whom it asks, whose replies count, and that a bad one stops nobody."""
+"""The server: the clients that it asks, the replies that count, and that a bad one stops no other."""
 
 from collections import Counter
 from dataclasses import replace
@@ -48,7 +48,7 @@ def test_it_begins_with_the_warm_up(fakes: Any) -> None:
 
 
 @given(st.integers(-2, 6), st.integers(1, 8), st.floats(0.01, 1.0), st.booleans(), st.integers(0, 2))
-def test_who_is_asked_for_what(
+def test_the_clients_that_are_asked_to_train_or_to_score(
     fakes: Any, number: int, num_clients: int, participation: float, reset: bool, num_warmups: int
 ) -> None:
     config = fakes.config(
@@ -127,12 +127,12 @@ def test_neither_order_nor_company_changes_a_clients_own_draw(fakes: Any) -> Non
 
 
 def delivery(sender: str, value: float = 1.0, num_records: int = 3, **changes: Any) -> Delivery:
-    """A good reply, but for the changes."""
+    """A good reply, except for the changes."""
     reply = ClientReply("f", sender, 2, adapter_of(value), num_records, {"loss": Metric(6.0, 3)})
     return Delivery(sender, replace(reply, **changes), "", 10, 20, 0.5)
 
 
-def test_the_adapter_is_the_mean_weighted_by_records_and_the_round_goes_on(fakes: Any) -> None:
+def test_the_adapter_is_the_mean_weighted_by_records_and_the_round_continues(fakes: Any) -> None:
     state, summary = apply(state_of(2), [delivery("a", 1.0, 3), delivery("b", 5.0, 1)], fakes.config())
     assert (state.round, state.federation, state.clients) == (3, "f", CLIENTS)
     assert {float(value) for array in state.adapter.values() for value in array.flat} == {2.0}
@@ -242,7 +242,7 @@ def test_what_counts_is_folded_by_the_weighted_mean(fakes: Any, replies: list[tu
     assert adapters.encode(state.adapter) == adapters.encode(adapter_of(0.5) if mean is None else mean)
 
 
-def test_a_stage_that_sends_no_adapters_leaves_the_aggregated_one(fakes: Any) -> None:
+def test_a_stage_that_sends_no_adapters_leaves_the_common_one(fakes: Any) -> None:
     config = fakes.config("federation.rounds=2")
     tuned = delivery("a", adapter=None, num_records=0)
     state, summary = apply(state_of(2), [tuned], config)

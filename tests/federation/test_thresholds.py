@@ -1,4 +1,4 @@
-"""Thresholds: the published splits, slow twins, what leaves them as they are, and where there is none."""
+"""Thresholds: the published splits, slow references, changes that do not matter, and scores without a threshold."""
 
 import json
 from collections import Counter
@@ -112,7 +112,7 @@ def test_means_of_left_edges_decide_where_cuts_are_equally_good(scores: list[flo
 
 
 def test_the_winning_bin_is_given_by_its_left_edge() -> None:
-    """Nine scores of 0, one each of 0.5 and 1: parting the 0s off is best, all bins up to the middle say so alike."""
+    """Nine scores of 0, one each of 0.5 and 1: splitting off the 0s is best, and all bins up to the middle do so."""
     edges = np.linspace(0.0, 1.0, 257)
     assert otsu_256([0.0] * 9 + [0.5, 1.0]) in edges[:128]
     assert otsu_256([1.0, 1.0, 2.0, 2.0]) == 1.0  # nobody is below it: the published rule does that
@@ -126,8 +126,8 @@ def test_otsu_256_goes_along_with_a_change_of_unit(scores: list[float], exponent
     assert scaled == (None if threshold is None else float(np.ldexp(threshold, exponent)))
 
 
-def test_otsu_256_can_not_part_scores_that_differ_less_than_float32_resolves() -> None:
-    """A property of the published rule that its users should know of; the exact one parts them in the middle."""
+def test_otsu_256_can_not_split_scores_that_differ_less_than_float32_resolves() -> None:
+    """A property of the published rule that its users should know; the exact one splits them in the middle."""
     draw = np.random.default_rng(0)
     for width, is_sensible in ((1e-3, True), (1e-5, False)):
         scores = 1 + width * np.concatenate([draw.normal(-1, 0.2, 150), draw.normal(1, 0.2, 150)])
@@ -147,14 +147,14 @@ def test_otsu_256_gives_none_where_its_bins_have_no_width() -> None:
 
 
 def between_classes(scores: list[float], num_below: int) -> Fraction:
-    """The variance between the lowest so many and the others, exactly."""
+    """The variance between a number of lowest scores and the others, exactly."""
     ordered = sorted(Fraction(score) for score in scores)
     low, high = ordered[:num_below], ordered[num_below:]
     return len(low) * len(high) * (sum(low) / len(low) - sum(high) / len(high)) ** 2
 
 
 def best_cuts(scores: list[float]) -> set[int]:
-    """All cuts that part equal from unequal scores and that no other is better than, by trying each."""
+    """All cuts between unequal scores that no other cut is better than, by trying each."""
     ordered = sorted(scores)
     cuts = {cut: between_classes(scores, cut) for cut in range(1, len(ordered)) if ordered[cut - 1] < ordered[cut]}
     best = max(cuts.values())
@@ -200,7 +200,7 @@ def test_a_mirrored_set_is_cut_as_well(scores: list[float]) -> None:
 
 
 @given(st.floats(1e-300, 1e300), st.integers(1, 3), st.integers(1, 3))
-def test_otsu_exact_parts_even_neighbours(score: float, num_below: int, num_above: int) -> None:
+def test_otsu_exact_splits_even_adjacent_floats(score: float, num_below: int, num_above: int) -> None:
     above = float(np.nextafter(score, np.inf))
     assert otsu_exact([score] * num_below + [above] * num_above) == above
 
@@ -246,7 +246,7 @@ def test_the_median_has_at_most_half_on_either_side(scores: list[float]) -> None
 
 @pytest.mark.parametrize(("rule", "part"), [("lower-quartile", 0.25), ("median", 0.5), ("upper-quartile", 0.75)])
 @given(scores=likely_scores)
-def test_a_quantile_parts_off_its_part_but_for_less_than_a_record(
+def test_a_quantile_splits_off_its_fraction_except_for_less_than_a_record(
     rule: ThresholdRule, part: float, scores: list[float]
 ) -> None:
     threshold = RULES[rule](scores)
@@ -259,7 +259,7 @@ def test_a_quantile_parts_off_its_part_but_for_less_than_a_record(
 
 
 @given(likely_scores)
-def test_otsu_log_parts_the_scores_as_otsu_parts_their_logarithms(scores: list[float]) -> None:
+def test_otsu_log_splits_the_scores_as_otsu_splits_their_logarithms(scores: list[float]) -> None:
     logs = np.log(scores)
     threshold, cut = otsu_log(scores), otsu_exact(logs)
     if threshold is None or cut is None:
@@ -268,7 +268,7 @@ def test_otsu_log_parts_the_scores_as_otsu_parts_their_logarithms(scores: list[f
     assert [score < threshold for score in scores] == [bool(log < cut) for log in logs]
 
 
-def test_a_long_right_tail_does_not_drag_it_up() -> None:
+def test_a_long_right_tail_does_not_pull_it_up() -> None:
     scores = [0.9, 1.0, 1.1, 1.6, 1.7, 1.8, 1.9, 30.0]
     assert sum(score >= (otsu_exact(scores) or 0.0) for score in scores) == 1
     far = [0.09, 0.1, 0.11, 0.9, 1.0, 1.1, 5.0]
@@ -277,5 +277,5 @@ def test_a_long_right_tail_does_not_drag_it_up() -> None:
 
 
 @pytest.mark.parametrize("scores", [[0.0, 1.0], [-1.0, 2.0], [1.0], [2.0, 2.0]])
-def test_what_has_no_logarithm_is_not_parted(scores: list[float]) -> None:
+def test_scores_without_a_logarithm_are_not_split(scores: list[float]) -> None:
     assert otsu_log(scores) is None

@@ -46,17 +46,17 @@ class Federation:
 
     @property
     def adapter(self) -> Adapter:
-        """The last aggregated adapter."""
+        """The last common adapter."""
         return self.states[-1].adapter
 
     def own(self, client: str) -> Adapter:
-        """The client's personalised adapter."""
+        """The client's tuned adapter."""
         adapter = self.sites[client].adapter
         assert adapter is not None
         return adapter
 
     def replies(self, number: int) -> dict[str, Adapter]:
-        """What travelled from each client in a round."""
+        """The arrays that each client sent in a round."""
         found = [each.reply for each in self.deliveries if each.reply and each.reply.round == number]
         return {reply.client: reply.adapter for reply in found if reply.adapter is not None}
 
@@ -68,7 +68,7 @@ RunFederation = Callable[..., Federation]
 def run_federation(
     tiny_folder: Path, one_thread: None, random_examples: Callable[..., tuple[Example, ...]]
 ) -> RunFederation:
-    """What runs a federation by its method, on so many clients, and personalises them.
+    """A function that runs a federation by its method, on some of the clients, and personalizes them.
 
     `failing`: (round, client) that can't be reached; `lost`: those that train, but whose reply does not arrive.
     """
@@ -122,9 +122,9 @@ def run_federation(
 
 @pytest.fixture(scope="session")
 def trained_by_hand(tiny_folder: Path, one_thread: None) -> Callable[..., None]:
-    """What trains tensors in place in plain torch, as a round does on all of a site's records at once, a step an epoch.
+    """A function that trains tensors in place in plain torch: one step per epoch, on all records of a site at once.
 
-    `change` says what a layer's output is changed by, given the layer's name and input.
+    `change` gives the change of a layer's output, from the layer's name and input.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -160,7 +160,7 @@ def trained_by_hand(tiny_folder: Path, one_thread: None) -> Callable[..., None]:
 
 @pytest.fixture
 def running_off(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, int], None]:
-    """What makes every training of a client in a round end in values that are no numbers."""
+    """A function that makes every training of a client in a round end in values that are not finite."""
     train = Resident.train
 
     def do(client: str, round_number: int) -> None:
@@ -181,7 +181,7 @@ def site(name: str, examples: Sequence[Example], size: int, config: Config) -> C
 
 @pytest.fixture(scope="session")
 def distance() -> Callable[[Adapter, Adapter], float]:
-    """How far two adapters are apart at most."""
+    """The largest difference between two adapters."""
 
     def measure(one: Adapter, two: Adapter) -> float:
         assert one.keys() == two.keys()

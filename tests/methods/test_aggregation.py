@@ -1,4 +1,4 @@
-"""The weighted mean: against a slow twin, and what must leave it as it is, to the bit."""
+"""The weighted mean: equal to a slow reference, and unchanged to the bit by what must not matter."""
 
 from fractions import Fraction
 from typing import Any
@@ -33,7 +33,7 @@ def encoded(adapter: Adapter | None) -> bytes | None:
 
 
 @given(replies(any_value))
-def test_the_mean_is_the_exact_one_but_for_rounding(given_replies: list[tuple[Adapter, int]]) -> None:
+def test_the_mean_is_exact_except_for_rounding(given_replies: list[tuple[Adapter, int]]) -> None:
     mean = weighted_mean(given_replies)
     total = sum(weight for _, weight in given_replies)
     if total == 0:
@@ -90,7 +90,7 @@ def test_the_replies_stay_as_they_are_even_if_they_can_not_be_written(given_repl
     assert [encoded(adapter) for adapter, _ in given_replies] == before
 
 
-def test_factors_are_averaged_apart() -> None:
+def test_factors_are_averaged_separately() -> None:
     """mean(B) mean(A), as FedIT and FedMIDE do, which is not mean(BA)."""
     one = {"x.lora_A.weight": np.ones((1, 1), np.float32), "x.lora_B.weight": np.ones((1, 1), np.float32)}
     two = {name: 3 * array for name, array in one.items()}
@@ -107,7 +107,7 @@ def test_weights_are_numbers_of_records() -> None:
 
 
 def test_one_adapter_is_held_at_a_time() -> None:
-    """Replies are folded as they come: each is asked for only when the one before is done with."""
+    """Replies are folded in as they arrive: each is requested only after the one before is folded in."""
     told: list[str] = []
 
     def come() -> Any:

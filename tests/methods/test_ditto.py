@@ -1,4 +1,4 @@
-"""Ditto: a common adapter that is fedavg's, and a personal one that is pulled to it."""
+"""Ditto: the common adapter equals fedavg's, and a personal one is pulled to it."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def test_a_client_ends_with_its_personal_adapter(run_federation: Any, distance: 
 
 
 def test_without_a_pull_the_personal_adapter_is_training_alone(run_federation: Any, distance: Distance) -> None:
-    """It goes on from where it stood, whatever the common one does meanwhile."""
+    """It trains from its last state, independent of the common one."""
     whole = ("training.batch_size=8", "federation.rounds=3")
     done = run_federation("ditto", "ditto.lam=0", *whole)
     alone = run_federation("local", "personalization.epochs=0", *whole)

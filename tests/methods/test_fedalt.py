@@ -1,4 +1,4 @@
-"""FedALT: an own adapter, the rest of the world's, and routers between them."""
+"""FedALT: a local adapter, the mean of all others', and routers between them."""
 
 from collections.abc import Callable
 from typing import Any
@@ -170,7 +170,7 @@ def test_the_world_is_frozen_while_own_and_routers_train(given_: Any, distance: 
         done.resident.nll({**stacked(world, own), **routers_of(own, 9)}, examples, "all")
         done.resident.nll(done.resident.fresh(0), examples, "all")
     for one, two in zip(whole, disturbed, strict=True):
-        assert distance(one, two) == 0, "what goes on between two epochs leaves no trace"
+        assert distance(one, two) == 0, "scoring between two epochs leaves no trace"
     trained, frozen = unstacked({k: v for k, v in whole[-1].items() if not k.endswith(ROUTER)}, own)
     assert distance(frozen, world) == 0
     assert distance(trained, own) > 1e-3

@@ -53,7 +53,7 @@ def test_fedavg_ft_may_tune_the_adapter_that_each_site_sent_last(run_federation:
 # --- alone
 
 
-def test_nothing_travels_where_each_trains_alone(run_federation: Any) -> None:
+def test_nothing_travels_if_each_trains_alone(run_federation: Any) -> None:
     done = run_federation("local")
     assert [done.replies(number) for number in (0, 1, 2)] == [{}, {}, {}]
     assert all(each.bytes_down < 200 and each.bytes_up < 500 for each in done.deliveries), "frames without an array"

@@ -1,4 +1,4 @@
-"""FedDPA: the common adapter is fedavg's, the local one trains beside it, and each record weights the two."""
+"""FedDPA: the common adapter is fedavg's, the local one trains next to it, and each record weights the two."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_the_first_round_trains_no_local_adapter_and_later_ones_do(run_federatio
 def test_the_local_adapter_trains_as_it_is_written(
     run_federation: Any, trained_by_hand: Callable[..., None], distance: Distance
 ) -> None:
-    """Against plain torch, one client: L from G of round 0, then from where it stood, beside the received G."""
+    """Against torch, one client: L begins as G of round 0, then trains from its last state with the received G."""
     knobs = ("training.batch_size=8", "training.epochs=3", "federation.rounds=3", "feddpa.references=7")
     done = run_federation("feddpa-t", *knobs, "feddpa.weight=0.3", sizes=(7,))
     site, names = done.sites["a"], adapters.layers(done.adapter)

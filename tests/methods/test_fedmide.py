@@ -1,4 +1,4 @@
-"""What of FedMIDE stands on the server: the records behind the aggregated adapter, told only where they are needed."""
+"""FedMIDE on the server: the records behind the common adapter, sent only if they are needed."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def combined(fakes: Any, *answers: tuple[str, float, int], round_number: int = -
     return Common(after.clients, round_number + 1, after.adapter, after.memory)
 
 
-def test_a_client_that_is_in_the_mean_is_told_how_much_of_it_is_its_own(fakes: Any) -> None:
+def test_a_client_in_the_mean_receives_its_own_share_of_it(fakes: Any) -> None:
     config, common = fakes.config("scoring.without_own=true"), combined(fakes, ("a", 5.0, 3), ("b", 11.0, 6))
     down = FEDMIDE.down(common, "a", config)
     assert down[PROVENANCE].tolist() == [9, 3, -1]
@@ -36,14 +36,14 @@ def test_a_client_that_is_in_the_mean_is_told_how_much_of_it_is_its_own(fakes: A
     assert FEDMIDE.down(common, "c", config) == common.adapter, "it is not in the mean"
 
 
-def test_nothing_is_told_in_the_last_stage_or_where_nobody_asks(fakes: Any) -> None:
+def test_no_share_is_sent_in_the_last_stage_or_if_no_setting_needs_it(fakes: Any) -> None:
     config = fakes.config("scoring.without_own=true", "federation.rounds=3")
     common = combined(fakes, ("a", 5.0, 3), round_number=2)
     assert FEDMIDE.down(common, "a", config) == common.adapter
     assert combined(fakes, ("a", 5.0, 3), override="false").memory == {}
 
 
-def test_where_nobody_answers_the_earlier_account_stands(fakes: Any) -> None:
+def test_without_answers_the_earlier_account_stands(fakes: Any) -> None:
     config = fakes.config("scoring.without_own=true")
     assert FEDMIDE.combine(combined(fakes, ("a", 5.0, 3)), [], config) is None
 
@@ -66,6 +66,6 @@ def test_the_defaults_send_the_published_bytes(fakes: Any) -> None:
     plain, asking = fakes.config(), fakes.config("scoring.without_own=true")
     state = server.begin("f", ["a", "b"], adapter(1.0), plain)
     frames = [[encode_task(task) for task in server.plan(state, config)] for config in (plain, asking)]
-    assert frames[0] == frames[1], "before the first mean there is nothing to tell"
+    assert frames[0] == frames[1], "before the first mean there is nothing to send"
     longer = [FEDMIDE.down(combined(fakes, ("a", 5.0, 3), override=each), "a", asking) for each in ("true", "false")]
     assert [set(each) - {"x.lora_B.weight"} for each in longer] == [{PROVENANCE}, set()]

@@ -1,4 +1,4 @@
-"""FFA-LoRA and FedSA-LoRA: which factor trains, travels and stays."""
+"""FFA-LoRA and FedSA-LoRA: the factor that trains, that travels and that stays."""
 
 from collections.abc import Callable
 from typing import Any
@@ -59,7 +59,7 @@ def test_with_one_client_fedsa_is_training_alone(run_federation: Any, distance: 
 def test_with_one_client_ffa_is_training_b_alone(
     run_federation: Any, trained_by_hand: Callable[..., None], distance: Distance
 ) -> None:
-    """Against plain torch, in which A is no parameter."""
+    """Compared with plain torch, in which A is not a parameter."""
     import torch
 
     done = run_federation("ffa-lora", "training.batch_size=8", "training.epochs=3", sizes=(7,))
@@ -93,7 +93,7 @@ def test_one_factor_travels(run_federation: Any, method: str) -> None:
 # --- shares of values
 
 
-def test_what_is_frozen_stays_as_it_is_even_under_weight_decay(run_federation: Any, distance: Distance) -> None:
+def test_frozen_values_do_not_change_even_under_weight_decay(run_federation: Any, distance: Distance) -> None:
     done = run_federation("fedavg")
     share = {name: np.full_like(array, B in name) for name, array in done.adapter.items()}
     settings = done.config.training.model_copy(update={"weight_decay": 0.5})

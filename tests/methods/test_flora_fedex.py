@@ -95,7 +95,7 @@ def weighted(replies: dict[str, Adapter], product: Product) -> dict[str, Any]:
 
 
 def model_of(adapter: Adapter, product: Product) -> dict[str, Any]:
-    """What an adapter changes each layer's weight by."""
+    """The change of each layer's weight by an adapter."""
     changes = {layer: 2 * value for layer, value in product(adapters.without_deltas(adapter)).items()}
     for name, delta in adapters.deltas(adapter).items():
         changes[name.removesuffix(adapters.DELTA)] += delta
@@ -186,7 +186,7 @@ def test_each_client_trains_and_sends_its_own_rank(run_federation: Any, product:
 
 
 def test_ranks_that_no_product_has_train_from_the_next_round_on(run_federation: Any, product: Product) -> None:
-    """Where the one client of rank 4 is missing, the mean of products has 3 ranks; the fourth must not be all zeros."""
+    """If the one client of rank 4 is missing, the mean of products has 3 ranks; the fourth must not be all zeros."""
     done = run_federation("flexlora", RANKS, failing=[(0, "a")])
     for layer, change in product(done.replies(1)["a"]).items():
         assert np.linalg.svd(change, compute_uv=False)[3] > 1e-4, layer
@@ -203,7 +203,7 @@ def test_at_full_rank_flexlora_is_exact(run_federation: Any, product: Product) -
 
 
 def test_a_lower_rank_in_the_same_layers_trains_as_alone(run_federation: Any, distance: Distance) -> None:
-    """Rank 2 in a network of rank 4 is rank 2: same scale, and the rest trains to nothing."""
+    """Rank 2 in a network of rank 4 is rank 2: same scale, and the rest stays zero."""
     wide, narrow = (run_federation("flexlora", f"flexlora.ranks={r}", "federation.rounds=1") for r in ([4, 2, 2], [2]))
     assert distance(wide.replies(0)["b"], narrow.replies(0)["b"]) < 1e-5, "a fresh A is the same row by row"
     begin = cut(wide.states[0].adapter, 2)
@@ -274,7 +274,7 @@ def test_a_change_is_what_peft_makes_of_it_as_factors(
         assert found.sum == pytest.approx(float(expected), rel=1e-4)
 
 
-def test_training_goes_on_over_changed_weights(changed: tuple[Any, Adapter]) -> None:
+def test_training_continues_over_changed_weights(changed: tuple[Any, Adapter]) -> None:
     """Between two epochs another adapter is put in, without its changes: the second epoch is not misled."""
     done, adapter = changed
     from fedmide.model.interface import TrainingPlan

@@ -1,4 +1,4 @@
-"""What every method has to survive: one client, sampled participation, a client that fails, a round handled again."""
+"""Cases that every method survives: one client, sampled participation, a client that fails, a round handled again."""
 
 import json
 import re
@@ -102,7 +102,7 @@ def test_it_survives_being_alone(run_federation: Any, name: str) -> None:
 
 
 MEAN_STEP = ("beta1=0", "tau=1e4")
-"""What makes a step of the server's optimiser one to the mean: a divisor that hangs on tau alone, as large as eta."""
+"""Settings that make a step of the server's optimizer a step to the mean: the divisor is tau alone, and equals eta."""
 
 
 @pytest.mark.parametrize(
@@ -128,7 +128,7 @@ MEAN_STEP = ("beta1=0", "tau=1e4")
 def test_the_common_model_of_one_client_is_training_alone(
     run_federation: Any, product: Callable[..., Any], name: str, knobs: tuple[str, ...]
 ) -> None:
-    """Where a method ends with something else, an adapter beside the common one, its own module tests what."""
+    """Some methods end with another adapter in addition to the common one; their own modules test it."""
     alone = product(run_federation("local", "personalization.epochs=0", sizes=(7,)).own("a"))
     for layer, change in product(run_federation(name, *knobs, sizes=(7,)).adapter).items():
         assert np.allclose(change, alone[layer], atol=1e-5)
@@ -136,7 +136,7 @@ def test_the_common_model_of_one_client_is_training_alone(
 
 @pytest.mark.parametrize("name", [name for name in ALL if methods.METHODS[name].travels])
 def test_equal_adapters_are_a_fixed_point(product: Callable[..., Any], name: str) -> None:
-    """Where every client sends back what the common model is, that stays; on layers that are not square."""
+    """If every client sends back the common model, it stays the same; on layers that are not square."""
     config = parse({"method": name, "lora": {"r": 2, "alpha": 4.0}})
     draw = np.random.default_rng(0)
     sizes = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (6, 2), "v.lora_A.weight": (2, 5), "v.lora_B.weight": (3, 2)}
@@ -164,7 +164,7 @@ def test_equal_adapters_are_a_fixed_point(product: Callable[..., Any], name: str
 
 @pytest.mark.parametrize("options", [(name, ()) for name in ALL] + [("fedmide", ("warmup.folds=2",))], ids=str)
 def test_a_comparison_gives_each_client_the_same_steps(run_federation: Any, options: tuple[str, Sequence[str]]) -> None:
-    """Counted where they are taken; an odd number, since some methods train twice in a round."""
+    """Counted in the training loop; an odd number, because some methods train twice per round."""
     name, overrides = options
     values = {"training": {"max_steps": 3}, "federation": {"rounds": 2}, "personalization": {"epochs": 1}}
     given = for_method(apply_overrides(values, overrides), name)
@@ -196,7 +196,7 @@ def test_a_round_handled_again_gives_the_same_bytes(run_federation: Any, name: s
 
 @pytest.mark.parametrize("number", [0, 1])
 @pytest.mark.parametrize("name", [name for name in ALL if methods.METHODS[name].remembers])
-def test_a_training_that_ran_off_once_is_not_remembered(
+def test_a_training_that_diverged_once_is_not_remembered(
     run_federation: Any, running_off: Callable[[str, int], None], name: str, number: int
 ) -> None:
     running_off("a", number)

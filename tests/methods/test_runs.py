@@ -1,4 +1,4 @@
-"""Each method as a whole run in a folder: from records to metrics, and gone on with after it was stopped."""
+"""Each method as a whole run in a folder: from records to metrics, and resumed after a stop."""
 
 import json
 import shutil
@@ -50,7 +50,7 @@ EVERY_OPTION = (
 def test_a_run_that_was_stopped_ends_with_the_same_bytes(
     name: str, options: tuple[str, ...], small_input: Any, tmp_path: Path, lasting: Callable[[Path], dict[str, Any]]
 ) -> None:
-    """Stopped after the sites kept what they made of the last round, before the server did."""
+    """Stopped after the sites stored their states of the last round, before the server did."""
     config = load(small_input.config, [f"method={name}", *options, *QUICK])
     metrics = go(opening.start(config, tmp_path / "run"))
     assert metrics["over_clients"]["personalized"]["response_nll"]["num_clients"] == 2
@@ -97,7 +97,7 @@ def test_nor_is_that_of_a_site_that_has_only_scored_since(small_input: Any, tmp_
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_memory_of_a_training_that_ran_off_is_not_taken_for_a_lost_one(
+def test_a_memory_of_a_training_that_diverged_is_not_taken_for_a_lost_one(
     number: int, small_input: Any, tmp_path: Path, running_off: Callable[[str, int], None]
 ) -> None:
     running_off("b", number)

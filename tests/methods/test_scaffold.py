@@ -73,7 +73,7 @@ def test_clients_that_sit_out_keep_their_variate(run_federation: Any, distance: 
 def test_the_server_keeps_the_mean_of_the_variates_though_answers_are_lost(
     run_federation: Any, distance: Distance, lost: list[tuple[int, str]], knobs: Sequence[str]
 ) -> None:
-    """The c_k are summed up from the changes that arrived, which is what the sites go on from."""
+    """The c_k are summed up from the changes that arrived, and the sites continue from the same ones."""
     done = run_federation("scaffold", "federation.rounds=4", *knobs, lost=lost)
     c_k = {name: {key: np.zeros_like(array) for key, array in done.adapter.items()} for name in "abc"}
     for number in range(4):
@@ -106,7 +106,7 @@ def test_the_server_can_go_less_far(run_federation: Any, distance: Distance) -> 
 
 
 def test_the_push_is_added_after_clipping(run_federation: Any, distance: Distance) -> None:
-    """SGD by hand: a clipped gradient of norm 1e-3 beside a push of ones."""
+    """SGD by hand: a clipped gradient of norm 1e-3 plus a push of ones."""
     done = run_federation("fedavg", sizes=(4,))
     start = done.adapter
     settings = done.config.training.model_copy(update={"max_grad_norm": 1e-3, "learning_rate": 1.0})

@@ -1,4 +1,4 @@
-"""The server's optimisers: two rounds by hand, and what they become at the ends of their knobs."""
+"""The server's optimizers: two rounds by hand, and their limits at extreme settings."""
 
 from collections.abc import Callable, Sequence
 from typing import Any

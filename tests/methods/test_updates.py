@@ -1,4 +1,4 @@
-"""How long an update is: measured from what the site really began with, whatever its method lets travel."""
+"""The length of an update: measured from the real start of the site's training, for every method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -50,7 +50,7 @@ def seen(request: pytest.FixtureRequest, run_federation: Any, monkeypatch: pytes
         return train(self, adapter, examples, plan)
 
     monkeypatch.setattr(Resident, "train", watched)
-    failing = [(1, "b")]  # whose own adapter goes on from an earlier round
+    failing = [(1, "b")]  # whose local adapter continues from an earlier round
     done = run_federation(request.param, "federation.rounds=3", *OPTIONS.get(request.param, []), failing=failing)
     return Seen(done, begun)
 

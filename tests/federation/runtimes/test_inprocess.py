@@ -48,7 +48,7 @@ def test_a_site_is_kept_before_its_reply_is_seen_and_none_works_ahead(fakes: Any
 
 
 def test_nothing_is_shared_in_memory_between_server_and_site(fakes: Any) -> None:
-    """What arrives is a copy: a site that wrote into its adapter would change nobody else's."""
+    """Each site receives a copy: if it writes into its adapter, no other adapter changes."""
 
     class Scribbler:
         def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The link between two processes: what is sent arrives, an end that is gone is told of, nobody else gets in."""
+"""The link between two processes: what is sent arrives, a closed end is reported, nobody else gets in."""
 
 import socket
 import stat
@@ -51,10 +51,10 @@ def linked(exchange: Echo) -> Iterator[Linked]:
         near.close()
         thread.join(10)
         far.close()
-    assert not thread.is_alive(), "whoever serves ends when the other end goes"
+    assert not thread.is_alive(), "the serving end stops when the other end disconnects"
 
 
-def test_an_exchange_is_the_same_from_afar() -> None:
+def test_an_exchange_is_the_same_in_another_process() -> None:
     frames = [(1, b"x" * 3_000_000), (2, b""), (2**63, b"\x00\xff")]
     with linked(Echo()) as far:
         assert far.nodes() == Echo().nodes()
@@ -64,14 +64,14 @@ def test_an_exchange_is_the_same_from_afar() -> None:
         assert far.nodes() == Echo().nodes()
 
 
-def test_how_long_to_wait_arrives() -> None:
+def test_the_time_to_wait_arrives() -> None:
     echo = Echo()
     with linked(echo) as far:
         list(far.ask([(1, b"")], 12.5))
     assert echo.seconds == 12.5
 
 
-def test_an_end_that_is_gone_is_told_of() -> None:
+def test_an_end_that_is_gone_is_reported() -> None:
     one, other = socket.socketpair()
     other.close()
     with closing(Connection(one.detach())) as connection:
@@ -81,7 +81,7 @@ def test_an_end_that_is_gone_is_told_of() -> None:
             list(Linked(connection).ask([(1, b"")], 1.0))
 
 
-def test_who_listens_is_found_and_nobody_else(tmp_path: Path) -> None:
+def test_a_listener_is_found_and_nothing_else(tmp_path: Path) -> None:
     path = tmp_path / "s"
     with pytest.raises(LinkLostError, match="nobody listens"):
         connected(path)

@@ -1,4 +1,4 @@
-"""Sites over an exchange: the same as in process where all goes well; else the reason, and the round goes on."""
+"""Sites over an exchange: the same result as in process if all goes well; else a reason, and the round continues."""
 
 import random
 from collections.abc import Callable, Iterable, Iterator
@@ -110,7 +110,7 @@ def test_one_message_each_way_per_client_and_round(sites: Sites, fakes: Any) -> 
     assert sorted(sites.asked) == sorted((name, number) for name in NAMES for number in (-1, 0, 1))
 
 
-def test_replies_that_would_take_too_much_room_are_passed_on_early(
+def test_replies_that_would_take_too_much_memory_are_returned_early(
     sites: Sites, fakes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedmide.federation.runtimes.remote._EARLY_BYTES", 0)
@@ -138,13 +138,13 @@ BAD: dict[str, tuple[Callable[[bytes], bytes], str]] = {
     "huge": (lambda frame: changed(decode_reply(frame), lambda array: array * 1000 + 1000), "length"),
     "round": (lambda frame: encode_reply(replace(decode_reply(frame), round=7)), "answers round 7"),
     "other": (lambda frame: encode_reply(replace(decode_reply(frame), client="a")), "another client"),
-    "facts": (lambda frame: encode_facts(FACTS), "something else"),
+    "facts": (lambda frame: encode_facts(FACTS), "not a reply to the task"),
     "trouble": (lambda frame: encode_trouble(Trouble("b", "disk")), "disk"),
 }
 
 
 @pytest.mark.parametrize("kind", BAD)
-def test_a_bad_reply_is_refused_with_its_reason_and_the_round_goes_on(kind: str, sites: Sites, fakes: Any) -> None:
+def test_a_bad_reply_is_refused_with_its_reason_and_the_round_continues(kind: str, sites: Sites, fakes: Any) -> None:
     bend, reason = BAD[kind]
     sites.config = fakes.config("warmup.rounds=1", "replies.max_update_norm=100")
     without = replace(sites, states={**sites.states}, there=[1, 3])
@@ -214,11 +214,11 @@ def test_a_site_that_differs_is_refused_before_it_works(
     assert len(sites.asked) == 2
 
 
-def test_a_federation_of_one_run_is_told_by_its_beginning() -> None:
+def test_a_federation_of_one_run_is_recognized_by_its_beginning() -> None:
     assert list(differences(replace(FACTS, federation="test-0001"), FACTS, None)) == []
 
 
-def test_a_site_whose_ledger_is_not_what_it_told_of_is_refused(sites: Sites, fakes: Any) -> None:
+def test_a_site_whose_ledger_is_not_the_reported_one_is_refused(sites: Sites, fakes: Any) -> None:
     sites.facts = {name: replace(FACTS, client=name, shared=2, personal=1) for name in NAMES}
     _, summary = one_round(sites, fakes, set_sizes=lambda: {"a": (2, 1), "b": (3, 0)})
     assert list(refusals(summary)) == ["b"]
@@ -262,10 +262,10 @@ def test_a_round_waits_for_those_that_are_needed(sites: Sites, fakes: Any, monke
     assert refusals(summary) == {}, "the first round waits for all"
 
 
-# --- the way is lost
+# --- the connection is lost
 
 
-def test_a_lost_way_is_opened_again_and_only_the_rest_is_asked_anew(sites: Sites, fakes: Any) -> None:
+def test_a_lost_connection_is_opened_again_and_only_the_rest_is_asked_again(sites: Sites, fakes: Any) -> None:
     class Losing(Sites):
         def ask(self, frames: Iterable[tuple[int, bytes]], seconds: float) -> Iterator[Answered]:
             for number, answer in enumerate(super().ask(frames, seconds)):
@@ -288,7 +288,7 @@ def test_a_lost_way_is_opened_again_and_only_the_rest_is_asked_anew(sites: Sites
     assert {client for client, _ in losing.asked} == set(NAMES)
 
 
-def test_a_way_that_is_lost_again_and_again_ends_the_round(sites: Sites, fakes: Any) -> None:
+def test_a_connection_that_is_lost_again_and_again_ends_the_round(sites: Sites, fakes: Any) -> None:
     class Gone(Sites):
         def nodes(self) -> list[int]:
             raise LinkLostError("lost")
@@ -299,7 +299,7 @@ def test_a_way_that_is_lost_again_and_again_ends_the_round(sites: Sites, fakes: 
     assert len(refusals(summary)) == 3
 
 
-def test_a_way_that_is_lost_after_the_last_answer_is_opened_no_more_in_this_round(sites: Sites, fakes: Any) -> None:
+def test_a_connection_lost_after_the_last_answer_is_not_opened_again_in_this_round(sites: Sites, fakes: Any) -> None:
     class Losing(Sites):
         def ask(self, frames: Iterable[tuple[int, bytes]], seconds: float) -> Iterator[Answered]:
             yield from super().ask(frames, seconds)
@@ -318,7 +318,7 @@ def test_a_way_that_is_lost_after_the_last_answer_is_opened_no_more_in_this_roun
     assert len(opened) == 1
 
 
-def test_nobody_is_reached_for_no_task() -> None:
+def test_no_site_is_asked_without_a_task() -> None:
     assert list(Remote(lambda: pytest.fail("connected"), FACTS, dict, 5.0, lambda message: None)([])) == []
 
 
@@ -330,7 +330,7 @@ def test_every_code_has_its_reason() -> None:
     assert set(REASONS) == set(get_args(TroubleCode))
 
 
-def test_a_delivery_tells_the_bytes_of_both_ways(sites: Sites, fakes: Any) -> None:
+def test_a_delivery_reports_the_bytes_of_both_ways(sites: Sites, fakes: Any) -> None:
     state = begin(sites, fakes)
     tasks = server.plan(state, sites.config)
     deliveries: list[Delivery] = list(remote(sites)(tasks))
