@@ -30,4 +30,9 @@ def test_every_knob_is_on_the_page_with_its_default_and_meaning() -> None:
     rows = [line.split(" | ") for line in references.configuration_page().splitlines() if line.startswith("| `")]
     assert {row[0] for row in rows} == {f"| `{name}`" for name, _ in knobs()}
     assert all(len(row) == 4 and row[3].strip("| ") for row in rows)
-    assert ["| `lora.r`", "whole number, at least 1", f"`{Config().lora.r}`", "Rank. |"] in rows
+    assert [
+        "| `lora.r`",
+        "whole number, at least 1",
+        f"`{Config().lora.r}`",
+        "Rank of the adapter's matrices. |",
+    ] in rows

@@ -1,7 +1,7 @@
-"""The reference pages, out of what they are about; `python -m tools.references` writes them.
+"""The reference pages, generated from the program; `python -m tools.references` writes them.
 
-They are docs/cli.md, docs/configuration.md and docs/errors.md. A test fails while a page is not
-what this module makes of the command line, the configuration and the explanations.
+They are docs/cli.md, docs/configuration.md and docs/errors.md. A test fails while a page differs from the page that
+this module generates from the command line, the configuration and the explanations.
 """
 
 import inspect
@@ -22,24 +22,29 @@ DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 CLI_START = """# Commands
 
-Every command takes `--help`, which ends with an example. Results go to stdout, as a table or, where a command takes
-`--json`, as one JSON object; progress and messages go to stderr. Exit codes: 0 done, 2 a mistake that you can mend
-([errors](errors.md)), 130 stopped. `fedmide --install-completion` sets up completion for the shell it is given in.
+Every command takes `--help`, which ends with an example.
+Results go to stdout: a table or, with `--json`, one JSON object.
+Progress and messages go to stderr.
+Exit codes: 0 done, 2 a mistake that you can fix ([errors](errors.md)), 130 stopped.
+`fedmide --install-completion` sets up completion for your shell.
 """
 
 CONFIGURATION_START = """# Configuration
 
-A configuration is a TOML file; what it leaves out has the default below, which is the published method's where there is
-one. `--set section.key=value` sets a key on the command line, over the file. Unknown keys are refused with a
-suggestion. Every run writes all keys to `RUN/config.toml`, and that file repeats the run.
+A configuration is a TOML file.
+A setting that it leaves out has the default below: that of the published method, if the method has one.
+`--set section.key=value` on the command line overrides the file.
+Unknown settings are refused with a suggestion.
+Every run writes all its settings to `RUN/config.toml`; a run with that file repeats it.
 
-A method's own table (`fedprox`, `ditto`, ...) goes with that method only. `[variants.NAME]` is for
-[comparisons](compare.md#variants). `examples/` holds files to start from.
+The table of a method (`fedprox`, `ditto`, ...) is allowed with that method only.
+`[variants.NAME]` is for [comparisons](compare.md#variants).
+The folder `examples/` of the repository has configurations to start from.
 """
 
 
 def cell(text: str) -> str:
-    """A text that can stand in a cell of a table.
+    """The text in a form that fits into a cell of a table.
 
     >>> cell("iid | field")
     'iid \\\\| field'
@@ -48,7 +53,7 @@ def cell(text: str) -> str:
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; "" where it has no rows.
+    """A table in Markdown; "" if it has no rows.
 
     >>> print(table(("a", "b"), [("1", "2")]), end="")
     | a | b |
@@ -64,7 +69,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def commands(command: click.Command, parent: click.Context | None = None) -> Iterator[click.Context]:
-    """A context for each command that does something, in the order of help."""
+    """A context for each command that is not a group, in the order of the help."""
     context = click.Context(command, parent=parent, info_name=command.name if parent else "fedmide")
     if not isinstance(command, click.Group):
         yield context
@@ -74,7 +79,7 @@ def commands(command: click.Command, parent: click.Context | None = None) -> Ite
 
 
 def command_section(context: click.Context) -> str:
-    """What a command does, its arguments and options, and its example."""
+    """The description of a command, its arguments and options, and its example."""
     command = context.command
     usage = " ".join([context.command_path, *command.collect_usage_pieces(context)])
     records = [each.get_help_record(context) for each in command.params if each.name != "help"]
@@ -91,7 +96,7 @@ def command_section(context: click.Context) -> str:
 
 
 def commands_page() -> str:
-    """docs/cli.md."""
+    """The text of docs/cli.md."""
     sections = [command_section(context) for context in commands(typer.main.get_command(cli.app))]
     return "\n".join([CLI_START, *sections])
 
@@ -101,7 +106,7 @@ TYPES = {"integer": "whole number", "number": "number", "string": "text", "boole
 
 
 def kind(schema: Mapping[str, Any]) -> str:
-    """What values a knob takes, in words, from its JSON schema.
+    """The values of a setting in words, from its JSON schema.
 
     >>> kind({"type": "integer", "minimum": 1}), kind({"type": "array", "items": {"type": "string"}})
     ('whole number, at least 1', 'list of text')
@@ -119,7 +124,7 @@ def kind(schema: Mapping[str, Any]) -> str:
 
 
 def tables_of(section: type[BaseModel], name: str = "") -> Iterator[str]:
-    """A section of the page for the keys of a table, and one for each table within it."""
+    """A section of the page for the settings of a table, and one for each table within it."""
     schema = section.model_json_schema()["properties"]
     rows, inner = [], []
     for key, field in section.model_fields.items():
@@ -129,19 +134,19 @@ def tables_of(section: type[BaseModel], name: str = "") -> Iterator[str]:
             continue
         default = json.dumps(field.get_default(), ensure_ascii=False)
         rows.append((f"`{dotted}`", kind(schema[key]), f"`{default}`", cell(field.description or "")))
-    title = f"## {name}\n\n{inspect.getdoc(section)}" if name else "## At the top of the file"
-    yield f"{title}\n\n{table(('key', 'value', 'default', 'meaning'), rows)}"
+    title = f"## {name}\n\n{inspect.getdoc(section)}" if name else "## Settings at the top of the file"
+    yield f"{title}\n\n{table(('setting', 'value', 'default', 'meaning'), rows)}"
     for kind_of_table, dotted in inner:
         yield from tables_of(kind_of_table, dotted)
 
 
 def configuration_page() -> str:
-    """docs/configuration.md."""
+    """The text of docs/configuration.md."""
     return "\n".join([CONFIGURATION_START, *tables_of(Config)])
 
 
 def errors_page() -> str:
-    """docs/errors.md: the page that ships with the package."""
+    """The text of docs/errors.md: the page that ships with the package."""
     return explanations.PAGE.read_text("utf-8")
 
 

@@ -146,7 +146,7 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["report", "R"], "R is no run folder: it is no folder"),
         (["report"], "Missing argument 'PATHS...'. See fedmide report --help"),
         (["run", "--resume", "R"], "R is no run folder: it is no folder"),
-        (["run", "none.toml"], "none.toml: no such file. Give a TOML file such as examples/tiny.toml"),
+        (["run", "none.toml"], "none.toml: no such file. Give a configuration (TOML); fedmide demo runs without one"),
         (["split", "none.json"], "none.json: not readable: No such file or directory"),
         (["data", "check", "none"], "none: no such folder"),
         (["compare", "none.toml", "--methods", "local"], "none.toml: no such file"),

@@ -1,4 +1,4 @@
-"""The configuration: the method's defaults, what is refused and how, overrides, and there and back through TOML."""
+"""The configuration: the method's defaults, refusals, overrides, and the way to TOML and back."""
 
 import math
 import re
@@ -21,7 +21,7 @@ from tests.needs import ROOT, SHARED
 EXAMPLES = ROOT / "examples"
 
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "8 clients": {"data.source": "published", "data.clients": 0},  # all that there are
+    "8 clients": {"data.source": "published", "data.clients": 0},  # all of them
     "participation 1.0": {"federation.participation": 1.0},
     "20 rounds": {"federation.rounds": 20},
     "1 local epoch": {"training.epochs": 1, "training.max_steps": 0},
@@ -37,8 +37,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "q_proj and v_proj": {"lora.targets": ["q_proj", "v_proj"], "lora.blocks": "all"},
     "loss on prompt and response": {"training.positions": "all", "scoring.positions": "all"},
     "Alpaca prompt": {"prompt.template": "alpaca"},
-    "10 personalisation epochs": {"personalization.epochs": 10},
-    "optimiser state fresh in each round": {},  # no knob: `training.train` makes a new optimiser
+    "10 personalization epochs": {"personalization.epochs": 10},
+    "optimizer state fresh in each round": {},  # no setting: `training.train` makes a new optimizer
     # the stages
     "W rounds (default 1)": {"warmup.rounds": 1},
     "`warmup.reset = true`": {"warmup.reset": True},
@@ -57,7 +57,7 @@ def value_of(config: Config, name: str) -> Any:
 
 
 def nested(name: str, value: Any) -> dict[str, Any]:
-    """The values of a file in which one knob is set."""
+    """The values of a file that sets one setting."""
     for part in reversed(name.split(".")):
         value = {part: value}
     return dict(value)
@@ -75,7 +75,8 @@ def test_the_defaults_are_the_methods(phrase: str) -> None:
 @pytest.mark.needs("method")
 @pytest.mark.parametrize("phrase", DEFAULTS)
 def test_the_method_says_so(phrase: str) -> None:
-    assert phrase in " ".join((SHARED / "method.md").read_text(encoding="utf-8").split())
+    british = " ".join((SHARED / "method.md").read_text(encoding="utf-8").split())
+    assert phrase in british.replace("personalisation", "personalization").replace("optimiser", "optimizer")
 
 
 def test_every_knob_and_every_section_says_what_it_means() -> None:
@@ -310,7 +311,7 @@ def test_an_override_is_checked_like_a_file(tmp_path: Path) -> None:
         load(path)
 
 
-# --- the learning rate of personalisation
+# --- the learning rate of the tuning
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_an_override_is_checked_like_a_file(tmp_path: Path) -> None:
         ("[training]\nepochs = 3", [], 2e-4),
     ],
 )
-def test_personalisation_tunes_at_the_trainings_rate_unless_given_its_own(
+def test_the_tuning_has_the_learning_rate_of_the_training_by_default(
     tmp_path: Path, text: str, overrides: list[str], expected: float
 ) -> None:
     path = tmp_path / "run.toml"
@@ -527,7 +528,7 @@ def test_a_preset_says_what_the_user_does_not(monkeypatch: pytest.MonkeyPatch, t
     assert (config.warmup.folds, config.warmup.reset, config.enrollment.threshold) == (2, True, 0.0)
     (tmp_path / "resolved.toml").write_text(to_toml(config), encoding="utf-8")
     monkeypatch.setattr("fedmide.config.config.PRESETS", {"original": {"warmup": {"rounds": 7, "max_steps": 9}}})
-    assert load(tmp_path / "resolved.toml") == config  # every knob is written, so nothing is left to fill in
+    assert load(tmp_path / "resolved.toml") == config  # every setting is written, so the preset fills in none
     with pytest.raises(ConfigError, match="warmup = 5"):
         parse({"preset": "original", "warmup": 5})
 

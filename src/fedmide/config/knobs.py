@@ -1,4 +1,4 @@
-"""Every knob by its dotted name: fingerprints, what parties must agree on, how two configurations differ."""
+"""Every setting by its dotted name: fingerprints, the settings that parties must share, and differences."""
 
 import hashlib
 import json
@@ -11,17 +11,17 @@ from fedmide.config.config import METHOD_TABLES, Config
 
 
 def fingerprint(config: Config) -> str:
-    """A short hash that tells two configurations apart."""
+    """A short hash; two configurations with different settings have different ones."""
     canonical = json.dumps(used(config), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 _LOCAL = ("data.", "runtime.", "replies.", "model.name", "model.device", "prompt.template")
-"""What every party sets for itself: paths, machines, patience. What a path leads to is compared by its hash."""
+"""Settings of each party for itself: paths, machines, patience. The content of a path is compared by its hash."""
 
 
 def agreed(config: Config) -> dict[str, str]:
-    """The knobs that all parties of a federation must set alike, as JSON by their dotted names.
+    """The settings that all parties of a federation must share, as JSON by their dotted names.
 
     >>> agreed(Config())["lora.r"], "data.path" in agreed(Config())
     ('8', False)
@@ -30,7 +30,7 @@ def agreed(config: Config) -> dict[str, str]:
 
 
 def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
-    """The knobs that two parties set differently, with both values; None where a party has no such knob.
+    """The settings in which two parties differ, with both values; None if a party has no such setting.
 
     >>> differing({"seed": "0", "lora.r": "8"}, {"seed": "1", "lora.r": "8"})
     [('seed', '0', '1')]
@@ -40,7 +40,7 @@ def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple
 
 
 def flat(config: Config) -> dict[str, Any]:
-    """Every knob that the method uses, by its dotted name.
+    """Every setting that the method uses, by its dotted name.
 
     >>> flat(Config())["lora.r"], "fedprox.mu" in flat(Config())
     (8, False)
@@ -49,7 +49,7 @@ def flat(config: Config) -> dict[str, Any]:
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Each knob's dotted name and value."""
+    """The dotted name and the value of each setting."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{name}.")
@@ -58,7 +58,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def for_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
-    """The values with this method, without the tables that only others use: what compares methods begins with it.
+    """The values with this method, without the tables that only other methods use; comparisons of methods start here.
 
     >>> for_method({"seed": 1, "fedprox": {"mu": 1.0}}, "fedavg")
     {'seed': 1, 'method': 'fedavg'}
@@ -68,12 +68,12 @@ def for_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:
 
 
 def used(config: Config) -> dict[str, Any]:
-    """Every setting, without the tables of other methods."""
+    """The values of every setting, without the tables of other methods."""
     return for_method(config.model_dump(), config.method)
 
 
 def knobs(section: type[BaseModel] = Config, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Each knob's dotted name and what it means."""
+    """The dotted name and the meaning of each setting."""
     for name, field in section.model_fields.items():
         inner = field.annotation
         if isinstance(inner, type) and issubclass(inner, BaseModel):

@@ -1,4 +1,4 @@
-"""A configuration read from TOML, with overrides; every problem of it in one message."""
+"""The reading of configurations from TOML, with overrides; one message has all problems of a file."""
 
 import difflib
 import json
@@ -16,7 +16,7 @@ from fedmide.errors import ConfigError
 
 
 def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
-    """The configuration that the values describe; all problems at once as one `ConfigError`."""
+    """The configuration that the values describe; one `ConfigError` has all their problems."""
     try:
         return Config.model_validate(dict(values))
     except ValidationError as error:
@@ -25,29 +25,31 @@ def parse(values: Mapping[str, Any], where: str = "configuration") -> Config:
 
 
 def load(path: Path, overrides: Iterable[str] = ()) -> Config:
-    """The configuration in a TOML file, changed by `section.key=value` overrides; variants in it are a comparison's."""
+    """The configuration in a TOML file, with `section.key=value` overrides, without its table of variants."""
     return parse(without_variants(apply_overrides(read_toml(path), overrides)), str(path))
 
 
 def without_variants(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values without the table that names variants for a comparison."""
+    """The values without the table of variants, which only comparisons use."""
     return {key: each for key, each in values.items() if key != VARIANTS}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """What a TOML file holds; a missing or broken one is a `ConfigError` with its place."""
+    """The content of a TOML file; a missing or broken file is a `ConfigError` with its path."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file", "Give a TOML file such as examples/tiny.toml") from None
+        raise ConfigError(
+            f"{path}: no such file", "Give a configuration (TOML); fedmide demo runs without one"
+        ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError) as error:
         raise ConfigError(f"{path}: not readable as TOML: {error}") from None
 
 
 def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """The values with each `section.key=value` set; a value is TOML where it parses as such, else a text.
+    """The values with each `section.key=value` set. A value is TOML if it parses as TOML, else a text.
 
-    Where only a text will do, what looks like a number is one too: `data.path=8` names a folder.
+    A setting that takes only texts reads a number as a text too: `data.path=8` names a folder.
 
     >>> apply_overrides({"seed": 1}, ["seed=2", "data.path=here/it/is"])
     {'seed': 2, 'data': {'path': 'here/it/is'}}
@@ -63,17 +65,17 @@ def apply_overrides(values: Mapping[str, Any], overrides: Iterable[str]) -> dict
         else:
             target[name] = _value(text.strip(), is_text=_type_of([*sections, name]) is str)
     if problems:
-        raise ConfigError(problems, "For example --set training.learning_rate=1e-3")
+        raise ConfigError(problems, "Write for example --set training.learning_rate=1e-3")
     return dict(result)
 
 
 def to_toml(config: Config) -> str:
-    """The resolved configuration, every knob, as TOML that `load` reads back to an equal one."""
+    """The configuration with every setting, as TOML that `load` reads back to an equal one."""
     return tomli_w.dumps(used(config))
 
 
 def _section(values: dict[str, Any], names: list[str]) -> dict[str, Any] | None:
-    """The section that the names lead to, made where it is missing; None where a name is a knob."""
+    """The section that the names lead to, created if it is missing; None if one of the names is a setting."""
     section: Any = values
     for name in names:
         section = section.setdefault(name, {}) if isinstance(section, dict) else None
@@ -89,7 +91,7 @@ def _value(text: str, is_text: bool) -> Any:
 
 
 def _type_of(names: Sequence[str]) -> Any:
-    """The type of the knob with this dotted name; None where there is none."""
+    """The type of the setting with this dotted name; None if there is no such setting."""
     kind: Any = Config
     for name in names:
         fields = kind.model_fields if isinstance(kind, type) and issubclass(kind, BaseModel) else {}
@@ -98,7 +100,7 @@ def _type_of(names: Sequence[str]) -> Any:
 
 
 _BRANCHES = ("str", "list[str]")
-"""What pydantic puts behind a knob that may be a text or a list, to say which of the two it tried."""
+"""Words that pydantic appends to the name of a setting that takes a text or a list: the type that it tried."""
 
 
 def _problem(details: Any) -> str:

@@ -1,4 +1,4 @@
-"""The sections of a configuration: every knob with its meaning, unit and default.
+"""The sections of a configuration: every setting with its meaning, unit and default.
 
 The defaults are those of the published method. `config` puts the sections together and reads them.
 """
@@ -50,11 +50,11 @@ MethodName = Literal[
     "feddpa-f",
     "fedalt",
 ]
-"""The federated algorithms; what each does: `methods`, docs/methods.md."""
+"""The federated algorithms. `methods` and docs/methods.md describe each."""
 
 
 OWN_METHOD = re.compile(r"own:[a-z0-9][a-z0-9-]{0,40}")
-"""What a method is called that the package does not have, but the program that runs it: `methods.register`."""
+"""Names of methods that the calling program adds to those of the package: `methods.register`."""
 
 
 Quantization = Literal["none", "int8", "nf4"]
@@ -67,7 +67,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 NATURAL: Mapping[ScoreKind, float] = MappingProxyType({"ratio": 1.0, "relative-gap": 0.0})
-"""Where a score says that both adapters explain a record equally well."""
+"""The score of a record that has the same NLL under both adapters, by kind of score."""
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -83,322 +83,339 @@ Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 
 
 class Section(BaseModel):
-    """A group of knobs: frozen, and closed to unknown keys."""
+    """A group of settings: frozen, and closed to unknown keys."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
 
 
 class FieldNames(Section):
-    """What the fields of a record are called in the user's files."""
+    """Names of the fields of a record in the user's files."""
 
     instruction: str = "instruction"
-    """The question or task."""
+    """Field with the question or task."""
     context: str = "context"
-    """Text that the question is about; the field may be absent."""
+    """Field with the text that the question is about. The field may be absent."""
     response: str = "response"
-    """The answer to learn."""
+    """Field with the answer to learn."""
     category: str = "category"
-    """A label of the record's kind; the field may be absent."""
+    """Field with a label of the record's kind. The field may be absent."""
     concept: str = "concept"
-    """What the record is about; the field may be absent. Records of one concept stay in one part."""
+    """Field with the subject of the record. The field may be absent. Records with the same concept stay in the same
+    split."""
     client: str = "client"
-    """The owner of the record, where one file holds all clients."""
+    """Field with the name of the site that owns the record, if one file holds all sites."""
     part: str = ""
-    """The field that says training, validation or test, where one file holds all parts of a client; "": none."""
+    """Field that says training, validation or test, if one file holds all splits of a site. "": none."""
 
 
 class DataConfig(Section):
-    """Where the records come from and how they are parted."""
+    """The source of the records and their split into training, validation and test."""
 
     source: DataSource = "published"
-    """The published layout; one file a client; one file with a client column; or the sites made from packages."""
+    """"published": the layout of the published data. "files": one file per site. "table": one file with a client
+    column. "medical": demo sites made from Python packages."""
     path: str = ""
-    """Folder or file to read; relative to the working directory. Not used by "medical"."""
+    """Folder or file to read, relative to the working directory. "medical" does not use it."""
     fields: FieldNames = FieldNames()
     """Names of the fields in the files."""
     clients: Annotated[int, Field(ge=0)] = 0
-    """How many clients to take, in order; 0: all (of "medical": 8)."""
+    """Number of sites to take, in order. 0: all ("medical": 8)."""
     max_records: Count = 0
-    """At most so many training records a client, drawn with the run's seed; 0: all (of "medical": 48)."""
+    """Maximum number of training records per site, drawn with the run's seed. 0: all ("medical": 48)."""
     max_validation_records: Count = 0
-    """At most so many validation records a client; 0: all (of "medical": 12)."""
+    """Maximum number of validation records per site. 0: all ("medical": 12)."""
     max_test_records: Count = 0
-    """At most so many test records a client; 0: all (of "medical": 24)."""
+    """Maximum number of test records per site. 0: all ("medical": 24)."""
     validation_fraction: Fraction = 0.1
-    """Part of the training records held out to choose the personalisation epoch, where no validation is given."""
+    """Fraction of the training records held out for validation, if a site has no validation records. They choose the
+    epoch of the tuning."""
     test_fraction: Fraction = 0.2
-    """Part of the records held out for testing, where no test is given."""
+    """Fraction of the records held out for testing, if a site has no test records."""
     pieces: Positive = 1
-    """Clients that each one is dealt out into, before the limits: 8 become 40 with 5."""
+    """Split every site into this many sites, before the size limits are applied: with 5, 8 sites become 40."""
     noisy_clients: Count = 0
-    """Clients whose training responses are swapped among their records, to see what wrong labels do."""
+    """Number of sites whose training responses are swapped among their own records, to measure the effect of wrong
+    labels."""
     seed: Annotated[int, Field(ge=-1)] = -1
-    """What the draws and parts of the records, and the choices of the evaluation, follow from; -1: the run's seed."""
+    """Seed of the draws and splits of the records, and of the choices in the evaluation. -1: the run's seed."""
 
 
 class ModelConfig(Section):
     """The frozen base model."""
 
     name: str = "smollm2-135m"
-    """A folder, a hub id, `smollm2-135m` (out of a package) or `tiny-random` (tests)."""
+    """A folder, a hub id, `smollm2-135m` (from a Python package) or `tiny-random` (for tests)."""
     dtype: Dtype = "auto"
-    """Type of the base weights; "auto": bfloat16 where processor or GPU computes with it, else float32. float16 is for
+    """Type of the base weights. "auto": bfloat16 if the processor or GPU computes with it, else float32. float16 is for
     GPUs without bfloat16."""
     quantization: Quantization = "none"
-    """"int8" or "nf4" (4 bits): the base's linear layers through bitsandbytes, for less memory, not for speed."""
+    """"int8" or "nf4" (4 bits): store the base's linear layers with bitsandbytes. This saves memory, not time."""
     device: Device = "auto"
-    """"auto": a CUDA GPU where there is one, else the processor."""
+    """"auto": a CUDA GPU if there is one, else the processor."""
     cutoff: Annotated[int, Field(ge=8)] = 512
-    """Longest record, in tokens, prompt and response together."""
+    """Maximum length of a record in tokens, prompt and response together."""
 
 
 class PromptConfig(Section):
-    """How a record becomes a prompt and a response."""
+    """The form in which the model sees a record: a prompt and a response."""
 
     template: str = "alpaca"
     """`alpaca`, `plain`, `chat` (the tokenizer's own), or a TOML file with `with_context` and `without_context`."""
     overflow: Literal["refuse", "cut"] = "refuse"
-    """A prompt that leaves no room for a response: stop with an error, or cut its context, then its instruction."""
+    """Treatment of a prompt that leaves no room for a response. "refuse": stop with an error. "cut": cut its context,
+    then its instruction."""
 
 
 class LoraConfig(Section):
     """The adapter that every site trains."""
 
     r: Positive = 8
-    """Rank."""
+    """Rank of the adapter's matrices."""
     alpha: Rate = 16.0
-    """Scale: the update is alpha / r * B A."""
+    """Scale of the adapter: the update of a weight matrix is alpha / r * B A."""
     dropout: Fraction = 0.05
-    """Dropout on the adapter's input while training."""
+    """Dropout rate on the adapter's input during training."""
     targets: str | list[str] = ["q_proj", "v_proj"]
     """Names of the linear layers that get an adapter, or "all-linear"."""
     blocks: Annotated[str, Field(pattern=r"^(all|top:[1-9][0-9]*)$")] = "all"
-    """Which transformer blocks get one: "all", or "top:N" for the last N."""
+    """Transformer blocks that get an adapter: "all", or "top:N" for the last N."""
 
 
 class TrainingConfig(Section):
     """Local training within one round."""
 
     epochs: Positive = 1
-    """Passes over the shared set in each round."""
+    """Passes over the shared records in each round."""
     max_steps: Count = 0
-    """At most so many optimiser steps a round; 0: as the epochs give."""
+    """Maximum number of optimizer steps per round. 0: no limit, so the epochs decide."""
     batch_size: Positive = 32
-    """Records in one optimiser step."""
+    """Number of records per optimizer step."""
     learning_rate: Rate = 2e-4
-    """AdamW's rate at the start of the local training."""
+    """AdamW's learning rate at the start of the local training."""
     schedule: Literal["linear", "constant"] = "linear"
-    """"linear": to 0 within the round's local training."""
+    """"linear": the rate falls to 0 within the local training of each round. "constant": it stays."""
     weight_decay: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
     """AdamW's decoupled weight decay."""
     max_grad_norm: Rate = 1.0
-    """Gradients are clipped to this norm."""
+    """Norm to which gradients are clipped."""
     positions: Positions = "all"
-    """Tokens that the loss counts: "all" (prompt and response) or "response"."""
+    """Tokens that count in the loss: "all" (prompt and response) or "response"."""
     tokens_per_batch: Annotated[int, Field(ge=16)] = 1024
-    """Tokens in one pass through the model; several passes make one optimiser step. Changes no result beyond
-    rounding, but for the draws of dropout."""
+    """Number of tokens per pass through the model. Several passes make one optimizer step. It changes results only by
+    rounding and by the draws of dropout."""
     checkpointing: bool = False
-    """Keep only each block's input and run the block again on the way back: less memory, a third more work."""
+    """true: keep only the input of each block and compute the block again in the backward pass. This takes less memory
+    and a third more work."""
 
 
 class FederationConfig(Section):
-    """The rounds."""
+    """The federated rounds."""
 
     rounds: Count = 20
-    """T, federated rounds after the warm-up."""
+    """T, the number of federated rounds after the warm-up."""
     participation: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Part of the clients that trains in a round; at least one does."""
+    """Fraction of the sites that train in a round; at least one does."""
 
 
 class RepliesConfig(Section):
-    """What the server asks of replies. Each server sets its own."""
+    """Conditions that the server sets for replies. Each server has its own."""
 
     quorum: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """Part of the asked clients whose replies must count, where they are in other processes; with fewer the run stops,
-    to go on from the round before."""
+    """Fraction of the asked sites whose replies must count, if sites are other processes. With fewer the run stops and
+    can be resumed from the round before."""
     deadline_seconds: Annotated[float, Field(gt=0.0, le=1e6)] = 3600.0
-    """How long a round waits for clients that are in other processes: to be there, then to answer."""
+    """Seconds that a round waits for sites that are other processes: first until they are connected, then until they
+    answer."""
     max_update_norm: Annotated[float, Field(ge=0.0, le=1e30)] = 0.0
-    """Largest Euclidean length of what a client's training added to the arrays that it sends; 0: any."""
+    """Maximum Euclidean norm of an update, that is, of the change by a site's training in the arrays that it sends. 0:
+    no limit."""
     oversized: Literal["refuse", "clip"] = "refuse"
-    """A longer one: its reply does not count, or it is scaled down to that length."""
+    """Treatment of an update with a larger norm. "refuse": its reply does not count. "clip": it is scaled down to the
+    limit."""
 
 
 class WarmupConfig(Section):
-    """FedAvg on all records, to tell shared from personal."""
+    """FedAvg on all records, before they are split into shared and personal ones."""
 
     rounds: Count = 1
-    """W; 0: no split, everything is shared."""
+    """W, the number of warm-up rounds. 0: no split, so all records are shared."""
     reset: bool = True
-    """Start the federated rounds from a fresh adapter; false: go on from the warm-up's."""
+    """true: start the federated rounds from a fresh adapter. false: continue from the adapter of the warm-up."""
     max_steps: Count = 0
-    """At most so many optimiser steps in each warm-up round; 0: as `training.max_steps` says."""
+    """Maximum number of optimizer steps per warm-up round. 0: as `training.max_steps`."""
     folds: Annotated[int, Field(ge=1, le=2)] = 1
-    """1: a record's local score comes from an adapter that trained on it (published). 2: in the last warm-up round two
-    adapters train, each on half of the records for half of the steps; the one that did not see a record scores it,
-    and their mean is what travels."""
+    """1: the local adapter that scores a record has trained on it (published). 2: two adapters train in the last
+    warm-up round, each on half of the records for half of the steps. The one that did not see a record scores it, and
+    the site sends their mean."""
 
 
 class ScoringConfig(Section):
-    """What a score counts."""
+    """The definition of a record's score."""
 
     positions: Positions = "all"
-    """Tokens whose likelihood counts: "all" (published) or "response"."""
+    """Tokens that count in the NLL: "all" (published) or "response"."""
     kind: ScoreKind = "ratio"
-    """"ratio": exp(NLL_aggregated - NLL_local), naturally parted at 1 (published); "relative-gap":
-    (NLL_aggregated - NLL_local) / NLL_aggregated, naturally parted at 0."""
+    """"ratio": exp(NLL_aggregated - NLL_local), with the natural threshold 1 (published). "relative-gap":
+    (NLL_aggregated - NLL_local) / NLL_aggregated, with the natural threshold 0. NLL_aggregated is measured under the
+    common adapter."""
     without_own: bool = False
-    """true: the aggregated adapter that a site scores with leaves the site's own out; the server then tells a site how
-    many records stand behind it, in all and of its own."""
+    """true: a site subtracts its own adapter from the common adapter before it scores. For this the server sends each
+    site the number of records that trained the common adapter, in total and from this site."""
     tokens_per_batch: Annotated[int, Field(ge=16)] = 2048
-    """Tokens in one pass through the model. Changes no result beyond rounding."""
+    """Number of tokens per pass through the model. It changes results only by rounding."""
 
 
 class EnrollmentConfig(Section):
-    """Who is shared, who is personal, and who moves."""
+    """The split into shared and personal records, and the later enrollment of personal ones."""
 
     rule: ThresholdRule = "otsu-256"
-    """Threshold of the split after the warm-up; "otsu-log": Otsu's exact one of the scores' logarithms, for ratios;
-    median and quartiles make a fixed part of the records shared; "natural": 1 for ratios, 0 for gaps."""
+    """Rule for the threshold of the split after the warm-up. "otsu-256", "otsu-exact": Otsu's threshold, with 256 bins
+    or exact. "otsu-log": the exact one of the scores' logarithms, for ratios. The median and the quartiles share a
+    fixed fraction of the records. "natural": 1 for ratios, 0 for gaps."""
     split: SplitRule = "score"
-    """Which records the split makes shared, as many as score below the threshold: "score", those; the others are there
-    to show what the score is good for: "random"; "reversed", those with the highest scores; "length-matched", drawn
-    among records of like length, so that both sets are as long as the score's."""
+    """Records that become shared; their number is that of the scores below the threshold. "score": the records with
+    these scores. The others are controls that show the value of the score. "random": drawn. "reversed": those with the
+    highest scores. "length-matched": drawn among records of similar length, so that both sets are as long as the
+    score's."""
     enabled: bool = True
-    """false: the split after the warm-up stands."""
+    """false: the split after the warm-up is final."""
     threshold: Annotated[float, Field(ge=-1e6, le=1e6)] = 1.0
-    """A personal record with a lower score is enrolled; where it isn't given, the score's natural threshold."""
+    """Score below which a personal record is enrolled. If it is not set, the natural threshold of the score."""
     choice: Literal["score", "random"] = "score"
-    """Which personal records a round enrolls, as many as score below the threshold: "score", those; "random", drawn, to
-    show what the score is good for."""
+    """Personal records that a round enrolls; their number is that of the scores below the threshold. "score": the
+    records with these scores. "random": drawn, as a control that shows the value of the score."""
     timing: Literal["same_round", "next_round"] = "same_round"
-    """When enrolled records begin to train: at once, or in the next round as the original's do."""
+    """Round in which enrolled records begin to train: at once, or in the next round, as in the original."""
     softness: Annotated[float, Field(ge=0.0, le=1e6)] = 0.0
-    """s: a record's loss in the common training weighs 1 / (1 + exp(d / s)), d being how far its last score lies above
-    the threshold: in nats per token for ratios, in parts of the NLL for gaps. 0: shared records train and personal ones
-    don't (published). The larger, the more alike all are, up to FedAvg."""
+    """s: the weight of a record's loss in the common training is 1 / (1 + exp(d / s)). d is the distance of its last
+    score above the threshold: in nats per token for ratios, as a fraction of the NLL for gaps. 0: only shared records
+    train (published). A larger s makes all weights more equal, up to FedAvg."""
 
 
 class PersonalizationConfig(Section):
-    """Tuning of the aggregated adapter, or of each site's own, on its own records."""
+    """Tuning at each site: the common adapter, or the site's local adapter, trains on the site's own records."""
 
     epochs: Count = 10
-    """At most so many passes; the one with the lowest validation loss is kept. 0: no personalisation."""
+    """Maximum number of passes. The pass with the lowest validation loss is kept. 0: no tuning."""
     learning_rate: Rate = 2e-4
-    """AdamW's rate at the start; where it isn't given, `training.learning_rate`."""
+    """AdamW's learning rate at the start. If it is not set, `training.learning_rate`."""
     start: Literal["aggregated", "own"] = "aggregated"
-    """Which adapter is tuned; "own": the site's own one of the last round, as it was before the others' went into the
-    mean, and the aggregated one where the site did not train in that round. It stays on the site. fedmide's and
-    fedavg-ft's."""
+    """Adapter to tune. "aggregated": the common adapter. "own": the site's local adapter of the last round, as it was
+    before it was averaged with the others; the common adapter if the site did not train in that round. The tuned
+    adapter stays on the site. For fedmide and fedavg-ft."""
     records: Literal["all", "personal-first", "personal", "shared"] = "all"
-    """Which of the client's training records to tune on; "personal-first": all, in every pass those of the personal
-    set first, so that fewer steps than records leave out shared ones."""
+    """Training records to tune on. "personal-first": all, with the personal records first in every pass. If there are
+    fewer steps than records, shared records are left out."""
     max_steps: Count = 0
-    """At most so many optimiser steps; 0: as the epochs give."""
+    """Maximum number of optimizer steps. 0: no limit, so the epochs decide."""
     personal_weight: Rate = 1.0
-    """Where all are tuned on: how much the loss of a personal record weighs beside that of a shared one."""
+    """Weight of a personal record's loss, if all records are tuned on. A shared record has weight 1."""
     interpolation: Annotated[list[Annotated[float, Field(ge=0.0, le=10.0)]], Field(min_length=1)] = [1.0]
-    """Values of beta to choose from: the personalised adapter is aggregated + beta (tuned - aggregated), with the beta
-    whose validation loss is lowest, the smaller of equals; without validation records the largest. [1]: as tuned."""
+    """Values of beta to choose from. The final adapter is aggregated + beta (tuned - aggregated). The beta with the
+    lowest validation loss is chosen, of equal ones the smaller; without validation records, the largest. [1]: as
+    tuned."""
 
 
 class FedProxConfig(Section):
-    """FedProx's own knobs."""
+    """Settings of FedProx."""
 
     mu: Annotated[float, Field(ge=0.0, le=1e6)] = 0.01
-    """Weight of the pull to the received adapter: mu / 2 times the squared distance is added to the loss."""
+    """Weight of the pull towards the received adapter: mu / 2 times the squared distance is added to the loss."""
 
 
 class ScaffoldConfig(Section):
-    """SCAFFOLD's own knobs."""
+    """Settings of SCAFFOLD."""
 
     learning_rate: Rate = 0.1
-    """Rate of the local SGD, scheduled as `training.schedule` says; `training.learning_rate` is AdamW's. The paper
-    tunes it; at this one a clipped step is about as long as one of AdamW at 2e-4 over 10^6 values."""
+    """Learning rate of the local SGD, scheduled by `training.schedule`; `training.learning_rate` is for AdamW only. The
+    paper tunes this rate. At the default, a clipped step is about as long as a step of AdamW at 2e-4 over 10^6
+    values."""
     server_rate: Rate = 1.0
-    """How far the server goes towards the mean."""
+    """Step of the server towards the mean; 1: the mean itself."""
 
 
 class FedAvgMConfig(Section):
-    """FedAvgM's own knobs."""
+    """Settings of FedAvgM."""
 
     beta: Fraction = 0.9
-    """Server momentum: what stays of the earlier rounds' steps."""
+    """Server momentum: the fraction of the earlier steps that is kept in each round."""
 
 
 class AdaptiveConfig(Section):
-    """What FedAdagrad, FedAdam and FedYogi each have a table of."""
+    """Settings that FedAdagrad, FedAdam and FedYogi share; each has a table of its own."""
 
     eta: Rate = 1e-3
     """Server learning rate."""
     tau: Rate = 1e-3
-    """Adaptivity: added to the root of the second moment, which begins at its square."""
+    """Adaptivity: added to the root of the second moment. The second moment starts at tau squared."""
     beta1: Fraction = 0.9
     """Decay of the first moment of the mean step."""
 
 
 class MomentsConfig(AdaptiveConfig):
-    """The same with a second moment that decays."""
+    """Settings of FedAdam and FedYogi: the same, with a second moment that decays."""
 
     beta2: Fraction = 0.99
     """Decay of the second moment."""
 
 
 class DittoConfig(Section):
-    """Ditto's own knobs."""
+    """Settings of Ditto."""
 
     lam: Annotated[float, Field(ge=0.0, le=1e6)] = 0.1
-    """Lambda: weight of the pull of the personal adapter to the received one."""
+    """Lambda: weight of the pull of the site's personal adapter towards the received one."""
     epochs: Positive = 1
-    """Passes of the personal training in each round, beside `training.epochs` of the common one."""
+    """Passes of the personal training in each round, in addition to the `training.epochs` passes of the common
+    training."""
     max_steps: Count = 0
-    """At most so many optimiser steps of it in a round; 0: as `training.max_steps` says."""
+    """Maximum number of optimizer steps of the personal training per round. 0: as `training.max_steps`."""
 
 
 class FlexLoraConfig(Section):
-    """FlexLoRA's own knobs."""
+    """Settings of FlexLoRA."""
 
     ranks: list[Positive] = []
-    """Ranks of the clients, dealt out in their order, again and again; none: all have `lora.r`. Whatever the rank, the
-    scale is `lora.alpha / lora.r`."""
+    """Ranks of the sites, in their order; a list that is too short is repeated. Empty: all sites have `lora.r`. The
+    scale is `lora.alpha / lora.r` for every rank."""
 
 
 class FedDpaConfig(Section):
-    """FedDPA's own knobs, of both variants."""
+    """Settings of FedDPA, for both variants."""
 
     weight: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5
-    """Of the local adapter's output while it is trained; the common one has the rest."""
+    """Weight of the local adapter's output during its training. The common adapter gets 1 - weight."""
     most: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
-    """Highest weight of the local adapter at inference; a record's own is so much times its likeness."""
+    """Maximum weight of the local adapter at inference. For each record it is multiplied by the record's similarity to
+    the site's training records."""
     references: Positive = 5
-    """Training records that a record is compared with."""
+    """Number of training records with which a record is compared."""
     max_steps: Count = 0
-    """At most so many optimiser steps of feddpa-t's local adapter in a round; a client's first round, which trains none
-    yet, gives them to the common one. 0: as `training.max_steps` says, and none in the first."""
+    """Maximum number of optimizer steps of feddpa-t's local adapter per round. A site's first round trains no local
+    adapter and gives these steps to the common adapter. 0: as `training.max_steps`, without extra steps in the first
+    round."""
 
 
 class GenerationConfig(Section):
-    """Decoding of the test records' responses: greedy, batched, masked."""
+    """Generation of responses to the test records: greedy, in masked batches."""
 
     enabled: bool = True
     """false: no responses are generated."""
     max_new_tokens: Count = 0
-    """Longest response, in tokens; 0: the 99th percentile of the training responses, at most 256."""
+    """Maximum length of a response in tokens. 0: the 99th percentile of the training responses, at most 256."""
     max_records: Count = 0
-    """At most so many test records a client; 0: all."""
+    """Maximum number of test records per site. 0: all."""
     batch_size: Positive = 16
-    """Prompts decoded together."""
+    """Number of prompts that are decoded together."""
 
 
 class EvaluationConfig(Section):
-    """What is measured on the test records."""
+    """Measurements on the test records."""
 
     choices: Count = 4
-    """Responses in the choice by likelihood: the reference and choices - 1 others of the same client. 0: no choice is
-    scored, nor the options that instructions list."""
+    """Number of responses in the multiple choice by NLL: the reference and choices - 1 others of the same site. 0: no
+    choice is scored, nor the options that instructions list."""
     bootstrap: Annotated[int, Field(ge=100)] = 1000
-    """Resamples for the 95 % intervals."""
+    """Number of resamples for the 95 % intervals."""
 
     @field_validator("choices")
     @classmethod
@@ -409,10 +426,10 @@ class EvaluationConfig(Section):
 
 
 class RuntimeConfig(Section):
-    """The machine."""
+    """Use of the machine: processor threads and memory."""
 
     threads: Count = 0
-    """Processor threads; 0: as many as are worth it on the cores that are free, measured at the start. Bytes repeat for
-    the same number only; a run goes on with as many as it began with."""
+    """Number of processor threads. 0: measured at the start on the free cores. Results repeat byte for byte only with
+    the same number; a resumed run uses the number that it began with."""
     prefix_cache_mb: Count = 2048
-    """Memory for what the blocks below the lowest adapter make of a record, which never changes; in 10^6 bytes."""
+    """Memory in MB (10^6 bytes) for the cached outputs of the blocks below the lowest adapter. They never change."""
