@@ -1,0 +1,56 @@
+"""The rules of CONTRIBUTING.md for prose, as far as a program can check them, hold in the whole repository."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.needs import ROOT
+from tools.language import files, of_file, of_markdown, of_python
+
+OPEN = frozenset((ROOT / "tests" / "language_open.txt").read_text("utf-8").split())
+"""Files that are still to be rewritten. A file leaves the list once it is clean, and none may join."""
+
+
+@pytest.mark.parametrize("path", tuple(files()), ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_sentence_makes_readers_stumble(path: Path) -> None:
+    found = [f"{each.line}: {each.problem}: {each.words}" for each in of_file(path)]
+    if str(path.relative_to(ROOT)) in OPEN:
+        assert found, "this file is clean: take it off tests/language_open.txt"
+    else:
+        assert found == []
+
+
+def test_every_file_to_be_rewritten_exists() -> None:
+    assert [name for name in sorted(OPEN) if not (ROOT / name).is_file()] == []
+
+
+@pytest.mark.parametrize(
+    ("source", "problem"),
+    [
+        ('def f():\n    """What it gives."""\n', "a docstring begins with a noun or a verb"),
+        ('x = 1\n"""Whether it is."""\n', "a docstring begins with a noun or a verb"),
+        ('x = f"the run {1} goes on with it"\n', "write resume or continue"),
+        ("x = 1  # a file that nobody mends\n", "write fix"),
+        ("# nats a token, measured\n", "write per"),
+        ('"""The personalised adapter."""\n', "spell it as Americans do"),
+        (f'"""{"word " * 31}."""\n', "31 words in a sentence"),
+    ],
+)
+def test_a_slip_in_code_is_found(source: str, problem: str) -> None:
+    assert [each.problem for each in of_python(source)] == [problem]
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("One sentence. Another one.", "one sentence per line"),
+        ("A line that stops in\nthe middle.", "a line ends where its sentence ends"),
+        ("| it is told | a |", "write print, report, name, distinguish"),
+    ],
+)
+def test_a_slip_in_a_document_is_found(text: str, problem: str) -> None:
+    assert [each.problem for each in of_markdown(text)] == [problem]
+
+
+def test_code_and_names_in_documents_are_left_alone() -> None:
+    assert list(of_markdown("Use `personalised`.\n\n```\nwhat it tells\n```\n")) == []
