@@ -35,7 +35,7 @@ supervision.site(SiteFolder.read(Path(sys.argv[1])), tell)
 
 @dataclass
 class Consortium:
-    """Its folders and its processes by name; every one that is started is ended by its id."""
+    """The consortium's folders and processes by name. Every process that is started is ended by its id."""
 
     path: Path
     data: Path
@@ -71,7 +71,7 @@ class Consortium:
         self.start(f"site-{name}", sys.executable, "-c", STARTER, str(self.site(name)), str(FAULTY))
 
     def kill(self, name: str) -> None:
-        """Kills a process and all its children at once, as a machine that goes dark would."""
+        """Kills a process and all its children at once, as if its machine lost power."""
         parent = self.running.pop(name)
         children = psutil.Process(parent.pid).children(recursive=True)
         parent.kill()  # first, so that it starts none of them again
@@ -80,24 +80,24 @@ class Consortium:
         parent.wait()
 
     def child(self, name: str, word: str) -> psutil.Process:
-        """The child of one of its processes with this word in its command."""
+        """The descendant of a process of the consortium that has this word in its command."""
         children = psutil.Process(self.running[name].pid).children(recursive=True)
         return next(child for child in children if word in " ".join(child.cmdline()))
 
     def fault(self, name: str, **kinds: str) -> None:
-        """What a site does wrong from now on: `hello` or `round_N`, `round_m1` for -1."""
+        """Makes a site fail from now on: in `hello` or in `round_N`, `round_m1` for -1."""
         keys = {key.removeprefix("round_").replace("m", "-"): kind for key, kind in kinds.items() if key != "hello"}
         if "hello" in kinds:
             keys["hello"] = kinds["hello"]
         (self.site(name) / "fault.json").write_text(json.dumps(keys))
 
     def run(self, out: Path, *settings: str) -> subprocess.Popen[str]:
-        """A run that has been begun."""
+        """A run that has been started."""
         options = [part for setting in settings for part in ("--set", setting)]
         return self._begun("flower", "run", str(self.server), "--out", str(out), *options)
 
     def resume(self, out: Path) -> subprocess.Popen[str]:
-        """A run that goes on."""
+        """A run that is resumed."""
         return self._begun("flower", "resume", str(self.server), str(out))
 
     def _begun(self, *arguments: str) -> subprocess.Popen[str]:
@@ -105,7 +105,7 @@ class Consortium:
         return self.runs[-1]
 
     def end_runs(self) -> None:
-        """Ends the runs of a test, also where it failed."""
+        """Ends the runs of a test, also if it failed."""
         while self.runs:
             process = self.runs.pop()
             if process.poll() is None:
@@ -113,7 +113,7 @@ class Consortium:
             process.communicate()
 
     def works(self, name: str) -> list[str]:
-        """What a site's worker says it did."""
+        """The lines of a site's worker log."""
         return (self.site(name) / "logs" / "worker.log").read_text().splitlines()
 
     def federation(self, out: Path) -> str:
@@ -123,13 +123,13 @@ class Consortium:
         return (self.site(name) / "runs" / self.federation(out) / "clients" / name / "ledger.jsonl").read_bytes()
 
     def wrote(self) -> bytes:
-        """All that the server's side has written: its folder, its state, its logs."""
+        """All bytes that the server's side has written: its folder, its state, its logs."""
         files = [path for path in self.server.rglob("*") if path.is_file()]
         return b"".join(path.read_bytes() for path in files) + (self.path / "server.out").read_bytes()
 
 
 def die_with_parent() -> None:
-    """Asks the system to end this process should the tests be killed."""
+    """Asks the system to end this process if the tests are killed."""
     libc.prctl(1, signal.SIGTERM)
 
 
@@ -196,7 +196,7 @@ def is_up(made: Consortium, name: str) -> bool:
 
 
 def to_own_records(made: Consortium, name: str) -> None:
-    """Puts a site's records into its own folder, and its configuration there."""
+    """Puts a site's records into its own folder, and its configuration with them."""
     own = made.site(name) / "data"
     (made.data / name).rename(made.site(name) / "moved")
     own.mkdir()

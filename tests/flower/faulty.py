@@ -1,4 +1,4 @@
-"""A site's worker that does wrong as its folder's fault.json says: {"-1": "nan", "hello": "version", ...}."""
+"""A site's worker that fails as its folder's fault.json specifies: {"-1": "nan", "hello": "version", ...}."""
 
 import errno
 import json

@@ -1,4 +1,4 @@
-"""What Flower runs: frames arrive whole, and no error has words."""
+"""The apps that Flower runs: frames arrive whole, and no text of an error leaves a site."""
 
 import os
 import subprocess
@@ -37,7 +37,7 @@ def test_a_frame_travels_whole_and_its_adapter_as_one_array(fakes: Any) -> None:
 
 
 class Told:
-    """A message as Flower's grid gives it back."""
+    """A message as Flower's grid returns it."""
 
     def __init__(self, to: str, content: Any = None, error: Any = None) -> None:
         self.metadata = type("Metadata", (), {"reply_to_message_id": to})()
@@ -49,7 +49,7 @@ class Told:
 
 @dataclass
 class Sent:
-    """A message to a node: Flower's own can be made within a run only."""
+    """A message to a node; Flower makes its own within a run only."""
 
     content: Any
     dst_node_id: int
@@ -63,7 +63,10 @@ def sendable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Grid:
-    """Nodes that answer with what they got; node 3 with an error, node 4 with something else, node 5 never."""
+    """Nodes that send back the frame that they got.
+
+    Node 3 answers with an error, node 4 with something else, node 5 never.
+    """
 
     def __init__(self) -> None:
         self.sent: dict[str, Any] = {}
@@ -101,8 +104,8 @@ def test_each_answer_is_that_of_the_node_that_was_asked(fakes: Any, sendable: No
     assert answers == [
         Answered(1, frame),
         Answered(2, frame),
-        Answered(3, b"", "it can't be reached (Flower's error 5)"),
-        Answered(4, b"", "its answer can't be read: it is no frame"),
+        Answered(3, b"", "the site can't be reached (Flower's error 5)"),
+        Answered(4, b"", "the site's answer can't be read: it is not a frame"),
     ]
 
 

@@ -1,4 +1,4 @@
-"""A new consortium: everything is there, and everything wrong is told of before anything is written."""
+"""A new consortium: it is complete, and all problems are reported before anything is written."""
 
 import json
 import shutil
@@ -22,7 +22,7 @@ from fedmide.flower.supervision import superlink_command, supernode_command
 
 
 def quiet(message: str) -> None:
-    """Hears nothing."""
+    """Ignores the message."""
 
 
 @pytest.fixture(scope="module")
@@ -138,11 +138,11 @@ def test_paths_of_a_site_count_from_its_folder_and_only_what_is_named_like_it_is
     ("changes", "problem"),
     [
         ({"sites": ()}, "no site is named"),
-        ({"sites": ("a", "B c")}, "'B c' is no name for a site"),
-        ({"sites": ("../a",)}, "'../a' is no name for a site"),
+        ({"sites": ("a", "B c")}, "'B c' is not a name for a site"),
+        ({"sites": ("../a",)}, "'../a' is not a name for a site"),
         ({"sites": ("a", "a")}, "'a' is named twice"),
-        ({"address": "nowhere"}, "is no address"),
-        ({"plain": True, "address": "hub.example.org:443"}, "plain text is for loopback only"),
+        ({"address": "nowhere"}, "is not an address"),
+        ({"plain": True, "address": "hub.example.org:443"}, "without encryption all sites must be on it"),
     ],
 )
 def test_a_consortium_that_can_t_be_is_refused(
@@ -160,9 +160,9 @@ def test_a_folder_that_holds_something_is_left_alone(made: Path, fakes: Any) -> 
 
 
 def test_other_folders_are_told_from_those_of_a_consortium(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="no folder of a site"):
+    with pytest.raises(UsageError, match="not the folder of a site"):
         SiteFolder.read(tmp_path)
-    with pytest.raises(UsageError, match="no folder of a server"):
+    with pytest.raises(UsageError, match="not the folder of a server"):
         ServerFolder.read(tmp_path)
 
 
@@ -174,7 +174,7 @@ def test_before_the_first_run_none_of_its_rounds_is_done(
     (tmp_path / "anything").mkdir()
     told = deployment.status(ServerFolder.read(made / "server"))
     assert told == {"sites": {"7": "online"}, "run": None, "going_on": False, "rounds_done": 0}
-    with pytest.raises(UsageError, match="no run is going on"):
+    with pytest.raises(UsageError, match="no run is in progress"):
         deployment.stop(ServerFolder.read(made / "server"))
 
 

@@ -1,6 +1,6 @@
-"""A deployment of real processes: the same bytes as in process; what befalls sites, server and SuperLink; who gets in.
+"""A deployment of real processes: the same bytes as in process; failures of sites, server and SuperLink; access.
 
-All in one file, so that one worker of pytest-xdist runs them, on one consortium.
+All tests are in one file, so that one worker of pytest-xdist runs them, on one consortium.
 """
 
 import http.client
@@ -47,19 +47,19 @@ def no_faults(consortium: Any) -> Iterator[None]:
 
 
 def ended(process: subprocess.Popen[str], seconds: float = 300.0) -> str:
-    """What a command said until its end."""
+    """The output of a command, after its end."""
     said: str = process.communicate(timeout=seconds)[0]
     sys.stdout.write(said)
     return said
 
 
 def rows(out: Path) -> dict[tuple[int, str], str]:
-    """Why each client's reply did not count in a round, empty where it did."""
+    """The reason why each client's reply did not count in a round; empty if it did."""
     return {(event["round"], event["client"]): event["refused"] for event in reopen(out).events()}
 
 
 def in_process(consortium: Any, out: Path) -> Path:
-    """The same federation in one process, on the records that now lie at the sites."""
+    """The same federation in one process, on the records that are at the sites now."""
     data = out.with_name(f"{out.name}-data")
     data.mkdir()
     for name in "abc":
@@ -86,7 +86,7 @@ def test_a_run_whose_server_is_killed_ends_with_the_bytes_of_one_process(consort
     for site in "abc":
         assert consortium.ledger(site, out) == (expected / "clients" / site / "ledger.jsonl").read_bytes()
         done = [line for line in consortium.works(site) if line.endswith(": done")]
-        assert len(done) == 4, "each round once, whoever was killed"
+        assert len(done) == 4, "each round once, whichever process was killed"
     assert set(rows(out).values()) == {""}
     assert not list(out.rglob("ledger.jsonl")), "what stays on the sites is not at the server"
 
@@ -140,9 +140,9 @@ def test_a_site_that_goes_dark_comes_back_with_its_ledger(consortium: Any, tmp_p
     assert rows(out)[0, "b"] != ""
     assert {rows(out)[number, name] for number in (0, 1) for name in "ac"} == {""}
     for _ in range(3):
-        if "not personalised" not in said and "are needed" not in said:
+        if "not personalized" not in said and "are needed" not in said:
             break
-        time.sleep(15)  # until the server has given up on the node that went dark
+        time.sleep(15)  # until the server has given up on the node that was killed
         said = ended(consortium.resume(out))
     assert "personalized: " in said
     assert (consortium.server / "nodes.json").read_text() == nodes
@@ -186,7 +186,7 @@ def test_sites_that_differ_are_refused_with_the_reason_before_they_train(consort
         assert not (runs / consortium.federation(out) / "clients").exists()
 
 
-# --- who gets in, what is open, what is said to others
+# --- access, open ports, and what others can read
 
 
 @pytest.fixture
@@ -207,7 +207,7 @@ def stranger(consortium: Any, tmp_path: Path) -> SiteFolder:
 
 
 def said(commands: dict[str, Sequence[str]], folder: Path, enough: Callable[[dict[str, str]], bool]) -> dict[str, str]:
-    """What processes said, all started at once, until it is enough."""
+    """The output of processes that are started at once, as soon as it is enough."""
     logs = {name: folder / f"{name}.log" for name in commands}
     with ExitStack() as stack:
         for name, command in commands.items():
@@ -257,7 +257,7 @@ def test_nobody_gets_in_without_a_registered_key_the_right_certificate_and_the_s
 
 
 def refused_executors(server: ServerFolder) -> int:
-    """How often the SuperLink has refused an executor its work so far."""
+    """The number of times that the SuperLink has refused an executor its work so far."""
     return server.log("superlink").read_text(errors="replace").count('acquire-task HTTP/1.1" 401')
 
 
@@ -265,9 +265,7 @@ def family(consortium: Any) -> Iterator[psutil.Process]:
     for running in consortium.running.values():
         parent = psutil.Process(running.pid)
         for process in [parent, *parent.children(recursive=True)]:
-            if (
-                process.status() != psutil.STATUS_ZOMBIE
-            ):  # an app that has ended and that its executor has not looked for
+            if process.status() != psutil.STATUS_ZOMBIE:  # an app that has ended, before its executor has noticed
                 yield process
 
 
@@ -321,7 +319,7 @@ def test_the_check_of_a_site_says_what_is_wrong(consortium: Any, stranger: SiteF
     assert "lora.r is 2 there and 64 here" in problems["version, model, prompt and settings"]
     assert "fedmide is '0.1.0' there and '0.0.1' here" in problems["version, model, prompt and settings"]
     assert "can be read by others" in problems["keys"]
-    assert "does not take this site's key" in problems["node"]
+    assert "does not accept this site's key" in problems["node"]
 
 
 @pytest.mark.needs("nginx")

@@ -1,4 +1,4 @@
-"""Processes: ended with all that they started, their logs their owner's, started again by their supervisor."""
+"""Processes: ended with all that they started, with logs for their owner only, restarted by their supervisor."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def test_a_process_is_ended_with_what_it_started_even_if_that_will_not(
     assert process.returncode in (-signal.SIGTERM, -signal.SIGKILL)
     assert not children[0].is_running() or children[0].status() == psutil.STATUS_ZOMBIE
     assert stat.S_IMODE(log.stat().st_mode) == 0o600
-    end(process)  # one that has ended is left alone
+    end(process)  # does nothing: the process has ended
 
 
 def test_it_is_ended_also_where_something_failed(tmp_path: Path) -> None:
@@ -94,4 +94,4 @@ def test_a_supervisor_starts_again_what_ends_and_ends_all_at_its_own_end(
             signal.signal(number, handler)
     assert [process.returncode for process in seen] == [-signal.SIGTERM]
     assert all(process.poll() is not None for process in supervisor.running.values())
-    assert "dies ended with 7, starting it again" in told[0]
+    assert "dies ended with code 7, starting it again" in told[0]

@@ -33,7 +33,7 @@ def test_a_simulation_ends_with_the_bytes_of_one_process(small_input: Any, tmp_p
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file that tells of no time."""
+    """The bytes of every file that contains no time."""
     timed = ("manifest.json", "events.jsonl", "state.json", "personalization.json", "report.html")
     files = [path for path in sorted(run.rglob("*")) if path.is_file() and path.name not in timed]
     assert len(files) > 10

@@ -1,4 +1,4 @@
-"""A site's worker, without the processes around it: whoever asks gets an answer, and the site's log the reason."""
+"""A site's worker without the processes around it: every message gets an answer, and the site's log the reason."""
 
 from collections.abc import Callable
 from multiprocessing import Pipe
@@ -20,7 +20,10 @@ SECRET = "records of Maria M."
 
 @pytest.fixture
 def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Connection]]:
-    """What lets a worker work until all who ask have been answered; `leaves` of them are gone before it looks."""
+    """A function that lets a worker answer `number` messages, and returns the senders' connections.
+
+    The first `leaves` senders are gone before the worker accepts them.
+    """
 
     def ask(opener: Callable[[], Any], number: int, leaves: int = 0) -> list[Connection]:
         SiteFolder(tmp_path, "a", "127.0.0.1:1").write()

@@ -1,4 +1,4 @@
-"""Waiting for what other processes do."""
+"""A wait for the work of other processes."""
 
 import time
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from typing import Any
 
 
 def until(true: Callable[[], Any], seconds: float = 240.0) -> None:
-    """Waits for something to come true."""
+    """Waits until `true` returns true; fails after `seconds`."""
     limit = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < limit, "waited too long"

@@ -90,7 +90,7 @@ def test_sites_with_paths_of_their_own_end_with_the_bytes_of_one_process(
 def test_a_site_measures_what_one_process_would(elsewhere: Sites, small_input: Any, tmp_path: Path) -> None:
     folder = SiteFolder.read(tmp_path / "site-a")
     with (
-        pytest.raises(RunFolderError, match="site a is not personalised there yet"),
+        pytest.raises(RunFolderError, match="site a has no tuned adapter there yet"),
         folder.personalized(None, lambda message: None),
     ):
         pass
@@ -145,12 +145,12 @@ def test_a_site_measures_the_chosen_run_with_its_own_settings_only(
     for wanted, found in ((None, runs[1]), (runs[0], runs[0]), (runs[1], runs[1])):
         with folder.personalized(wanted, lambda message: None) as run:
             assert run.folder.path == found
-    with pytest.raises(RunFolderError, match="not personalised there"), folder.personalized(tmp_path, print):
+    with pytest.raises(RunFolderError, match="has no tuned adapter there"), folder.personalized(tmp_path, print):
         pass
     values = apply_overrides(read_toml(folder.path / "site.toml"), ["lora.alpha=3"])
     (folder.path / "site.toml").write_text(to_toml(parse(values)))
     with (
-        pytest.raises(RunFolderError, match="settings, base model or prompt are not those"),
+        pytest.raises(RunFolderError, match="settings, base model or prompt have changed since"),
         folder.personalized(None, lambda message: None),
     ):
         pass

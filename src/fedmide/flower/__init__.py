@@ -1,1 +1,1 @@
-"""Flower as the engine between processes and hospitals: simulation, and deployment with keys and certificates."""
+"""Federations over Flower: simulated on one machine, or deployed at sites with keys and certificates."""

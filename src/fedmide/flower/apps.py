@@ -1,9 +1,11 @@
-"""What Flower runs: at the server and at each site an app that passes frames on. The only module that imports flwr.
+"""The apps that Flower runs, one at the server and one at each site: they pass frames on.
+
+No other module imports flwr.
 
     fedmide run  <- socket ->  server_app  <- Flower ->  client_app  <- socket ->  the site's worker
 
-So the loop, the run folder, the records and the model are in processes of our own, which Flower neither starts nor
-ends; and of an error at a site Flower learns nothing, since it would send an exception's text to the server.
+The loop, the run folder, the records and the model are in processes of our own. Flower neither starts nor ends these.
+Flower learns nothing of an error at a site, because it would send the exception's text to the server.
 In a simulation the client app works on its task itself, in the process that Ray gave it.
 """
 
@@ -36,33 +38,36 @@ client_app = ClientApp()
 
 @server_app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Gives the process that runs the rounds access to the grid, until it goes."""
+    """Gives the process that runs the rounds access to the grid, until that process ends."""
     serve(connected(Path(os.environ[LINK]), _CONNECT_SECONDS), GridExchange(grid))
 
 
 @client_app.query()
 @client_app.train()
 def answer(message: Message, context: Context) -> Message:
-    """The site's answer, whatever happens."""
+    """The site's answer; after an error an answer that reports trouble."""
     try:
         records = records_of(*_split(_worked(frame_of(message.content), context)))
-    except Exception:  # noqa: BLE001 - its text must not reach Flower, which would send it
+    except Exception:  # noqa: BLE001 - Flower would send the exception's text to the server
         records = records_of(encode_trouble(Trouble("", "worker")), b"")
     return Message(records, reply_to=message)
 
 
 class GridExchange:
-    """Flower's grid as an exchange."""
+    """Flower's grid as an `Exchange`."""
 
     def __init__(self, grid: Grid) -> None:
         self.grid = grid
 
     def nodes(self) -> list[int]:
-        """The nodes that are connected."""
+        """The connected nodes."""
         return sorted(self.grid.get_node_ids())
 
     def ask(self, frames: Iterable[tuple[int, bytes]], seconds: float) -> Iterator[Answered]:
-        """The nodes' answers as they come, each to the message that it replies to."""
+        """The nodes' answers as they arrive, each with the node that was asked.
+
+        It waits for `seconds` at most.
+        """
         waiting: dict[str, int] = {}
         until = time.monotonic() + seconds
         adapter = b""
@@ -85,7 +90,7 @@ class GridExchange:
 
 
 def records_of(head: bytes, adapter: bytes) -> RecordDict:
-    """A frame's two parts as Flower's records; the adapter is one array, kept once for all who get the same."""
+    """A frame's head and adapter as Flower's records. Sites that get the same adapter share one array."""
     records = RecordDict({"head": ConfigRecord({"frame": head})})
     if adapter:
         records["adapter"] = ArrayRecord({"frame": Array("uint8", (len(adapter),), "bytes", adapter)})
@@ -96,22 +101,22 @@ def frame_of(records: RecordDict) -> bytes:
     """The frame in Flower's records."""
     head = records.config_records["head"]["frame"]
     if not isinstance(head, bytes):
-        raise TypeError("the head of a frame is bytes")
+        raise TypeError("the head of a frame must be bytes")
     arrays = records.array_records
     return head + arrays["adapter"]["frame"].data if "adapter" in arrays else head
 
 
 def _answered(node: int, reply: Message) -> Answered:
     if reply.has_error():
-        return Answered(node, b"", f"it can't be reached (Flower's error {reply.error.code})")
+        return Answered(node, b"", f"the site can't be reached (Flower's error {reply.error.code})")
     try:
         return Answered(node, frame_of(reply.content))
     except (KeyError, TypeError, AttributeError):
-        return Answered(node, b"", "its answer can't be read: it is no frame")
+        return Answered(node, b"", "the site's answer can't be read: it is not a frame")
 
 
 def _split(frame: bytes) -> tuple[bytes, bytes]:
-    """The frame's two parts; of one that can't be read here all is head: who gets it judges."""
+    """The frame's head and adapter. If the frame can't be read, all of it is the head, and the receiver refuses it."""
     try:
         return split_frame(frame)
     except MessageError:
@@ -119,7 +124,7 @@ def _split(frame: bytes) -> tuple[bytes, bytes]:
 
 
 def _worked(frame: bytes, context: Context) -> bytes:
-    """The answer of the site's worker; in a simulation of this process itself."""
+    """The answer of the site's worker; in a simulation, of this process itself."""
     if site := os.environ.get(SITE):
         from fedmide.flower.asking import ask
 

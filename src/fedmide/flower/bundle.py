@@ -1,4 +1,4 @@
-"""The app bundle that a Flower run carries: a page that names the apps of the *installed* package, and no code.
+"""The app bundle that a Flower run carries: a project file that names the apps of the *installed* package, and no code.
 
 So a site runs the code that it has installed, whatever a server submits under this name.
 """
@@ -40,13 +40,13 @@ _LICENSE = "Apache License 2.0, https://www.apache.org/licenses/LICENSE-2.0\n"
 
 
 def write_bundle(folder: Path) -> None:
-    """Writes the bundle's folder."""
+    """Writes the bundle into a folder."""
     write_file(folder / "pyproject.toml", _PROJECT.replace("VERSION", __version__).encode())
     write_file(folder / "LICENSE", _LICENSE.encode())
 
 
 def write_connection(home: Path, port: int, certificate: Path | None) -> None:
-    """Writes where Flower's own commands find the SuperLink on this machine; without a certificate in plain text."""
+    """Writes the address of this machine's SuperLink for Flower's own commands; no certificate means plain text."""
     secure = f"root-certificates = {json.dumps(str(certificate))}" if certificate else "insecure = true"
     text = f'[superlink]\ndefault = "fedmide"\n\n[superlink.fedmide]\naddress = "127.0.0.1:{port}"\n{secure}\n'
     write_file(home / "config.toml", text.encode())

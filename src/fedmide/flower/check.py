@@ -1,4 +1,4 @@
-"""Whether a site is ready, found out before a run: records, model, version, key, connection."""
+"""The check of a site before a run: records, model, version, key, connection."""
 
 import json
 import socket
@@ -23,7 +23,7 @@ _CONNECT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Finding:
-    """What was looked at, what was found, and what is wrong with it; empty if nothing."""
+    """The thing that was checked, what was found, and the problem; `problem` is empty if there is none."""
 
     what: str
     found: str
@@ -31,7 +31,7 @@ class Finding:
 
 
 def check(folder: SiteFolder, tell: Tell) -> list[Finding]:
-    """All findings, in the order in which they are best mended."""
+    """All findings, in the best order for fixing them."""
     return list(_findings(folder, tell))
 
 
@@ -68,20 +68,27 @@ def _expected(folder: SiteFolder) -> Facts:
 
 
 def _keys(folder: SiteFolder) -> str:
-    """Whether the secrets are there and only their owner's."""
+    """Checks that the secrets are there and that only their owner can read them."""
     names = ["superexec.secret", *([] if folder.plain else ["node-key"])]
     for name in names:
         path = folder.path / "keys" / name
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
-            raise UserError(f"{path} can be read by others (mode {mode:o})", f"chmod 600 {path}")
-    return "there, and only their owner's"
+            raise UserError(f"{path} can be read by others (mode {mode:o})", f"Run chmod 600 {path}")
+    return "there, and readable by their owner only"
 
 
 def _server(folder: SiteFolder) -> str:
-    """Whether the server is reached and has the certificate that it should have."""
+    """Connects to the server and checks its certificate."""
     host, _, port = folder.superlink.rpartition(":")
-    with closing(socket.create_connection((host.strip("[]"), int(port)), timeout=10)) as plain:
+    try:
+        connection = socket.create_connection((host.strip("[]"), int(port)), timeout=10)
+    except ConnectionRefusedError:
+        raise UserError(
+            f"the connection to {folder.superlink} is refused: no server listens there",
+            "Ask the coordinator to start the server with `fedmide flower server start`, and to confirm the address",
+        ) from None
+    with closing(connection) as plain:
         if not folder.plain:
             context = ssl.create_default_context(cafile=str(folder.path / "keys" / "ca.pem"))
             context.wrap_socket(plain, server_hostname=host.strip("[]")).close()
@@ -89,7 +96,7 @@ def _server(folder: SiteFolder) -> str:
 
 
 def _node(folder: SiteFolder) -> str:
-    """Whether the server takes this site's key: its node is connected, or gets connected when it is tried."""
+    """Checks that the server accepts this site's key: starts the node for a moment, unless the site is running."""
     if socket_path(folder.path, "worker").exists():
         return "the site is running; its connection is in logs/supernode.log"
     log = folder.path / "logs" / "check.log"
@@ -99,6 +106,10 @@ def _node(folder: SiteFolder) -> str:
         until = time.monotonic() + _CONNECT_SECONDS
         while process.poll() is None and time.monotonic() < until:
             if log.exists() and "SuperNode ID:" in log.read_text(errors="replace"):
-                return "the server takes this site's key"
+                return "the server accepts this site's key"
             time.sleep(0.2)
-        raise UserError(f"the server does not take this site's key: {last_words(log, 5)}", "Is it registered?")
+        raise UserError(
+            f"the server does not accept this site's key: {last_words(log, 5)}",
+            "Ask the coordinator to start the server with `fedmide flower server start`, "
+            "which registers this site's key",
+        )

@@ -1,4 +1,4 @@
-"""Flower's own commands, as they are given on the server's machine."""
+"""Flower's own commands, run on the server's machine."""
 
 import json
 import subprocess
@@ -12,29 +12,30 @@ _SECONDS = 60.0
 
 
 class FlowerCommandError(UserError):
-    """A command of Flower's that did not succeed."""
+    """One of Flower's commands failed."""
 
 
 def flwr(folder: ServerFolder, *arguments: str) -> dict[str, Any]:
-    """What a command of Flower's says as JSON; raises `FlowerCommandError`."""
+    """The JSON that one of Flower's commands prints; raises `FlowerCommandError`."""
     command = ["flwr", *arguments, "--format", "json"]
     try:
         done = subprocess.run(
             command, env=environment(folder.home), capture_output=True, text=True, check=False, timeout=_SECONDS
         )
     except subprocess.TimeoutExpired:
-        raise FlowerCommandError(f"flwr {arguments[0]} does not answer within {_SECONDS:g} s") from None
+        raise FlowerCommandError(f"flwr {arguments[0]} did not answer within {_SECONDS:g} s") from None
     values = _parsed(done.stdout)
     if done.returncode or not values.get("success", True):
         said = values.get("error-message") or (done.stdout + done.stderr).strip()[-300:]
         raise FlowerCommandError(
-            f"flwr {arguments[0]}: {said}", f"Is the server running? fedmide flower server start {folder.path}"
+            f"flwr {arguments[0]}: {said}",
+            f"If the server does not run, start it: fedmide flower server start {folder.path}",
         )
     return values
 
 
 def register(folder: ServerFolder) -> None:
-    """Registers the key of each site that the SuperLink does not know yet, and keeps which node it is."""
+    """Registers the key of each site that the SuperLink does not know yet, and stores the site's node id."""
     if folder.plain:
         return
     there = {int(node["node-id"]) for node in nodes(folder)}
@@ -47,7 +48,7 @@ def register(folder: ServerFolder) -> None:
 
 
 def nodes(folder: ServerFolder) -> list[dict[str, Any]]:
-    """The nodes that the SuperLink knows."""
+    """The nodes that the SuperLink knows, as it describes them."""
     return list(flwr(folder, "supernode", "list", "fedmide").get("nodes", []))
 
 

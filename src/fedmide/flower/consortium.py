@@ -1,4 +1,4 @@
-"""A new consortium: one folder for the server and one for each site, complete but for the sites' records."""
+"""A new consortium: one folder for the server and one per site. They lack only the sites' records."""
 
 import re
 from collections.abc import Sequence
@@ -27,8 +27,11 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 @dataclass(frozen=True)
 class Consortium:
-    """What a new consortium is made of. `address` is where sites reach the server, HOST:PORT; `port` the SuperLink's
-    own, on loopback. `plain`: without encryption and keys, which needs an address on loopback."""
+    """The description of a new consortium.
+
+    `address` is where sites reach the server, HOST:PORT. `port` is the SuperLink's own, on loopback.
+    `plain` means no encryption and no keys; it needs an address on loopback.
+    """
 
     path: Path
     sites: tuple[str, ...]
@@ -43,13 +46,13 @@ class Consortium:
 
     @property
     def behind_proxy(self) -> bool:
-        """Whether sites are elsewhere."""
+        """True if sites are on other machines."""
         return self.host not in LOOPBACK
 
     def problems(self) -> list[str]:
-        """What is wrong with it."""
+        """All problems of the description."""
         found = [
-            f"{name!r} is no name for a site: lower case, digits, - and _"
+            f"{name!r} is not a name for a site: expected 1 to 32 characters out of a-z 0-9 _ -, the first no _ or -"
             for name in self.sites
             if not _NAME.fullmatch(name)
         ]
@@ -60,16 +63,16 @@ class Consortium:
         if not self.sites:
             found.append("no site is named")
         if not re.fullmatch(r".+:[0-9]{1,5}", self.address):
-            found.append(f"{self.address!r} is no address: expected HOST:PORT")
+            found.append(f"{self.address!r} is not an address: expected HOST:PORT")
         if self.plain and self.behind_proxy:
-            found.append(f"{self.host} is not this machine: plain text is for loopback only")
+            found.append(f"{self.host} is not this machine, but without encryption all sites must be on it")
         if self.path.exists() and any(self.path.iterdir()):
-            found.append(f"{self.path} exists already and holds something")
+            found.append(f"{self.path} exists already and is not empty")
         return found
 
 
 def create(consortium: Consortium, config: Config, tell: Tell) -> None:
-    """Writes all folders; raises `UsageError` with everything that is wrong, before anything is written."""
+    """Writes all folders; raises `UsageError` with all problems before anything is written."""
     if problems := consortium.problems():
         raise UsageError(problems)
     inputs = read(config, tell, load=without_records(consortium.sites))
@@ -132,7 +135,7 @@ def _write_script(what: str, verb: str, path: Path) -> None:
 
 
 def named(sites: Sequence[str] | str) -> tuple[str, ...]:
-    """The names in a list with commas.
+    """The names in a text with commas, or in a sequence.
 
     >>> named("a, b,c")
     ('a', 'b', 'c')

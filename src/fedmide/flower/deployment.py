@@ -1,4 +1,4 @@
-"""A run over a consortium that is up: submitted to its SuperLink, followed, ended."""
+"""A run over a running consortium: submitted to its SuperLink, watched, and ended."""
 
 import os
 import signal
@@ -27,7 +27,7 @@ _RETRY_SECONDS = 3.0
 
 @dataclass
 class Submitted:
-    """Runs of Flower's for one run of ours: a new one whenever the last one was lost."""
+    """Flower's runs for one run of ours: a new one whenever the last one was lost."""
 
     folder: ServerFolder
     listener: socket
@@ -37,7 +37,7 @@ class Submitted:
     _connection: Connection | None = field(default=None)
 
     def connect(self) -> Linked:
-        """The way to the sites; waits for a SuperLink that is down."""
+        """The connection to the sites; waits for a SuperLink that is down."""
         self.end()
         until = time.monotonic() + self.patience_seconds
         while True:
@@ -50,7 +50,7 @@ class Submitted:
                 time.sleep(_RETRY_SECONDS)
 
     def end(self) -> None:
-        """Ends what is going on: the server app ends by itself when nobody is at the other end."""
+        """Closes the connection, if there is one. The server app then ends by itself."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
@@ -63,14 +63,14 @@ class Submitted:
         if connection is None:
             with suppress(FlowerCommandError):
                 flwr(self.folder, "stop", number, "fedmide")
-            raise LinkLostError(f"Flower's run {number} does not come up; see {self.folder.log('superexec')}")
+            raise LinkLostError(f"Flower's run {number} did not start; see {self.folder.log('superexec')}")
         self._connection = connection
         return Linked(connection)
 
 
 @contextmanager
 def deployed(run: Run, folder: ServerFolder) -> Iterator[Run]:
-    """The same run over the consortium; one that is going on already is refused."""
+    """The same run over the consortium; refused while another run is in progress."""
     _check_free(folder)
     bound = None if folder.plain else {node: name for name, node in folder.read_nodes().items()}
     with listening(socket_path(folder.path, "link")) as listener:
@@ -83,16 +83,16 @@ def deployed(run: Run, folder: ServerFolder) -> Iterator[Run]:
 
 
 def stop(folder: ServerFolder) -> str:
-    """Ends the run that is going on, as if it were interrupted; says what was done."""
+    """Stops the current run, as if it were interrupted, and describes what was done."""
     last = folder.read_run()
     if not last or not _is_going_on(folder):
-        raise UsageError("no run is going on", f"Start one: fedmide flower run {folder.path}")
+        raise UsageError("no run is in progress", f"Start one: fedmide flower run {folder.path}")
     os.kill(last["process"], signal.SIGINT)
-    return f"stopped {last['run']}; go on with it: fedmide flower resume {folder.path} {last['run']}"
+    return f"stopped {last['run']}; resume it: fedmide flower resume {folder.path} {last['run']}"
 
 
 def status(folder: ServerFolder) -> dict[str, object]:
-    """Who is connected, and how far the last run is."""
+    """The sites' connections, and the progress of the last run."""
     known = {int(node["node-id"]): str(node["status"]) for node in nodes(folder)}
     sites = {name: known.get(node, "unknown") for name, node in folder.read_nodes().items()}
     last = folder.read_run()
@@ -102,11 +102,13 @@ def status(folder: ServerFolder) -> dict[str, object]:
 
 
 def _is_going_on(folder: ServerFolder) -> bool:
-    """Whether the process of the last run is there and holds this server's socket."""
+    """True if the process of the last run is alive and this server's socket exists."""
     last = folder.read_run()
     return bool(last) and socket_path(folder.path, "link").exists() and alive(int(last["process"]))
 
 
 def _check_free(folder: ServerFolder) -> None:
     if _is_going_on(folder):
-        raise UsageError(f"{folder.path}: a run is going on", f"Wait for it, or fedmide flower stop {folder.path}")
+        raise UsageError(
+            f"{folder.path}: a run is in progress", f"Wait for it, or stop it: fedmide flower stop {folder.path}"
+        )

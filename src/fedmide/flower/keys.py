@@ -1,4 +1,7 @@
-"""Keys and certificates of a consortium: elliptic curve P-384 throughout, private ones readable by their owner only."""
+"""Keys and certificates of a consortium: elliptic curve P-384 throughout.
+
+Only their owner can read the private keys.
+"""
 
 import ipaddress
 import os
@@ -24,14 +27,14 @@ _CLOCKS_DIFFER = timedelta(hours=1)
 
 @dataclass(frozen=True)
 class Authority:
-    """Who signs the server's certificate: a key that never leaves the coordinator, and what everybody trusts."""
+    """The signer of the server's certificate: a key that never leaves the coordinator, and the trusted certificate."""
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
 
 def write_secret(path: Path, data: bytes) -> None:
-    """Writes a file that only its owner can read, at no moment anybody else."""
+    """Writes a file that only its owner can read, from its first moment on."""
     former = os.umask(0o077)
     try:
         write_file(path, data)
@@ -54,7 +57,7 @@ def new_authority(name: str) -> Authority:
 
 
 def server_certificate(authority: Authority, hosts: Sequence[str]) -> tuple[bytes, bytes]:
-    """A new key and its certificate for a server that is reached under these names and addresses, both as PEM."""
+    """A new key and its certificate, both as PEM, for a server with these names and addresses."""
     key = ec.generate_private_key(ec.SECP384R1())
     names = x509.SubjectAlternativeName([_host(host) for host in dict.fromkeys(hosts)])
     issuer = authority.certificate.subject
@@ -75,14 +78,14 @@ def private_pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def node_key() -> tuple[bytes, bytes]:
-    """A node's new private and public key, as OpenSSH writes them."""
+    """A new private and public key for a node, in OpenSSH's formats."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     return private, key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
 
 
 def new_secret() -> bytes:
-    """What a node or a SuperLink and its executor share: 256 bits as hexadecimal digits."""
+    """A secret that a node or a SuperLink shares with its executor: 256 bits as hexadecimal digits."""
     return secrets.token_hex(32).encode()
 
 

@@ -1,4 +1,4 @@
-"""Starting processes and ending them with all that they started, each by its id."""
+"""Processes that are started here, and ended by id with all that they started."""
 
 import os
 import socket
@@ -18,11 +18,11 @@ _GRACE_SECONDS = 10.0
 
 
 _PROMPT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
-"""How often an executor looks for work, in seconds; left alone it is 1."""
+"""Seconds between two looks of an executor for work; Flower's default is 1."""
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
-    """The environment of Flower's processes: quiet, with a folder of their own, and with this Python's commands."""
+    """The environment of Flower's processes: no telemetry, a folder of their own, and this Python's commands."""
     commands = str(Path(sys.executable).parent)
     path = os.pathsep.join([commands, *filter(None, [os.environ.get("PATH")])])
     return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1", **_PROMPT, **more}
@@ -30,7 +30,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 @contextmanager
 def started(command: Sequence[str], variables: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process until the end, when it is ended with all that it started."""
+    """A process for the length of a `with` block; then it is ended with all that it started."""
     process = start(command, variables, log)
     try:
         yield process
@@ -49,9 +49,12 @@ def start(command: Sequence[str], variables: Mapping[str, str], log: Path) -> su
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it started: asked first, then killed. One that has ended is left alone."""
+    """Ends a process and all that it started: terminates them, then kills those that remain.
+
+    If the process has ended already, this does nothing.
+    """
     if process.poll() is not None:
-        return  # by now its id may be somebody else's
+        return  # its id may belong to another process by now
     family = _descendants(process.pid)
     for each in family:
         with suppress(psutil.NoSuchProcess):
@@ -69,14 +72,17 @@ def end(process: subprocess.Popen[bytes]) -> None:
 
 
 def _descendants(pid: int) -> list[psutil.Process]:
-    """All that descend from a process."""
+    """All descendants of a process."""
     with suppress(psutil.NoSuchProcess):
         return list(psutil.Process(pid).children(recursive=True))
     return []
 
 
 def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, seconds: float = 180.0) -> None:
-    """Waits until a process listens on a port of this machine; raises `UserError` with its last words if it ends."""
+    """Waits until a process listens on a port of this machine.
+
+    Raises `UserError` with the end of the log if the process ends or the time is up.
+    """
     until = time.monotonic() + seconds
     while process.poll() is None and time.monotonic() < until:
         with closing(socket.socket()) as probe:
@@ -84,18 +90,18 @@ def wait_for_port(port: int, process: subprocess.Popen[bytes], log: Path, second
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.1)
-    raise UserError(f"nothing comes up on port {port}: {last_words(log)}", f"See {log}")
+    raise UserError(f"no process listens on port {port}: {last_words(log)}", f"See {log}")
 
 
 def last_words(log: Path, lines: int = 3) -> str:
-    """The end of a log in one line."""
+    """The last lines of a log, joined to one line."""
     with suppress(OSError):
-        return " | ".join(log.read_text(errors="replace").strip().splitlines()[-lines:]) or "it says nothing"
-    return "it says nothing"
+        return " | ".join(log.read_text(errors="replace").strip().splitlines()[-lines:]) or "its log is empty"
+    return "it has no log"
 
 
 def free_port() -> int:
-    """A port of this machine that nobody uses now."""
+    """A port of this machine that no process uses now."""
     with closing(socket.socket()) as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])

@@ -1,4 +1,4 @@
-"""A run whose sites are reached by Flower."""
+"""A run whose sites are reached through Flower."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,9 +14,11 @@ from fedmide.runs.opening import Run, set_sizes
 
 
 def remote(run: Run, connect: Callable[[], Exchange], bound: Mapping[int, str] | None = None) -> Run:
-    """The same run over an exchange; `bound` are the sites that nodes are known to be by their keys."""
+    """The same run over an exchange. `bound` is the site of each node, as its registered key proves it."""
     if methods.of(run.config).in_one_place:
-        raise UsageError(f'method = "{run.config.method}" trains in one place', "Run it without --runtime")
+        raise UsageError(
+            f'method = "{run.config.method}" trains in one place and has no sites to reach', "Run it without --runtime"
+        )
     replies, told = run.config.replies, partial(set_sizes, run)
     own = replace(run.inputs.facts(), federation=run.federation)
     runtime = Remote(connect, own, told, replies.deadline_seconds, run.tell, bound, replies.quorum)

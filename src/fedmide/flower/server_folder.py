@@ -1,13 +1,15 @@
 """The folder of a consortium's server.
 
-server.json        the sites' names and the addresses
-federation.toml    the configuration that all sites got
-keys/              CA and server key (0600), certificates, superexec secret (0600), sites/NAME.pub
-app/               the app bundle that Flower's runs carry
-flwr/              Flower's own settings and, in state.db, the SuperLink's state
-nodes.json         which node each site is, by its registered key
-run.json           the run that is going on, with its process
-logs/
+It contains:
+
+    server.json        the sites' names and the addresses
+    federation.toml    the configuration that all sites got
+    keys/              CA and server key (0600), certificates, superexec secret (0600), sites/NAME.pub
+    app/               the app bundle that Flower's runs carry
+    flwr/              Flower's own settings and, in state.db, the SuperLink's state
+    nodes.json         the node id of each site, by its registered key
+    run.json           the run that was started last, with its process
+    logs/              the output of the server's processes
 """
 
 import json
@@ -24,7 +26,7 @@ from fedmide.errors import UsageError
 
 @dataclass(frozen=True)
 class ServerFolder:
-    """A server's folder. `port` is the SuperLink's own, on loopback; `plain`: without encryption and keys."""
+    """A server's folder. `port` is the SuperLink's own, on loopback. `plain` means no encryption and no keys."""
 
     path: Path
     sites: tuple[str, ...]
@@ -41,7 +43,7 @@ class ServerFolder:
             return cls(path.resolve(), sites, str(values["address"]), int(values["port"]), plain)
         except (OSError, ValueError, KeyError, TypeError):
             raise UsageError(
-                f"{path} is no folder of a server", "Give the server folder that fedmide flower init has made"
+                f"{path} is not the folder of a server", "Give the folder server/ that fedmide flower init wrote"
             ) from None
 
     def write(self) -> None:
@@ -56,7 +58,7 @@ class ServerFolder:
 
     @property
     def certificate(self) -> Path | None:
-        """What proves that it is this server; None in plain text."""
+        """The certificate that commands check the server's against; None in plain text."""
         return None if self.plain else self.path / "keys" / "ca.pem"
 
     def log(self, name: str) -> Path:
@@ -64,9 +66,9 @@ class ServerFolder:
         return self.path / "logs" / f"{name}.log"
 
     def configuration(self, other: Path | None, overrides: Sequence[str]) -> Config:
-        """What a run follows: the federation's own configuration or another, changed by `section.key=value`.
+        """The configuration of a run: the federation's own or another, changed by `section.key=value`.
 
-        Raises `UsageError` where a knob that the sites have agreed to would differ: they would all refuse the run.
+        Raises `UsageError` if a setting that the sites agreed to would differ: they would all refuse the run.
         """
         own = self.path / "federation.toml"
         wanted = load(other or own, overrides)
@@ -75,16 +77,19 @@ class ServerFolder:
             for name, ours, theirs in differing(agreed(wanted), agreed(load(own)))
         ]
         if problems:
-            raise UsageError(problems, "The sites agreed to theirs: make a new consortium with fedmide flower init")
+            raise UsageError(
+                problems,
+                "The sites agreed to their values. To change them, make a new consortium with fedmide flower init",
+            )
         return wanted
 
     def read_nodes(self) -> dict[str, int]:
-        """Which node each site is by its registered key."""
+        """The node id of each site, by its registered key."""
         path = self.path / "nodes.json"
         return {name: int(node) for name, node in json.loads(path.read_text()).items()} if path.exists() else {}
 
     def write_nodes(self, nodes: Mapping[str, int]) -> None:
-        """Keeps which node each site is."""
+        """Stores the node id of each site."""
         write_file(self.path / "nodes.json", to_json(nodes))
 
     def read_run(self) -> dict[str, Any]:
@@ -93,5 +98,5 @@ class ServerFolder:
         return dict(json.loads(path.read_text())) if path.exists() else {}
 
     def write_run(self, **values: Any) -> None:
-        """Keeps which run is going on."""
+        """Stores which run was started last."""
         write_file(self.path / "run.json", to_json(values))

@@ -1,4 +1,4 @@
-"""The sites of a simulation, as each of its processes holds them: all records and one model, which is kept."""
+"""The sites of a simulation. Each of its processes has all records and one model, which stays loaded."""
 
 from functools import lru_cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from fedmide.terminal import tell
 
 
 def site_of(run: Path, index: int) -> Site:
-    """The site with this number, which keeps its ledger in the run folder."""
+    """The site with this number. Its ledger is in the run folder."""
     folder, inputs = _opened(run)
     return Site(list(inputs.clients)[index], inputs, lambda federation: folder, tell)
 

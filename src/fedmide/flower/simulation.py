@@ -1,7 +1,7 @@
 """Flower's simulation of a run's sites: several processes on one machine, which Ray starts.
 
-Ray listens on every interface and asks nobody for a password, so all of it runs in a network namespace that has only
-loopback; the socket to this process is a file and works across.
+Ray listens on every interface without a password. So all of it runs in a network namespace that has only loopback.
+The socket to this process is a file, which works across namespaces.
 """
 
 import os
@@ -27,7 +27,10 @@ _LOOPBACK = "import sys; from fedmide.flower.simulation import host; host(*sys.a
 
 @contextmanager
 def simulation(run: Path, num_sites: int, threads: int, gpus: float = 0.0) -> Iterator[Exchange]:
-    """An exchange with simulated nodes, one a site, for a run folder that exists; each works on so many threads."""
+    """An exchange with simulated nodes, one per site, for a run folder that exists.
+
+    Each node works with `threads` threads and `gpus` GPUs.
+    """
     check_installed()
     isolated = namespace()
     with ExitStack() as stack:
@@ -41,18 +44,18 @@ def simulation(run: Path, num_sites: int, threads: int, gpus: float = 0.0) -> It
         connection = accepted(listener, lambda: process.poll() is None)
         if connection is None:
             raise UserError(
-                f"Flower's simulation does not come up: {last_words(home / 'submitted', 8)} | {last_words(log)}"
+                f"Flower's simulation did not start: {last_words(home / 'submitted', 8)} | {last_words(log)}"
             )
-        stack.callback(connection.close)  # before the processes end: the server app then ends by itself
+        stack.callback(connection.close)  # before the processes are ended: the server app then ends by itself
         yield Linked(connection)
 
 
 def check_installed() -> None:
-    """Refuses to begin without the extra."""
+    """Refuses to begin if the extra `flower` is not installed."""
     from importlib.util import find_spec
 
     if missing := [name for name in ("flwr", "ray") if find_spec(name) is None]:
-        raise UsageError(f"{' and '.join(missing)} not installed", "pip install 'fedmide[flower]'")
+        raise UsageError(f"not installed: {', '.join(missing)}", "Install it: pip install 'fedmide[flower]'")
 
 
 def host(home: str, size: str) -> None:
@@ -72,9 +75,9 @@ def host(home: str, size: str) -> None:
 
 
 def namespace() -> tuple[str, ...]:
-    """The command that starts another one in a network namespace with loopback only; empty if this one has no more.
+    """The command that starts another one in a network namespace with loopback only.
 
-    Raises `UsageError` if this user may not make one.
+    It is empty if the present namespace has loopback only. Raises `UsageError` if this user may not make one.
     """
     if [name for _, name in socket.if_nameindex() if name != "lo"] == []:
         return ()
@@ -85,13 +88,13 @@ def namespace() -> tuple[str, ...]:
         except FileNotFoundError:
             break
     raise UsageError(
-        "no network namespace can be made here, and Ray would listen on every interface without a password",
-        "Allow unprivileged user namespaces, or run it in a container without a network",
+        "no network namespace can be made here, and without one Ray would listen on every interface without a password",
+        "Allow unprivileged user namespaces, or run fedmide in a container without a network",
     )
 
 
 def _raise_loopback() -> None:
-    """Makes loopback usable, which a new namespace has but does not raise."""
+    """Raises the loopback interface, which is down in a new namespace."""
     import fcntl
     import struct
 

@@ -1,10 +1,12 @@
 """The folder of one site in a deployment, and the site that it describes.
 
-site.toml      the federation's configuration, with the place of this site's records, from here
-site.json      the site's name and where the server is
-keys/          node key (0600), superexec secret (0600), the server's CA certificate
-runs/ID/       a run folder per federation: ledger, adapters, and what they measure here; it never leaves
-logs/          what its processes say; it never leaves either
+It contains:
+
+    site.toml      the federation's configuration, with the path of this site's records, relative to this folder
+    site.json      the site's name and the server's address
+    keys/          node key (0600), superexec secret (0600), the server's CA certificate
+    runs/ID/       a run folder per federation: ledger, adapters and measurements; it never leaves the site
+    logs/          the output of the site's processes; it never leaves the site either
 """
 
 import json
@@ -32,7 +34,7 @@ _FEDERATION = re.compile(r"[0-9a-f]{16}(-[0-9a-f]{8})?")
 
 @dataclass(frozen=True)
 class SiteFolder:
-    """A site's folder. `plain`: without encryption and keys, which is for one machine only."""
+    """A site's folder. `plain` means no encryption and no keys, which is for one machine only."""
 
     path: Path
     name: str
@@ -46,7 +48,9 @@ class SiteFolder:
             values = json.loads((path / "site.json").read_text("utf-8"))
             return cls(path, str(values["name"]), str(values["superlink"]), bool(values["plain"]))
         except (OSError, ValueError, KeyError, TypeError):
-            raise UsageError(f"{path} is no folder of a site", "Give one that fedmide flower init has made") from None
+            raise UsageError(
+                f"{path} is not the folder of a site", "Give a folder site-NAME/ that fedmide flower init wrote"
+            ) from None
 
     def write(self) -> None:
         """Writes `site.json`."""
@@ -59,7 +63,7 @@ class SiteFolder:
         return load(self.path / "site.toml")
 
     def inputs(self, tell: "Tell") -> "Inputs":
-        """The site's own records, and the model. Paths count from the folder, wherever it is worked on from."""
+        """The site's own records and the model. Paths are relative to the folder, whatever the working directory is."""
         from fedmide.runs.inputs import only, read
 
         config = self.config
@@ -67,7 +71,7 @@ class SiteFolder:
             return read(config, tell, load=only(self.name))
 
     def site(self, tell: "Tell") -> "Site":
-        """The site at work."""
+        """The site, ready to answer messages."""
         from fedmide.runs.site import Site
 
         inputs = self.inputs(tell)
@@ -75,9 +79,9 @@ class SiteFolder:
 
     @contextmanager
     def personalized(self, path: Path | None, tell: "Tell") -> Iterator["Run"]:
-        """What this site keeps in `path` of a federation that it is personalised in, to be measured; None: of the last.
+        """The run in `path` for which this site has a tuned adapter, to be measured; None: the last such run.
 
-        Raises `RunFolderError` where there is none, or where settings, model, prompt or records are others by now.
+        Raises `RunFolderError` if there is none, or if settings, model, prompt or records have changed since.
         """
         from fedmide.journal.creation import locked
         from fedmide.runs.opening import Run
@@ -86,14 +90,15 @@ class SiteFolder:
         inputs = self.inputs(tell)
         if federation.partition("-")[0] != inputs.federation:
             raise RunFolderError(
-                f"{federation}: settings, base model or prompt are not those of its rounds", "Bring them back"
+                f"{federation}: settings, base model or prompt have changed since its rounds",
+                "Restore the earlier ones",
             )
         folder = self.run_folder(federation, inputs)
         with locked(folder.path):
             yield Run(folder, inputs, tell, federation)
 
     def _last_personalized(self, wanted: Path | None) -> Path:
-        """The run folder that is wanted, or the one begun last, among those that have a personalised adapter."""
+        """The wanted run folder, or the one begun last, among those with a tuned adapter of this site."""
         from fedmide.journal.creation import reopen
 
         found = [adapter.parents[2] for adapter in (self.path / "runs").glob(f"*/clients/{self.name}/adapter")]
@@ -101,15 +106,16 @@ class SiteFolder:
             found = [path for path in found if path.resolve() == wanted.resolve()]
         if not found:
             raise RunFolderError(
-                f"{wanted or self.path}: site {self.name} is not personalised there yet",
-                "That is the end of a run at the server; fedmide flower resume goes on with one",
+                f"{wanted or self.path}: site {self.name} has no tuned adapter there yet",
+                "A run tunes it after its last round. At the server, fedmide flower resume continues a run",
             )
         return max(found, key=lambda path: str(reopen(path).read_manifest()["started"]))
 
     def run_folder(self, federation: str, inputs: "Inputs") -> "RunFolder":
-        """Where this site keeps what belongs to a federation.
+        """The run folder of this site for a federation; created if there is none.
 
-        Raises `RunFolderError` where its records are no longer those of the rounds so far: its ledger is of those.
+        Raises `RunFolderError` if the site's records have changed since its rounds, because its ledger
+        describes the earlier ones.
         """
         from fedmide.journal.creation import create, reopen
         from fedmide.journal.manifest import changed_records
@@ -119,8 +125,8 @@ class SiteFolder:
         path = self.path / "runs" / federation
         if (path / "config.toml").exists():
             folder = reopen(path)
-            # settings, model and prompt are in the federation's name; paths and machines may be others by now
+            # the federation's name covers settings, model and prompt; paths and machines may have changed
             if problems := list(changed_records(folder.read_manifest(), inputs.manifest)):
-                raise RunFolderError([f"{path}: {problem}" for problem in problems], "Bring them back")
+                raise RunFolderError([f"{path}: {problem}" for problem in problems], "Restore the earlier records")
             return folder
         return create(path, inputs.resident.config, {**inputs.manifest, "federation": federation, "site": self.name})

@@ -1,4 +1,4 @@
-"""What runs all the time at the server and at each site: its processes, started again when they end.
+"""The processes that run all the time at the server and at each site; they are started again when they end.
 
 At the server: SuperLink and executor. At a site: SuperNode, executor and worker. Executors take tasks only with the
 secret that they share with their SuperLink or SuperNode. Everything listens on loopback.
@@ -39,7 +39,7 @@ _WORKER = "import sys; from pathlib import Path; from fedmide.flower.worker impo
 
 @dataclass
 class Supervisor:
-    """Processes by name, each with its command; those that end are started again after a pause."""
+    """Processes by name, each with its command. One that ends is started again after a pause."""
 
     commands: Mapping[str, Sequence[str]]
     variables: Mapping[str, str]
@@ -49,7 +49,7 @@ class Supervisor:
     _stopping: bool = False
 
     def run(self) -> None:
-        """Keeps them running until this process is told to end; then ends them, each by its id."""
+        """Keeps the processes running until this one gets SIGTERM or SIGINT; then ends them, each by its id."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:
@@ -61,11 +61,11 @@ class Supervisor:
                 end(process)
 
     def look(self) -> None:
-        """Starts those that have not been, and again those that have ended."""
+        """Starts the processes that have not been started, and starts again those that have ended."""
         for name, command in self.commands.items():
             process = self.running.get(name)
             if process is not None and process.poll() is not None:
-                self.tell(f"{name} ended with {process.returncode}, starting it again; see {self.logs / name}.log")
+                self.tell(f"{name} ended with code {process.returncode}, starting it again; see {self.logs / name}.log")
                 end(process)
                 time.sleep(_RESTART_SECONDS)
             if process is None or process.poll() is not None:
@@ -76,7 +76,7 @@ class Supervisor:
 
 
 def server(folder: ServerFolder, tell: "Tell") -> None:
-    """Runs a consortium's SuperLink and executor, and registers the sites' keys, until it is told to end."""
+    """Registers the sites' keys and runs a consortium's SuperLink and executor, until SIGTERM or SIGINT."""
     with locked(folder.path):
         _server(folder, tell)
 
@@ -100,7 +100,7 @@ def _server(folder: ServerFolder, tell: "Tell") -> None:
 
 
 def site(folder: SiteFolder, tell: "Tell") -> None:
-    """Runs a site's SuperNode, executor and worker, until it is told to end."""
+    """Runs a site's SuperNode, executor and worker, until SIGTERM or SIGINT."""
     port = free_port()
     path = folder.path.resolve()
     commands = {
@@ -117,7 +117,7 @@ def site(folder: SiteFolder, tell: "Tell") -> None:
 
 
 def superlink_command(folder: ServerFolder) -> list[str]:
-    """What starts the SuperLink."""
+    """The command that starts the SuperLink."""
     keys = folder.path / "keys"
     secure = [
         *("--ssl-ca-certfile", str(keys / "ca.pem"), "--ssl-certfile", str(keys / "server.pem")),
@@ -132,7 +132,7 @@ def superlink_command(folder: ServerFolder) -> list[str]:
 
 
 def superexec_command(folder: ServerFolder) -> list[str]:
-    """What starts the SuperLink's executor."""
+    """The command that starts the SuperLink's executor."""
     secure = ["--insecure"] if folder.plain else ["--root-certificates", str(folder.certificate)]
     return [
         *("flower-superexec", "--runtime-api-address", f"127.0.0.1:{folder.port}", *secure),
@@ -141,7 +141,7 @@ def superexec_command(folder: ServerFolder) -> list[str]:
 
 
 def supernode_command(folder: SiteFolder, port: int) -> list[str]:
-    """What starts a site's SuperNode; its own port is on loopback."""
+    """The command that starts a site's SuperNode; its own port is on loopback."""
     keys = folder.path.resolve() / "keys"
     secure = [
         *("--root-certificates", str(keys / "ca.pem")),
@@ -155,7 +155,7 @@ def supernode_command(folder: SiteFolder, port: int) -> list[str]:
 
 
 def alive(process_id: int) -> bool:
-    """Whether there is a process with this id."""
+    """True if there is a process with this id."""
     try:
         os.kill(process_id, 0)
     except ProcessLookupError:

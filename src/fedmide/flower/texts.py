@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 _START = """#!/bin/sh
-# Starts {what} and keeps it running; ends all of it on SIGTERM.
-# FEDMIDE_PYTHON is the Python that fedmide is installed in, where that is not python3.
+# Starts {what} and keeps it running; ends all its processes on SIGTERM.
+# Set FEDMIDE_PYTHON to the Python that fedmide is installed in, if that is not python3.
 exec "${{FEDMIDE_PYTHON:-python3}}" -m fedmide flower {verb} start "$(dirname "$0")"
 """
 
@@ -33,7 +33,7 @@ WantedBy=multi-user.target
 """
 
 
-_PROXY = """# Lets sites reach /v1/fleet/ and nothing else: the Control API asks nobody for a password.
+_PROXY = """# Lets sites reach /v1/fleet/ and nothing else: the Control API has no password.
 server {{
     listen {port} ssl;
     server_name {host};
@@ -62,33 +62,34 @@ server {{
 _CHECKLIST = """# Checklist of the consortium
 
 Server ({address}), in `server/`:
-1. Every site has installed fedmide {version}, the same as here, and has the same base model.
-2. `server/start.sh` runs; or what `fedmide flower server unit server` prints is in
-   /etc/systemd/system/fedmide-server.service, and that is enabled.
+1. Install fedmide {version} at every site, the same version as here. Every site needs the same base model.
+2. Run `server/start.sh`. To start it with the system instead, save the output of
+   `fedmide flower server unit server` as /etc/systemd/system/fedmide-server.service and enable that service.
 3. {proxy}
-4. `fedmide flower status server` names every site as connected.
+4. Run `fedmide flower status server`: it lists every site as connected.
 
-Each site, in its own folder (`site-NAME/`):
-1. Its folder came over a channel that nobody else can read: `keys/node-key` is what the site is known by. It was then
-   removed here.
-2. `site.toml`: data.path leads to the site's records, prompt.template and model.name to what lies on its machine. Paths
-   count from FOLDER.
-3. `fedmide flower site check FOLDER` finds nothing to mend.
-4. `FOLDER/start.sh` runs, with the python3 that comes first on PATH or the one that FEDMIDE_PYTHON names; or what
-   `fedmide flower site unit FOLDER` prints is in /etc/systemd/system/fedmide-site.service, and that is enabled: it
-   runs as FOLDER's owner. Nothing from outside needs to reach the site; it needs to reach {address} only.
+Each site, in its own folder (`site-NAME/`, here FOLDER):
+1. Receive the folder over a channel that nobody else can read, because `keys/node-key` identifies the site. The
+   coordinator then removes the folder at the server.
+2. Edit `site.toml`: data.path is the path of the site's records; prompt.template and model.name are on its machine.
+   Relative paths start at FOLDER.
+3. Run `fedmide flower site check FOLDER` and fix every problem that it prints.
+4. Run `FOLDER/start.sh`. It uses the first python3 on PATH, or the one that FEDMIDE_PYTHON names. To start it with the
+   system instead, save the output of `fedmide flower site unit FOLDER` as
+   /etc/systemd/system/fedmide-site.service and enable that service. It runs as FOLDER's owner.
+   Nothing outside needs to reach the site. The site needs to reach {address} only.
 
 Then, at the server: `fedmide flower run server`.
 """
 
 
 def start_script(what: str, verb: str) -> str:
-    """What starts a server or a site in the foreground, from wherever its folder lies by then."""
+    """A script that starts a server or a site in the foreground; its folder may be moved."""
     return _START.format(what=what, verb=verb)
 
 
 def unit(what: str, folder: Path) -> str:
-    """A systemd unit that keeps the start script in a folder running, as its owner and with the Python of now."""
+    """A systemd unit that keeps a folder's start script running, as its owner and with the present Python."""
     place, python = (str(path).replace("%", "%%") for path in (folder.resolve(), sys.executable))
     return _UNIT.format(what=what, folder=place, python=python, user=folder.owner())
 
@@ -99,10 +100,10 @@ def proxy(host: str, port: int, inner: int, folder: Path) -> str:
 
 
 def checklist(address: str, version: str, behind_proxy: bool) -> str:
-    """What is to be done, in order, by whom."""
+    """The steps that the coordinator and each site must take, in order."""
     rule = (
-        "`server/nginx.conf` is in nginx's sites, and port 443 or the one named in it is open; the SuperLink's is not."
+        "Put `server/nginx.conf` into nginx's sites and open the port that it names. Keep the SuperLink's port closed."
         if behind_proxy
-        else "All sites are on this machine: no proxy is needed, and no port is open to others."
+        else "Nothing to do: all sites are on this machine. It needs no proxy, and no port is open to others."
     )
     return _CHECKLIST.format(address=address, version=version, proxy=rule)

@@ -1,11 +1,11 @@
-"""Names that our processes and Flower's share."""
+"""Environment variables that our processes and Flower's share."""
 
 LINK = "FEDMIDE_LINK"
-"""The socket at which the process that runs the rounds waits for the server app."""
+"""The socket where the process that runs the rounds waits for the server app."""
 
 
 SITE = "FEDMIDE_SITE"
-"""The folder of the site that a node works for."""
+"""The folder of the node's site."""
 
 
 RUN = "FEDMIDE_RUN"
@@ -13,4 +13,4 @@ RUN = "FEDMIDE_RUN"
 
 
 QUIET = {"FLWR_TELEMETRY_ENABLED": "0", "FLWR_DISABLE_UPDATE_CHECK": "1", "RAY_USAGE_STATS_ENABLED": "0"}
-"""What keeps Flower and Ray from telling anybody of their use."""
+"""Environment variables that switch off the telemetry of Flower and Ray."""

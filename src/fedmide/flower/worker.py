@@ -1,7 +1,7 @@
-"""A site's worker: one process that keeps the records and the base model and answers what the node passes on.
+"""A site's worker: one process that keeps the records and the base model, and answers the node's messages.
 
 Flower starts a new process for every message; each would load the model again. The worker listens on a socket that
-only the site's user can reach, loads the model when the first message comes, and works on one message at a time.
+only the site's user can reach. It loads the model when the first message comes, and works on one message at a time.
 """
 
 import time
@@ -30,12 +30,12 @@ def work(folder: Path) -> None:
                 if frame is not None:
                     site = site or _open(opened)
                     answer = site.answer(frame) if site else encode_trouble(Trouble(opened.name, "site"))
-                    with suppress(OSError):  # the asker may be gone: the answer is kept
+                    with suppress(OSError):  # the process that asked may have ended; the site keeps its answer
                         connection.send_bytes(answer)
 
 
 def _received(connection: Connection) -> bytes | None:
-    """What was asked; None where the asker is gone."""
+    """The frame that was sent; None if the sender has ended."""
     try:
         return connection.recv_bytes()
     except (EOFError, OSError):
@@ -43,7 +43,10 @@ def _received(connection: Connection) -> bytes | None:
 
 
 def _open(opened: SiteFolder) -> Site | None:
-    """The site with its model; None, and the reason in the log, where it can't be opened, to be tried again."""
+    """The site with its model; None if it can't be opened.
+
+    The reason is then in the log, and the next message tries again.
+    """
     try:
         return opened.site(tell)
     except (UserError, OSError) as error:
@@ -52,5 +55,5 @@ def _open(opened: SiteFolder) -> Site | None:
 
 
 def tell(message: str) -> None:
-    """Says something in the site's own log."""
+    """Writes a message to the site's own log."""
     terminal.tell(f"{time.strftime('%Y-%m-%dT%H:%M:%S')} worker: {message}")
