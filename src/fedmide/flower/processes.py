@@ -12,12 +12,12 @@ from pathlib import Path
 import psutil
 
 from fedmide.errors import UserError
-from fedmide.flower.variables import QUIET
+from fedmide.flower.variables import NO_TELEMETRY
 
 _GRACE_SECONDS = 10.0
 
 
-_PROMPT = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
+_FAST_POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
 """Seconds between two looks of an executor for work; Flower's default is 1."""
 
 
@@ -25,7 +25,15 @@ def environment(home: Path, **more: str) -> dict[str, str]:
     """The environment of Flower's processes: no telemetry, a folder of their own, and this Python's commands."""
     commands = str(Path(sys.executable).parent)
     path = os.pathsep.join([commands, *filter(None, [os.environ.get("PATH")])])
-    return {**os.environ, **QUIET, "FLWR_HOME": str(home), "PATH": path, "PYTHONUNBUFFERED": "1", **_PROMPT, **more}
+    return {
+        **os.environ,
+        **NO_TELEMETRY,
+        "FLWR_HOME": str(home),
+        "PATH": path,
+        "PYTHONUNBUFFERED": "1",
+        **_FAST_POLLING,
+        **more,
+    }
 
 
 @contextmanager
