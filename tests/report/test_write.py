@@ -52,6 +52,13 @@ def test_the_page_needs_nothing_but_itself(run_folder: RunFolder, tmp_path: Path
     assert set(figures(page)) >= {"gain", "nll", "loss", "enrollment", "scores", "length", "convergence", "cost"}
 
 
+def test_subtitle_and_number_count_the_same_rounds(run_folder: RunFolder, tmp_path: Path) -> None:
+    page = written(run_folder, tmp_path / "page.html")
+    rounds = "1 warm-up round + 2 rounds"
+    assert re.search(rf'class="subtitle">[^<]*2 clients, {re.escape(rounds)}, ', page)
+    assert f"<span>2 clients, {rounds}</span>" in page
+
+
 def test_no_text_and_no_id_is_on_the_page(run_folder: RunFolder, texts: tuple[str, ...], tmp_path: Path) -> None:
     page = written(run_folder, tmp_path / "page.html")
     assert len(texts) > 40

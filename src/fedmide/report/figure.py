@@ -186,6 +186,16 @@ def ranged(interval: Interval | None, digits: int = 3, signed: bool = False) -> 
     return f"{value} [{low}, {high}]" if interval.low < interval.high else value
 
 
+def counted_rounds(warmup: int, federated: int) -> str:
+    """Numbers of rounds as text: those of the warm-up are never part of the others.
+
+    >>> counted_rounds(1, 4), counted_rounds(0, 1)
+    ('1 warm-up round + 4 rounds', '1 round')
+    """
+    rounds = f"{federated} round{'' if federated == 1 else 's'}"
+    return f"{warmup} warm-up round{'' if warmup == 1 else 's'} + {rounds}" if warmup else rounds
+
+
 def megabytes(count: float) -> str:
     """Bytes as text in 10^6 bytes."""
     return f"{count / 1e6:,.1f} MB"

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedmide.evaluation.intervals import Interval
 from fedmide.report.facts import RunFacts
-from fedmide.report.figure import megabytes, number, ranged, seconds
+from fedmide.report.figure import counted_rounds, megabytes, number, ranged, seconds
 
 FEW_RECORDS = 50
 """Fewer test records a client than this give wide intervals."""
@@ -83,7 +83,10 @@ def _numbers(facts: RunFacts) -> Iterator[Number]:
         yield Number(f"{split} → {end}", f"of {total} training records shared", "at the split → at the end")
     if facts.turns:
         traffic = sum(turn.bytes_up + turn.bytes_down for turn in facts.turns)
-        yield Number(megabytes(traffic), "sent, both ways", f"{len(facts.clients)} clients, {len(facts.titles)} rounds")
+        done = {turn.round for turn in facts.rounds}
+        warmup = sum(index < 0 for index in done)
+        rounds = counted_rounds(warmup, len(done) - warmup)
+        yield Number(megabytes(traffic), "sent, both ways", f"{_clients(len(facts.clients))}, {rounds}")
     if facts.manifest["seconds"]:
         spent = sum(facts.manifest["seconds"].values())
         kept = facts.manifest.get("prefix_cache_mb", 0)

@@ -15,7 +15,7 @@ from fedmide.errors import UsageError
 from fedmide.journal.folder import RunFolder
 from fedmide.report import compared, findings, outcome_figures, round_figures, score_figures, settings
 from fedmide.report.facts import RunFacts, read
-from fedmide.report.figure import Figure, Table
+from fedmide.report.figure import Figure, Table, counted_rounds
 from fedmide.report.passages import Passage, passages
 from fedmide.version import __version__
 
@@ -96,10 +96,11 @@ def page(facts: RunFacts, texts: Sequence[Passage] = ()) -> str:
             ),
         ),
     ]
-    rounds = facts.config.federation.rounds
+    config = facts.config
+    rounds = counted_rounds(config.warmup.rounds, config.federation.rounds)
     return _render(
         title=facts.name,
-        subtitle=f"{facts.config.method}: {len(facts.clients)} clients, {rounds} rounds, {facts.config.model.name}",
+        subtitle=f"{config.method}: {len(facts.clients)} clients, {rounds}, {config.model.name}",
         headline=findings.headline(facts),
         numbers=findings.numbers(facts),
         cautions=findings.cautions(facts),
