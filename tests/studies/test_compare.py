@@ -67,7 +67,7 @@ def test_all_had_the_same_steps(compared: tuple[Path, dict[str, Any], list[str]]
     out, figures, _ = compared
     steps = {name: figures["methods"][name]["steps_per_client"] for name in NAMES}
     assert {each["low"] for each in steps.values()} | {each["high"] for each in steps.values()} == {8.0}
-    # counted anew, from what each client said of each round
+    # counted again, from each client's own figures of each round
     for name in NAMES:
         folder = out / figures["runs"][name]["1"]
         events = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
@@ -208,7 +208,7 @@ def test_runs_that_differ_in_their_tuning_share_their_rounds(
     assert (alone / "validation.json").read_bytes() == (runs["half"] / "validation.json").read_bytes()
     figures = [json.loads((path / "manifest.json").read_text())["seconds"]["trained"] for path in runs.values()]
     assert figures[0] <= figures[2] < figures[0] + 1, "what the rounds took counts for both"
-    # a comparison that goes on, too, finds the rounds of what is whole
+    # a resumed comparison finds the rounds of complete runs too
     values["variants"]["quarter"] = {"personalization": {"interpolation": [0.25]}}
     more = compare.planned(values, [*names, "quarter"], [0], tmp_path / "shared", validation_only=True)
     said.clear()
@@ -279,5 +279,5 @@ def test_measured_records_stay_in_the_run_folders(compared: tuple[Path, dict[str
 def test_whom_to_hold_others_against_is_one_of_them(small_input: Any) -> None:
     values, names = values_of(small_input.config), ["local", "fedmide"]
     assert compare.planned(values, names, [0], Path("out")).against == ("fedmide",)
-    with pytest.raises(UsageError, match="--against: fedavgft is not compared"):
+    with pytest.raises(UsageError, match="--against: fedavgft is not one of the compared methods"):
         compare.planned(values, names, [0], Path("out"), against=["local", "fedavgft"])

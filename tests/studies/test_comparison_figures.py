@@ -33,7 +33,7 @@ def outcome(costs: Mapping[str, float] | None = None, **clients: Measured) -> Ou
 
 
 def two_methods() -> dict[str, dict[int, Outcome]]:
-    """Client a: 2 and 4 nats a token over two records; b: one record. Of `mine` two seeds around 1 less."""
+    """Client a: 2 and 4 nats per token over two records; b: one record. Of `mine` two seeds around 1 less."""
     tokens = [1, 3]
     theirs = outcome({"steps": 6.0}, a=measured([2.0, 12.0], tokens), b=measured([8.0], [2]))
     runs = [
@@ -160,7 +160,7 @@ def test_a_record_that_is_no_number_anywhere_is_left_out_everywhere() -> None:
     assert figures["num_left_out"]["response_nll"] == 1
     assert figures["clients"]["fedavg-ft"]["response_nll"] == pytest.approx({"a": 2.0, "b": 4.0})
     text = to_markdown(sheets({**figures, **PROTOCOL, "commits": ["a" * 40, "a" * 40 + "-dirty"]}))
-    assert "without a number under one of them: 1 test records." in text
+    assert "Left out for all methods: 1 test records, whose NLL is not a number under one of them." in text
     assert "Runs of several commits: aaaaaaa, aaaaaaa-dirty." in text
 
 
@@ -225,7 +225,7 @@ def test_tables_show_every_method_and_escape_what_they_show() -> None:
     text = to_markdown(tables)
     assert "| mine | 0.1 | 3.1250 [" in text
     assert "-0.6250 [" in text
-    assert "of more than 64 tokens, and cut: 1." in text
+    assert "that were cut because they have more than 64 tokens: 1." in text
     assert "Left out for all" not in text and "commits" not in text
     page = to_html(tables, "<svg></svg>")
     assert page.count("<table>") == 4

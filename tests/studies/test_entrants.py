@@ -111,9 +111,9 @@ def test_rates_change_together() -> None:
 @pytest.mark.parametrize(
     ("variants", "names", "expected"),
     [
-        ({}, ["fedmidi"], "'fedmidi' is no method, nor a variant"),
-        ({"fedavg": {}}, ["fedavg"], "variants.fedavg: the name of a method"),
-        ({"base": {}}, ["base"], "variants.base: the name of the base model's row"),
+        ({}, ["fedmidi"], "'fedmidi' is not a method and not a variant"),
+        ({"fedavg": {}}, ["fedavg"], "variants.fedavg: this is the name of a method"),
+        ({"base": {}}, ["base"], "variants.base: this is the name of the base model's row"),
         ({"../x": {}}, ["../x"], r"variants.../x: expected letters"),
         ({"x": {"method": "fedx"}}, ["x"], "variants.x: there is no method 'fedx'"),
         ({"x": {"federation": {"rounds": 2}}}, ["x"], "variants.x: federation.rounds is the same for all"),
@@ -121,7 +121,7 @@ def test_rates_change_together() -> None:
         ({"x": {"data": {"max_records": 2}}}, ["x"], "variants.x: data is the same for all"),
         ({"x": {"warmup": {"rounds": 9}}}, ["x"], "leave nothing of a budget of 9 rounds"),
         ({"x": {"warmup": {"round": 9}}}, ["x"], "x: unknown key 'warmup.round'"),
-        ({"x": 3}, ["x"], "no table of tables"),
+        ({"x": 3}, ["x"], "not a table of tables"),
     ],
 )
 def test_what_names_nothing_is_refused(variants: dict[str, Any], names: list[str], expected: str) -> None:

@@ -21,7 +21,7 @@ def known() -> Knowledge:
 
 @pytest.fixture(scope="module")
 def plain(known: Knowledge) -> dict[str, set[str]]:
-    """How everyone answers, by concept."""
+    """The common answers, by concept."""
     return {
         concept: {item.response for item in items}
         for concept, items in by_concept(common_items(material(known))).items()
@@ -120,5 +120,5 @@ def test_sites_repeat_and_hang_on_the_seed_alone(known: Knowledge) -> None:
 
 
 def test_more_records_than_phenotypes_are_refused(known: Knowledge) -> None:
-    with pytest.raises(DataError, match="1000 records a site, expected at most"):
+    with pytest.raises(DataError, match="1000 records per site, expected at most"):
         assemble(known, "own-style", 0, 1, 500, True)

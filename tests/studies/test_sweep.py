@@ -145,7 +145,7 @@ def test_an_unknown_knob_is_refused_before_any_run(small_input: Any, tmp_path: P
 
 def test_unknown_methods_and_seeds_are_refused(small_input: Any, tmp_path: Path) -> None:
     values = values_of(small_input.config)
-    with pytest.raises(ConfigError, match="'fedmidi' is no method, nor a variant"):
+    with pytest.raises(ConfigError, match="'fedmidi' is not a method and not a variant"):
         sweep.planned(values, "lora.r=4,8", ["fedmidi"], [0], tmp_path)
     with pytest.raises(UsageError, match="--seeds"):
         sweep.planned(values, "lora.r=4,8", ["fedmide"], [], tmp_path)

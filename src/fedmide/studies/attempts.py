@@ -1,4 +1,4 @@
-"""One run of a study, done or gone on with."""
+"""One run of a study, started or resumed."""
 
 import json
 import time
@@ -18,7 +18,7 @@ from fedmide.runs.resident import Kept
 from fedmide.studies.entrants import Entrant
 
 SAME_INPUTS = ("data", "model", "prompt")
-"""What of the manifests must be the same for runs to be compared."""
+"""The parts of the manifests that must be the same for runs to be compared."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Attempt:
 
 @dataclass
 class Work:
-    """So many runs, done with one model, and word of how far they are."""
+    """A number of runs with one loaded model, and reports of their progress."""
 
     num_runs: int
     tell: Tell
@@ -47,10 +47,10 @@ class Work:
     done: int = 0
     worked: list[float] = field(default_factory=list)
     trained: dict[str, Path] = field(default_factory=dict)
-    """Runs whose rounds are whole, by what these follow from."""
+    """Runs with complete rounds, by the hash of the configuration that the rounds depend on."""
 
     def run(self, attempt: Attempt, wanted: Sequence[StageName]) -> None:
-        """Does what is missing of a run: its validation, then the measures that are wanted of its test records."""
+        """Does what a run lacks: its validation, then the wanted measures of its test records."""
         has = _measured(attempt)
         self.done += 1
         if has is not None and set(wanted) <= has:
@@ -76,7 +76,7 @@ class Work:
         return opening.start(attempt.config, attempt.path, self.tell, self.opener)
 
     def _share_rounds(self, run: opening.Run) -> None:
-        """Gives a run without rounds those of one that differs in its tuning alone: they would be the same bytes."""
+        """Gives a run without rounds those of a run that differs in its tuning only: they would be the same bytes."""
         path = self.trained.get(_before_tuning(run.config))
         if path is None or run.folder.has_rounds:
             return
@@ -98,7 +98,10 @@ class Work:
 
 
 def _before_tuning(config: Config) -> str:
-    """What a run's rounds follow from: the configuration without how it tunes afterwards, but for what it tunes."""
+    """The hash of the configuration that a run's rounds depend on.
+
+    The settings of tuning are left out, except the adapter that it starts from.
+    """
     kept = PersonalizationConfig(start=config.personalization.start)
     return fingerprint(config.model_copy(update={"personalization": kept}))
 
@@ -108,7 +111,7 @@ def _title(attempt: Attempt) -> str:
 
 
 def _measured(attempt: Attempt) -> set[str] | None:
-    """The adapters whose test records a whole run has measured; None where it is not yet whole."""
+    """The adapters that a complete run has measured on test records; None if the run is not complete."""
     if not (attempt.path / "validation.json").exists():
         return None
     reopen(attempt.path, attempt.config)

@@ -1,16 +1,16 @@
-"""Methods compared: every run that is missing, then one folder with what they say of each other.
+"""The comparison of methods: every missing run, then one folder with their figures and differences.
 
     OUT/comparison.json   comparison.md   comparison.html
-        runs/NAME/rate-R-seed-S/     a run folder each
+        runs/NAME/rate-R-seed-S/     one run folder per run
 
-All runs have the same records, whatever their seed, and the same budget of local steps (`entrants`). Where several
-learning rates are given, each entrant's is chosen on the first seed by the response NLL of the validation records, mean
-over clients; test records of the others are never measured. A run that is whole is not done again, one that was stopped
-goes on. The base model is loaded once, and runs that differ in nothing but their tuning share their rounds,
-unless they tune other adapters (`personalization.start`).
+All runs have the same records, whatever their seed, and the same budget of local steps (`entrants`).
+If several learning rates are given, each entrant's is chosen on the first seed: the one with the lowest response NLL of
+the validation records, mean over clients. Test records under the other rates are never measured.
+A complete run is not repeated, and a stopped run is resumed. The base model is loaded once.
+Runs that differ in their tuning only share their rounds, unless they tune other adapters (`personalization.start`).
 
-Where only validation records are looked at, the folder gets `validation.json` and `validation.md` instead: settings are
-chosen by these, and the same runs' test records may be measured later.
+If only validation records are used, the folder gets `validation.json` and `validation.md` instead. Settings are
+chosen by these, and the test records of the same runs may be measured later.
 """
 
 import json
@@ -36,12 +36,15 @@ from fedmide.studies.tables import sheets, to_html, to_markdown, validation_shee
 from fedmide.version import __version__
 
 AGAINST = ("fedavg-ft", "fedmide")
-"""Whom all others are held against if nobody says."""
+"""The methods that all others are compared with by default."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What is compared: the entrants, on these seeds, each with one of these learning rates; none: as set."""
+    """A planned comparison: the entrants on these seeds, each with one of these learning rates.
+
+    Without `rates`, each entrant has the rate of its configuration.
+    """
 
     out: Path
     entrants: tuple[Entrant, ...]
@@ -60,12 +63,12 @@ class Plan:
 
     @property
     def budget(self) -> Budget:
-        """What each of them may use."""
+        """The budget that all entrants share."""
         return self.entrants[0].budget
 
     @property
     def num_runs(self) -> int:
-        """How many runs it takes in all."""
+        """The number of all runs."""
         return len(self.entrants) * (max(1, len(self.rates)) + len(self.seeds) - 1)
 
 
@@ -78,9 +81,9 @@ def planned(
     against: Sequence[str] | None = None,
     validation_only: bool = False,
 ) -> Plan:
-    """What a configuration's values, method names, seeds and learning rates ask for; all refused before any run.
+    """The comparison of these methods, seeds and learning rates; all problems are reported before any run.
 
-    `against` are the names that the others are held against; None: those of `AGAINST` that are compared.
+    `against` are the names that the others are compared with; None: those of `AGAINST` that take part.
     """
     for what, given in (("seeds", seeds), ("learning-rates", rates)):
         if len(set(given)) < len(given) or (what == "seeds" and not given) or any(each < 0 for each in given):
@@ -88,12 +91,14 @@ def planned(
     found = entrants(values, names)
     held = tuple(each for each in AGAINST if each in names) if against is None else tuple(against)
     if unknown := [each for each in held if each not in names]:
-        raise UsageError(f"--against: {', '.join(unknown)} is not compared", f"Name some of {', '.join(names)}")
+        raise UsageError(
+            f"--against: {', '.join(unknown)} is not one of the compared methods", f"Name some of {', '.join(names)}"
+        )
     return Plan(out, found, tuple(seeds), tuple(rates), held, validation_only)
 
 
 def run(plan: Plan, tell: Tell = quiet, progress: Progress = silent) -> dict[str, Any]:
-    """What comparison.json, or validation.json, holds, after every run that was missing."""
+    """The figures of comparison.json or validation.json, after every missing run."""
     with locked(plan.out):
         work = Work(plan.num_runs, tell, progress)
         chosen = {
@@ -130,12 +135,12 @@ def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, 
         finite = {rate: value for rate, value in validations.items() if value is not None}
         if not finite:
             raise RunFolderError(
-                f"{plan.out / 'runs' / entrant.name}: no learning rate has a validation likelihood that is a number",
+                f"{plan.out / 'runs' / entrant.name}: the validation NLL is not a number under any learning rate",
                 "Set data.validation_fraction above 0, or other --learning-rates",
             )
         rate = min(finite, key=lambda each: finite[each])
         attempts = [attempt for attempt in attempts if attempt.rate == rate]
-        work.done -= 1  # it goes on
+        work.done -= 1  # the same run again, for its test records
     wanted: list[StageName] = ["base", "personalized"] if first else ["personalized"]
     work.run(attempts[0], () if plan.validation_only else wanted)
     tried = [{"rate": rate, "validation_nll": value} for rate, value in validations.items()]
@@ -143,7 +148,10 @@ def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, 
 
 
 def _validation(attempt: Attempt) -> dict[str, float | None]:
-    """Response NLL of each client's validation records; none of those that have no such records or no such number."""
+    """Response NLL of each client's validation records; None if it is not a number.
+
+    Clients without validation records are left out.
+    """
     clients = json.loads((attempt.path / "validation.json").read_text("utf-8"))
     return {
         name: None if each["sum"] is None else each["sum"] / each["num_tokens"]
@@ -153,7 +161,7 @@ def _validation(attempt: Attempt) -> dict[str, float | None]:
 
 
 def _mean(clients: Mapping[str, float | None]) -> float | None:
-    """Mean over the clients; None where there are none, or one of them has no number."""
+    """Mean over the clients; None if there are none, or if one of them has no number."""
     given = [each for each in clients.values() if each is not None]
     return float(np.mean(given)) if given and len(given) == len(clients) else None
 
@@ -161,7 +169,7 @@ def _mean(clients: Mapping[str, float | None]) -> float | None:
 def _validation_figures(
     plan: Plan, attempts: Mapping[str, Mapping[int, Attempt]], chosen: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
-    """What validation.json holds: by seed each method's mean over clients and its worst client."""
+    """The figures of validation.json: per seed, each method's mean over clients and its worst client."""
     folders = [reopen(attempt.path, attempt.config) for runs in attempts.values() for attempt in runs.values()]
     _check_same_inputs(plan.out, folders)
     by_seed: dict[str, dict[str, list[float | None]]] = {}
@@ -222,13 +230,13 @@ def _figures(
 
 
 def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
-    """What a run's clients measured, and what it cost."""
+    """The measurements of a run's clients, and the run's cost."""
     clients = _records(folder, stage)
     manifest = folder.read_manifest()
     metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
     federation = metrics["federation"]
     counted = ["trained_tokens", "scored_tokens"]
-    if not methods.of(folder.config).in_one_place:  # what would have to travel are the records
+    if not methods.of(folder.config).in_one_place:  # there the records would have to travel, not adapters
         counted += ["bytes_down", "bytes_up"]
     costs = {
         **{name: float(federation[name]) for name in counted},
@@ -245,7 +253,7 @@ def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
 
 
 def _model_seconds(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """How long the model trained and scored in rounds and tuning; of a run that has noted it."""
+    """Seconds that the model trained and scored in rounds and tuning; empty if the run did not record them."""
     stages = [manifest.get("model_seconds", {}).get(stage) for stage in ("trained", "personalized")]
     noted = [each for each in stages if each is not None]
     if len(noted) < len(stages):
@@ -260,7 +268,7 @@ def _records(folder: RunFolder, stage: StageName) -> dict[str, Measured]:
 
 
 def _check_same_inputs(out: Path, folders: Sequence[RunFolder]) -> None:
-    """Refuses runs whose records, model or prompt are not the same."""
+    """Refuses runs with different records, models or prompts."""
     manifests = [folder.read_manifest() for folder in folders]
     problems = [
         f"{folder.path}: its {what} is not that of {folders[0].path}"

@@ -1,11 +1,12 @@
-"""What several methods' runs over the same test records say of each other.
+"""The figures of a comparison: several methods' runs over the same test records.
 
 A record's NLL is averaged over seeds first. Records are then resampled within each client, the same ones for all
-methods, so that two of them are compared record by record; clients and seeds stand as they are. Where these are
-resampled too, it is said so: that asks what another such federation would show, trained anew. A difference is also told
-seed by seed: a few seeds are too few to be resampled well. A method that has run off, so that a client of a
-run has no likelihood at all that is a number, is named and has its cost alone. A record whose likelihood is no number
-under any other method or seed is left out for all of them, and counted.
+methods, so that two methods are compared record by record. Clients and seeds are not resampled.
+Figures that resample clients and seeds too are marked (`_of_all`). They estimate the result of another such federation,
+trained again. A difference is also given seed by seed, because a few seeds are too few to be resampled well.
+If training diverges, so that no NLL of some client in some run is a number, the method is listed in `run_off`. Only its
+cost is reported. A record whose NLL is not a number under some other method or seed is left out for all of them, and
+counted.
 """
 
 import math
@@ -33,7 +34,7 @@ LOWER_IS_BETTER = {"response_nll": True, "choice_accuracy": False}
 
 @dataclass(frozen=True)
 class Outcome:
-    """One run: what each client's test records measure under its model, and what the run cost."""
+    """One run: the measurements of each client's test records under its model, and the run's cost."""
 
     clients: Mapping[str, Measured]
     costs: Mapping[str, float]
@@ -45,7 +46,7 @@ Outcomes = Mapping[str, Mapping[int, Outcome]]
 
 @dataclass(frozen=True)
 class Values:
-    """One metric: for each method and client the records' values [seeds, records], over the records' counts."""
+    """One metric: the records' values [seeds, records] per method and client, and the counts that divide them."""
 
     values: Mapping[str, Mapping[str, FloatArray]]
     counts: Mapping[str, FloatArray]
@@ -53,9 +54,9 @@ class Values:
 
 
 def compare(outcomes: Outcomes, against: Sequence[str], resamples: int, seed: int) -> Figures:
-    """The figures of comparison.json: of each method, and its differences to those that it is held against.
+    """The figures of comparison.json: of each method, and its differences to the methods in `against`.
 
-    ValueError where two runs do not measure the same records.
+    ValueError if two runs do not measure the same records.
     """
     _check_same_records(outcomes)
     figures: Figures = {name: {} for name in ("methods", "by_seed", "clients", "differences", "num_left_out")}
@@ -116,12 +117,12 @@ def _add_metric(
 
 
 def _resampled(values: FloatArray, counts: FloatArray, drawn: Sequence[Draws]) -> FloatArray:
-    """A client's figure [seeds, resamples] out of its records' values [seeds, records]."""
+    """A client's figure [seeds, resamples], from its records' values [seeds, records]."""
     return np.stack([resampled(each, counts, drawn) for each in values])
 
 
 def _drawn_seeds(ratios: FloatArray, seed: int) -> FloatArray:
-    """The clients' figures [resamples, clients] out of [seeds, resamples, clients], over seeds that are drawn too."""
+    """The clients' figures [resamples, clients], from [seeds, resamples, clients], with the seeds resampled too."""
     num_seeds, resamples = ratios.shape[:2]
     drawn = stream(seed, "bootstrap of seeds").integers(num_seeds, size=(num_seeds, resamples, 1))
     mean: FloatArray = np.take_along_axis(ratios, drawn, axis=0).mean(axis=0)
@@ -137,9 +138,9 @@ def _add_method(
     points: Mapping[str, float],
     sampled: Mapping[str, FloatArray],
 ) -> None:
-    """A method's rows: intervals are over records, those of the deviation the least and the greatest over seeds.
+    """A method's rows. Intervals are over records; for the deviation, the least and the greatest over seeds.
 
-    `by_seed`: its clients' figures [seeds, clients].
+    `by_seed`: the clients' figures [seeds, clients].
     """
     seeds = figures["by_seed"].setdefault(method, {})
     seeds[metric] = [_mean(each) for each in by_seed]
@@ -154,7 +155,7 @@ def _add_method(
 
 
 def _add_by_seed(figures: Figures, method: str, name: str, values: Mapping[int, float]) -> None:
-    """A figure that has no records: its mean, least and greatest over seeds."""
+    """A figure that is not measured on records: its mean, least and greatest over seeds."""
     given = list(values.values())
     ends = {"low": min(given), "high": max(given), "seeds": len(given)}
     figures["methods"].setdefault(method, {})[name] = {"mean": _mean(given), **ends}
@@ -162,7 +163,7 @@ def _add_by_seed(figures: Figures, method: str, name: str, values: Mapping[int, 
 
 
 def _add_worse_than_local(figures: Figures, outcomes: Outcomes) -> None:
-    """How many clients, and which, a method leaves worse off than training alone, by their NLL averaged over seeds."""
+    """The clients, and their number, that do worse under a method than with training alone, by mean NLL over seeds."""
     own = figures["clients"].get("local", {}).get("response_nll")
     if own is None:
         return
@@ -194,7 +195,7 @@ def _likelihoods(outcomes: Outcomes) -> Values:
 
 
 def _choices(outcomes: Outcomes) -> Values:
-    """The records' credits in the choice by likelihood; 1 for the right one."""
+    """The records' credits in the choice by likelihood; 1 for the right answer."""
     values = {
         method: {
             name: np.array([_credits(run.clients[name]) for run in runs.values()], np.float64)
@@ -208,7 +209,7 @@ def _choices(outcomes: Outcomes) -> Values:
 
 
 def _credits(measured: Measured) -> list[float]:
-    """A credit for each record; not a number where it has no choice, or its right one no likelihood."""
+    """A credit per record; NaN if it has no choice, or if the NLL of its right answer is not a number."""
     credit = []
     for sums, lengths in zip(measured.choices, measured.lengths, strict=True):
         if not sums or not math.isfinite(sums[0]):
@@ -220,7 +221,7 @@ def _credits(measured: Measured) -> list[float]:
 
 
 def _finite(values: Mapping[str, Mapping[str, FloatArray]], counts: Mapping[str, FloatArray]) -> Values:
-    """The same without the records that are no number somewhere, and without clients that are left with none."""
+    """The same values without records that are not finite everywhere, and without clients that have no record left."""
     kept = {
         name: np.all([np.isfinite(each[name]).all(axis=0) for each in values.values()], axis=0)
         for name, each in counts.items()

@@ -1,4 +1,7 @@
-"""Curves of a figure over the values of a knob, as plain SVG without scripts: a panel each, a line a method."""
+"""Curves of figures over the values of a setting, as plain SVG without scripts.
+
+A picture has one panel per figure and one line per method.
+"""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -15,7 +18,7 @@ NUM_TICKS = 5
 
 @dataclass(frozen=True)
 class Point:
-    """A value of the knob, the figure there if any, and its deviation where there is one."""
+    """A value of the setting, with its figure and deviation; each is None if there is none."""
 
     label: str
     mean: float | None
@@ -30,11 +33,11 @@ class Point:
 
 
 Panels = Mapping[str, Mapping[str, Sequence[Point]]]
-"""The points by the panel's title and the line's name; lines have their points at the same labels."""
+"""The points by the panel's title and the line's name; all lines have points at the same labels."""
 
 
 Marked = tuple[tuple[float, float], float, float]
-"""Where a point stands in the picture, and the ends of its bar."""
+"""The place of a point in the picture, and the ends of its bar."""
 
 
 def curves_svg(panels: Panels, knob: str, title: str) -> str:
@@ -63,12 +66,12 @@ def curves_svg(panels: Panels, knob: str, title: str) -> str:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Round numbers from below `low` to above `high`, about so many as a reader wants.
+    """About `NUM_TICKS` round numbers, from `low` or less to `high` or more.
 
     >>> ticks(2.51, 2.58)
     [2.5, 2.52, 2.54, 2.56, 2.58]
     """
-    span = max(high - low, 1e-4 * max(abs(low), abs(high), 1.0))  # values that are all alike still have an axis
+    span = max(high - low, 1e-4 * max(abs(low), abs(high), 1.0))  # equal values need an axis too
     rough = span / (NUM_TICKS - 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(each * power for each in (1, 2, 5, 10) if each * power >= rough * 0.999)

@@ -1,10 +1,10 @@
-"""What a comparison compares: methods and variants, each as a configuration with the same budget of local steps.
+"""The entrants of a comparison: methods and variants, each a configuration with the same budget of local steps.
 
-    K   optimiser steps that a client takes in a round, however few of its records train
-    U   rounds, warm-up and passes of the tuning that a client trains through, K steps each: for all entrants the same
+    K   optimizer steps of a client per round, however few of its records train
+    U   units of K steps that a client trains, the same for all entrants: warm-up rounds, rounds and tuning passes
 
-An entrant that warms up for W rounds and tunes for E passes has U - W - E federated rounds; one that does neither has
-U. So a warm-up is paid with federated rounds, and a method without tuning has more of them.
+An entrant with W warm-up rounds and E tuning passes has U - W - E federated rounds; one with neither has U.
+So a warm-up costs federated rounds, and a method without tuning has more of them.
 """
 
 import re
@@ -23,23 +23,23 @@ from fedmide.errors import ConfigError, UsageError
 from fedmide.model.training import num_steps
 
 BUDGET = ("federation.rounds", "training.epochs", "training.max_steps", "personalization.max_steps")
-"""What makes the budget, or follows from it."""
+"""Settings that make the budget, or that follow from it."""
 
 
 SECOND = ("ditto.epochs", "ditto.max_steps", "feddpa.max_steps")
-"""How much a method trains beside the common adapter."""
+"""Settings of the amount that a method trains in addition to the common adapter."""
 
 
 DECIDED = (*BUDGET, *SECOND, "seed", "data", "model", "prompt", "evaluation")
-"""What a variant can't set: what the budget decides, and what must be the same for records to be compared."""
+"""Settings that a variant can't set: the budget decides them, or the comparison of records needs them equal."""
 
 
 BASE = "base"
-"""The row of the model without an adapter, which no entrant can be named like."""
+"""The name of the row of the model without an adapter; no entrant can have this name."""
 
 
 RATES = ("training.learning_rate", "personalization.learning_rate", "scaffold.learning_rate")
-"""The rates that go up and down together."""
+"""The learning rates that change in proportion."""
 
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -47,7 +47,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 
 @dataclass(frozen=True)
 class Budget:
-    """`rounds` (U) times `steps` (K): what each client trains in all."""
+    """The training of each client in all: `rounds` (U) times `steps` (K)."""
 
     rounds: int
     steps: int
@@ -55,14 +55,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Entrant:
-    """A method, or a variant of one, by the name that tables give it; `config` has its share of the budget."""
+    """A method or a variant, by its name in the tables. `config` has its part of the budget."""
 
     name: str
     config: Config
     budget: Budget
 
     def run(self, seed: int, rate: float | None = None) -> Config:
-        """The configuration of one run. All seeds have the same records; `rate` is for `training.learning_rate`."""
+        """The configuration of one run. All seeds have the same records; `rate` sets `training.learning_rate`."""
         values = for_method(self.config.model_dump(), self.config.method)
         values = merged(values, {"seed": seed, "data": {"seed": self.config.data_seed}})
         return parse(values if rate is None else _at_rate(values, rate))
@@ -71,7 +71,7 @@ class Entrant:
 def budget_of(values: Mapping[str, Any]) -> Budget:
     """The budget that a configuration gives FedMIDE: warm-up, rounds and tuning.
 
-    K is `training.max_steps` or, where that is 0, what the largest client needs for `training.epochs`.
+    K is `training.max_steps` or, if that is 0, the steps of the largest client for `training.epochs`.
     """
     config = parse(for_method(without_variants(values), "fedmide"))
     rounds = config.warmup.rounds + config.federation.rounds + config.personalization.epochs
@@ -82,21 +82,21 @@ def budget_of(values: Mapping[str, Any]) -> Budget:
 
 
 def entrants(values: Mapping[str, Any], names: Sequence[str]) -> tuple[Entrant, ...]:
-    """What the names stand for: methods, or variants in the values' own table; all problems as one `ConfigError`."""
+    """The methods, or the variants in the values' own table, with these names; all problems as one `ConfigError`."""
     check_names(values, names)
     budget = budget_of(values)
     return tuple(Entrant(name, within(budget, settings(values, name), name), budget) for name in names)
 
 
 def check_names(values: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuses names that are neither a method's nor a variant's, and variants that set what they can't."""
+    """Refuses names of neither a method nor a variant, and variants that set what they can't."""
     problems = list(_problems(values.get(VARIANTS, {}), names))
     if problems:
         raise ConfigError(problems, "See `fedmide methods` and docs/compare.md")
 
 
 def settings(values: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """What a method, or a variant in the values' own table, is configured by; the budget is not in it yet."""
+    """The settings of a method, or of a variant in the values' own table, before the budget is applied."""
     base, variant = without_variants(values), values.get(VARIANTS, {}).get(name)
     if variant is None:
         return for_method(base, name)
@@ -104,7 +104,7 @@ def settings(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def within(budget: Budget, values: Mapping[str, Any], name: str) -> Config:
-    """The configuration with its share of the budget; `ConfigError` where warm-up and tuning leave no round."""
+    """The configuration with its part of the budget; `ConfigError` if warm-up and tuning leave no round."""
     config = parse(values, name)
     method = methods.of(config)
     tuning = 0 if method.tuning is None else config.personalization.epochs
@@ -137,7 +137,7 @@ def within(budget: Budget, values: Mapping[str, Any], name: str) -> Config:
 
 
 def _second_training(config: Config, steps: int) -> dict[str, Any]:
-    """So many steps for what a method trains beside the common adapter, in the method's own table."""
+    """The limit `steps` for the second training of a method, in the method's own table."""
     (table,) = (table for table, users in METHOD_TABLES.items() if config.method in users)
     limits = {"epochs": steps, "max_steps": steps}
     return {table: {knob: value for knob, value in limits.items() if hasattr(getattr(config, table), knob)}}
@@ -157,7 +157,7 @@ def merged(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, A
 
 
 def _at_rate(values: Mapping[str, Any], rate: float) -> dict[str, Any]:
-    """The values with another learning rate; those of tuning and of SCAFFOLD change in proportion to it."""
+    """The values with another learning rate. The rates of tuning and of SCAFFOLD change in proportion to it."""
     own = values["training"]["learning_rate"]
     changes: dict[str, Any] = {}
     for name in RATES:
@@ -172,20 +172,20 @@ def _problems(given: Any, names: Sequence[str]) -> list[str]:
     if not names or len(set(names)) < len(names):
         raise UsageError(f"--methods {','.join(names)!r}: expected names, each once", "For example fedmide,fedavg-ft")
     if not isinstance(given, Mapping) or not all(isinstance(each, Mapping) for each in given.values()):
-        return [f"'{VARIANTS}' is no table of tables: expected [{VARIANTS}.NAME]"]
+        return [f"'{VARIANTS}' is not a table of tables: expected [{VARIANTS}.NAME]"]
     known = get_args(MethodName)
-    problems = [f"{VARIANTS}.{name}: the name of a method" for name in given if name in known]
-    problems += [f"{VARIANTS}.{name}: the name of the base model's row" for name in given if name == BASE]
+    problems = [f"{VARIANTS}.{name}: this is the name of a method" for name in given if name in known]
+    problems += [f"{VARIANTS}.{name}: this is the name of the base model's row" for name in given if name == BASE]
     problems += [f"{VARIANTS}.{name}: expected letters, digits, . _ + -" for name in given if not _NAME.fullmatch(name)]
     for name, each in given.items():
         if each.get("method", "fedmide") not in known:
             problems.append(f"{VARIANTS}.{name}: there is no method {each['method']!r}")
         problems += [f"{VARIANTS}.{name}: {key} is the same for all, or follows from the budget" for key in _set(each)]
-    return problems + [f"{name!r} is no method, nor a variant" for name in names if name not in (*known, *given)]
+    return problems + [f"{name!r} is not a method and not a variant" for name in names if name not in (*known, *given)]
 
 
 def _set(variant: Mapping[str, Any]) -> list[str]:
-    """What a variant sets and can't."""
+    """The settings of a variant that it can't set."""
     return [key for key in DECIDED if _holds(variant, key.split("."))]
 
 

@@ -1,6 +1,6 @@
-"""Records with the scores or likelihoods that someone has already measured, to be split by a threshold.
+"""Records with scores or likelihoods that were measured elsewhere, to be split by a threshold.
 
-The objects are kept as they are, so that a split writes out exactly what was read.
+The objects stay as they are, so that a split writes exactly what was read.
 """
 
 import json
@@ -43,9 +43,9 @@ def read_scores(path: Path) -> tuple[ScoredRecord, ...]:
 
 
 def split_file(path: Path, rule: ThresholdRule, out: Path | None = None) -> dict[str, Any]:
-    """The split of a file's records in figures: threshold, sizes of the sets and rule.
+    """The figures of the split of a file's records: threshold, sizes of the sets and rule.
 
-    With `out` the records themselves go to `out/shared.json` and `out/personal.json`, in the file's order.
+    With `out`, the records are written to `out/shared.json` and `out/personal.json`, in the file's order.
     """
     existing = [] if out is None else [file for name in SETS if (file := out / f"{name}.json").exists()]
     if existing:
@@ -69,9 +69,9 @@ def split_file(path: Path, rule: ThresholdRule, out: Path | None = None) -> dict
 
 
 def perplexity_ratio(local: float, aggregated: float) -> float:
-    """The aggregated perplexity over the local one; NaN where either is not finite.
+    """The aggregated perplexity over the local one; NaN if either is not finite.
 
-    A plain quotient would score a record whose local likelihood failed (infinite perplexity) 0, and share it.
+    A plain quotient would give a record with a failed local likelihood (infinite perplexity) the score 0, and share it.
 
     >>> perplexity_ratio(10.0, 11.0), perplexity_ratio(math.inf, 11.0)
     (1.1, nan)
@@ -104,7 +104,7 @@ def _scored(row: Row) -> Reading[ScoredRecord]:
 
 
 def _fault(name: str, value: object) -> str:
-    """What is wrong with a measured number; empty where nothing is. NaN and infinity are no faults."""
+    """The fault of a measured number; empty if there is none. NaN and infinity are not faults."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return f"is {kind(value)}, expected a number (NaN where the measurement failed)"
     if isinstance(value, int) and abs(value) > sys.float_info.max:

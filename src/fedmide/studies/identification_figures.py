@@ -1,6 +1,6 @@
-"""How well scores and sets find the records that are known to be personal, beside the scores that they have to beat.
+"""Figures of the search for personal records: of the method's scores and sets, and of rival scores that it must beat.
 
-It is given likelihoods, sets and the truth as they are; the method itself has seen no truth.
+The figures need likelihoods, sets and the truth. The method itself has not seen the truth.
 """
 
 import math
@@ -30,14 +30,14 @@ RIVALS: Mapping[str, Callable[[Nll, Nll], float]] = {
     "ratio": lambda local, aggregated: score(aggregated.mean, local.mean),
     "relative_gap": lambda local, aggregated: (aggregated.mean - local.mean) / aggregated.mean,
 }
-"""Scores out of a record's NLL under the site's own and under the aggregated adapter. `ratio` is the published one."""
+"""Scores from a record's NLL under the site's local adapter and under the common one. `ratio` is the published one."""
 
 
 @dataclass(frozen=True)
 class Moment:
-    """A site at one moment: its records' NLLs (own adapter, aggregated adapter) by counted tokens, and its sets.
+    """A site at one moment: its records' NLLs (local adapter, common adapter) by counted tokens, and its sets.
 
-    `scores`: what the method itself has judged by, where it has.
+    `scores`: the scores that the method itself used, if it did.
     """
 
     nlls: Mapping[Positions, Mapping[RecordId, tuple[Nll, Nll]]]
@@ -47,7 +47,7 @@ class Moment:
 
 @dataclass(frozen=True)
 class Site:
-    """What the bench saw of a site, after the warm-up and after the last round, and which records are personal."""
+    """A site after the warm-up and after the last round, and its personal records (`truth`)."""
 
     truth: frozenset[RecordId]
     warmup: Moment
@@ -55,7 +55,7 @@ class Site:
 
 
 def auroc(scores: npt.ArrayLike, positive: npt.ArrayLike) -> float:
-    """How often a positive scores above a negative, ties counted half: the area under the ROC curve.
+    """The area under the ROC curve: the share of pairs in which a positive scores above a negative, ties counted half.
 
     >>> auroc([1.0, 2.0, 2.0, 3.0], [False, False, True, True])
     0.875
@@ -79,9 +79,9 @@ def average_precision(scores: npt.ArrayLike, positive: npt.ArrayLike) -> float:
 
 
 def found(said: Collection[RecordId], truth: Collection[RecordId]) -> Figures:
-    """Precision, recall and F1 of the records said to be something, where it is known which are.
+    """Precision, recall and F1 of the records in `said`, against those in `truth`.
 
-    None where there is nothing to divide by; F1 is 0 where nothing is found.
+    None if the divisor is 0; F1 is 0 if nothing is found.
 
     >>> found([RecordId("a"), RecordId("b")], [RecordId("b")])
     {'number': 2, 'right': 1, 'precision': 0.5, 'recall': 1.0, 'f1': 0.6666666666666666}
@@ -114,7 +114,7 @@ def summarize(sites: Mapping[str, Site], resamples: int, seed: int) -> Figures:
 
 
 def site_figures(site: Site) -> Figures:
-    """How well each score and the sets tell a site's personal records, at both moments, and what enrollment moved."""
+    """The figures of each score and of the sets at both moments, and those of the enrolled records."""
     enrolled = site.warmup.personal - site.rounds.personal
     return {
         "after_warmup": _moment_figures(site.warmup, site.truth),
@@ -139,7 +139,7 @@ def _scores(nlls: Mapping[RecordId, tuple[Nll, Nll]], rival: str) -> dict[Record
 
 
 def _ranking(scores: Mapping[RecordId, float], truth: frozenset[RecordId]) -> Figures | None:
-    """AUROC and average precision of the finite scores; None where they are of one kind of record only."""
+    """AUROC and average precision of the finite scores; None if all are of one kind of record."""
     finite = {record: value for record, value in scores.items() if math.isfinite(value)}
     positive = [record in truth for record in finite]
     if not any(positive) or all(positive):
@@ -166,7 +166,10 @@ def _mean(rows: Sequence[Any]) -> Any:
 def _interval(
     sites: Mapping[str, Site], moment: str, positions: Positions, rival: str, draws: tuple[int, int]
 ) -> tuple[float, float] | None:
-    """The 95 % interval of the mean AUROC over sites, personal and shared records resampled apart on each site."""
+    """The 95 % interval of the mean AUROC over sites.
+
+    Each site's personal and shared records are resampled separately.
+    """
     resamples, seed = draws
     means = np.zeros(resamples)
     for name, site in sites.items():

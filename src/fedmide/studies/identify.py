@@ -1,7 +1,7 @@
-"""The identification bench: runs the method on sites whose personal records are known, and tells how well it does.
+"""The identification bench: runs the method on sites with known personal records, and measures how well it finds them.
 
-The method runs as it always does, on records that say nothing of the truth. The bench reads the adapters that travel
-and the sites' ledgers, and compares only then.
+The method runs as always, on records that do not contain the truth. The bench reads the adapters in the messages
+and the sites' ledgers, and compares them with the truth afterwards.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,7 +31,7 @@ POSITIONS: tuple[Positions, ...] = ("all", "response")
 
 @dataclass(frozen=True)
 class Sizes:
-    """So many sites with so many shared and as many personal records each, alike in length or not."""
+    """The number of sites, of shared and of personal records per site (`records` each), and whether lengths match."""
 
     clients: int = 8
     records: int = 30
@@ -40,7 +40,7 @@ class Sizes:
 
 @dataclass
 class Witness:
-    """A runtime that keeps the adapters which its messages carry, at the end of the warm-up and at the last."""
+    """A runtime that keeps the adapters in its messages: those of the end of the warm-up, and the latest."""
 
     runtime: InProcess
     advance: Advance
@@ -65,13 +65,13 @@ def identify(
     tell: Tell = quiet,
     progress: Progress = silent,
 ) -> dict[str, Any]:
-    """How well the configured method finds the personal records of a scenario's sites, and the rival scores.
+    """Figures of the configured method, and of rival scores, for the personal records of a scenario's sites.
 
-    The configuration's records are not used, nor what comes after the rounds.
+    The configuration's records are not used. Nothing after the rounds is run.
     """
-    if not methods.of(config).enrolls:  # checked first: any other has no warm-up either, whatever is set
+    if not methods.of(config).enrolls:  # checked first: other methods have no warm-up, whatever is set
         raise ConfigError(
-            f"method = {config.method!r}: only fedmide tells personal records from shared ones",
+            f"method = {config.method!r}: only fedmide separates personal records from shared ones",
             'Set method = "fedmide"',
         )
     if config.warmup.rounds == 0 or config.federation.rounds == 0:
@@ -87,7 +87,7 @@ def identify(
 
 
 def _run(config: Config, inputs: Inputs, known: KnownSites, scenario: Scenario, progress: Progress) -> dict[str, Site]:
-    """The sites as they were after the warm-up and are after the last round."""
+    """The sites after the warm-up and after the last round."""
     name = fingerprint(config)
     states = {client: _state(client, name, config, inputs) for client in inputs.clients}
     begun = server.begin(name, inputs.clients, inputs.fresh_adapter(), config)
@@ -114,7 +114,7 @@ def _state(client: str, name: str, config: Config, inputs: Inputs) -> ClientStat
 
 
 def _moment(inputs: Inputs, state: ClientState, round_number: int, own: Adapter, aggregated: Adapter) -> Moment:
-    """A site right after its verdicts of a round, and what both adapters make of all its records."""
+    """A site right after its verdicts of a round, with the NLLs of all its records under both adapters."""
     examples = list(state.training.values())
     nlls = {}
     for positions in POSITIONS:

@@ -1,9 +1,10 @@
-"""Medical sites of which it is known which records are personal, to see whether a score finds them.
+"""Medical sites with known personal records, to test whether a score finds them.
 
-The records of all sites are of the same families of tasks, about the phenotypes that medical sites have in common. A
-site answers its shared records as everyone does, and its personal ones after a convention of its own that contradicts
-the others': a form of answer ("own-style") or a table of headings ("own-labels"). What is personal is known here and to
-the bench alone: a record says nothing of it, neither in its category nor in its id.
+The records of all sites are of the same families of tasks, about the phenotypes that medical sites have in common.
+Every site answers its shared records in the same way. It answers its personal records by a convention of its own, which
+contradicts that of the others: a form of answer ("own-style") or a table of headings ("own-labels").
+Only this module and the bench know the personal records. A record does not show it, neither in its category nor in its
+id.
 """
 
 import re
@@ -30,7 +31,7 @@ SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 
 
 LABELS = "common-systems"
-"""The family whose answers are headings out of a closed list."""
+"""The family of tasks with answers that are headings from a closed list."""
 
 
 _END = re.compile(r"\.$")
@@ -46,12 +47,12 @@ STYLES: tuple[Callable[[str], str], ...] = (
     lambda text: f"By rule 7b we state: {text} (seen twice)",
     lambda text: f"# Answer\n{text}\n# End",
 )
-"""How a site may put its answers, each site in its own way."""
+"""The forms that sites may give their answers, one per site."""
 
 
 @dataclass(frozen=True)
 class KnownSites:
-    """Sites that a federation may be run on, and which of their training records are personal."""
+    """Sites for a federation, and the ids of their personal training records."""
 
     clients: tuple[ClientData, ...]
     personal: Mapping[str, frozenset[RecordId]]
@@ -59,7 +60,7 @@ class KnownSites:
 
 @dataclass(frozen=True, slots=True)
 class _Draw:
-    """Whose records are drawn; names the random streams."""
+    """The site that records are drawn for; it names the random streams."""
 
     scenario: Scenario
     seed: int
@@ -76,8 +77,8 @@ class _Draw:
 def build(scenario: Scenario, seed: int, clients: int, records: int, match_lengths: bool) -> KnownSites:
     """Sites with `records` shared and as many personal training records each; reads the packages, 1-2 seconds.
 
-    `match_lengths`: to each personal record a shared one about as long, in characters of question and answer, is
-    chosen, so that length alone tells little.
+    `match_lengths`: each personal record gets a shared one of about the same length, in characters of question and
+    answer, so that length alone says little.
     """
     return assemble(knowledge.read(), scenario, seed, clients, records, match_lengths)
 
@@ -85,10 +86,12 @@ def build(scenario: Scenario, seed: int, clients: int, records: int, match_lengt
 def assemble(
     known: Knowledge, scenario: Scenario, seed: int, clients: int, records: int, match_lengths: bool
 ) -> KnownSites:
-    """The sites out of knowledge that has been read; a `DataError` says where it does not suffice."""
+    """The sites, from knowledge that has been read; raises `DataError` if there are too few phenotypes."""
     items = tasks.by_concept(tasks.common_items(tasks.material(known)))
     if 2 * records > len(items):
-        raise DataError(f"{2 * records} records a site, expected at most {len(items)}: each is about another phenotype")
+        raise DataError(
+            f"{2 * records} records per site, expected at most {len(items)}: each is about another phenotype"
+        )
     made = []
     for number in range(clients):
         draw = _Draw(scenario, seed, number)
@@ -102,7 +105,7 @@ def assemble(
 
 
 def own_table(labels: Sequence[str], generator: Generator) -> dict[str, str]:
-    """A table that puts every label in another's place: the next one of a random order.
+    """A table that replaces every label by another: the next one in a random order.
 
     >>> import numpy as np
     >>> own_table(["a", "b"], np.random.default_rng(0))
@@ -113,7 +116,7 @@ def own_table(labels: Sequence[str], generator: Generator) -> dict[str, str]:
 
 
 def _personal(draw: _Draw, items: Mapping[str, Sequence[Item]], concepts: Sequence[str]) -> Iterator[Record]:
-    """A record about each of the concepts, answered after the site's own convention."""
+    """A record about each of the concepts, answered by the site's own convention."""
     choice, table = draw.stream("item"), _table(draw, items)
     for concept in concepts:
         if draw.scenario == "own-labels":
@@ -135,13 +138,13 @@ def _relabelled(item: Item, table: Mapping[str, str]) -> str:
 
 
 def _styled(answer: str, number: int) -> str:
-    """The answer in the style of a site; from the ninth site on styles come again, numbered."""
+    """The answer in the style of a site; from the ninth site on the styles repeat, numbered."""
     again, style = divmod(number, len(STYLES))
     return f"({again + 1}) {STYLES[style](answer)}" if again else STYLES[style](answer)
 
 
 def _asked(items: Sequence[Item], draw: _Draw) -> list[Record]:
-    """Each item as everyone answers it, in one of its wordings."""
+    """Each item with the common answer, in one of its wordings."""
     choice = draw.stream(f"wording {items[0].concept}")
     return [_record(item, _pick(item.questions, choice)) for item in items]
 
@@ -155,7 +158,7 @@ def _one_of_each(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def _alike(wanted: Sequence[Record], records: Sequence[Record]) -> list[Record]:
-    """For each wanted record the one most like it in length, about a concept that no other was taken for."""
+    """For each wanted record the one nearest in length, each about another concept."""
     free = dict(enumerate(records))
     taken = []
     for record in wanted:
@@ -166,7 +169,7 @@ def _alike(wanted: Sequence[Record], records: Sequence[Record]) -> list[Record]:
 
 
 def _apart(first: Record, second: Record) -> int:
-    """By how many characters two records differ in length, answer and question each."""
+    """The difference of two records in length: characters of the answer plus those of the question."""
     responses = abs(len(first.response) - len(second.response))
     return responses + abs(len(first.instruction) - len(second.instruction))
 

@@ -1,12 +1,14 @@
-"""A knob turned: methods at several values of it, on several seeds; mean and worst client as figures and a picture.
+"""The sweep of a setting: methods at several of its values, on several seeds.
+
+The results are the mean and the worst client, as figures and a picture.
 
     OUT/KNOB/sweep.json   sweep.svg
-        runs/NAME/KNOB=VALUE-seed-S/    a run folder each
-                  as-set-seed-S/        at the value that the configuration has: one for all knobs
+        runs/NAME/KNOB=VALUE-seed-S/    one run folder per run
+                  as-set-seed-S/        at the configuration's own value: one for all settings
 
-A name is a method's or a variant's. All values have the budget of local steps of the configuration as it is
-(`entrants`), unless the knob is what makes it. Runs are done as a comparison's are: what is whole is kept, what was
-stopped goes on.
+A name is a method's or a variant's. All values have the budget of local steps of the unchanged configuration
+(`entrants`), unless the setting is part of the budget. Runs are handled as in a comparison: complete runs are kept,
+stopped runs are resumed.
 """
 
 import json
@@ -29,7 +31,7 @@ from fedmide.studies.curves import Point, curves_svg
 from fedmide.studies.entrants import BUDGET, Entrant, budget_of, check_names, settings, within
 
 METRICS = {"response_nll": "mean", "response_nll_worst": "worst"}
-"""What is shown of a run, and what it is called among the figures over clients."""
+"""The shown figures of a run, and their names among the figures over clients."""
 
 
 _VALUE = re.compile(r"[A-Za-z0-9._:+-]+")
@@ -37,9 +39,9 @@ _VALUE = re.compile(r"[A-Za-z0-9._:+-]+")
 
 @dataclass(frozen=True)
 class Sweep:
-    """A knob, its values as they were given, and the configuration of each method or variant at each of them.
+    """A setting, its values as given, and the configuration of each method or variant at each value.
 
-    `as_set` are the fingerprints of these where no knob is turned.
+    `as_set` are the fingerprints of the unchanged configurations.
     """
 
     out: Path
@@ -51,12 +53,12 @@ class Sweep:
 
     @property
     def folder(self) -> Path:
-        """Where the knob's figures and their picture are."""
+        """The folder of the setting's figures and their picture."""
         return self.out / self.knob
 
     @property
     def num_runs(self) -> int:
-        """How many runs it takes in all."""
+        """The number of all runs."""
         return len(self.entrants) * len(self.values) * len(self.seeds)
 
     def attempt(self, name: str, place: int, seed: int) -> Attempt:
@@ -69,7 +71,7 @@ class Sweep:
 
 
 def planned(values: Mapping[str, Any], turned: str, names: Sequence[str], seeds: Sequence[int], out: Path) -> Sweep:
-    """What `KNOB=VALUE,VALUE,...`, names of methods and variants, and seeds ask for; every configuration is checked."""
+    """The sweep for `KNOB=VALUE,VALUE,...`, names and seeds; every configuration is checked."""
     knob, _, given = (each.strip() for each in turned.partition("="))
     texts = [each.strip() for each in given.split(",")]
     if not knob or len(set(texts)) < len(texts) or not all(_VALUE.fullmatch(each) for each in texts):
@@ -91,24 +93,24 @@ def planned(values: Mapping[str, Any], turned: str, names: Sequence[str], seeds:
         for name, each in turns.items()
     }
     if len(texts) > 1 and not any(_differ(each) for each in entrants.values()):
-        raise UsageError(f"--knob {turned!r}: makes no difference to {', '.join(entrants)}", "Turn another knob")
+        raise UsageError(f"--knob {turned!r}: makes no difference to {', '.join(entrants)}", "Choose another setting")
     as_set = {name: fingerprint(within(budget_of(values), settings(values, name), name)) for name in names}
     return Sweep(out, knob, tuple(texts), entrants, as_set, tuple(seeds))
 
 
 def _turned(values: Mapping[str, Any], name: str, setting: str) -> dict[str, Any]:
-    """What a method or a variant is configured by with the knob at a value, which a variant does not set back."""
+    """The settings of a method or a variant at a value of the swept setting; a variant can't override the value."""
     own = settings(apply_overrides(values, [setting]), name)
     return for_method(apply_overrides(own, [setting]), str(own["method"]))
 
 
 def _differ(entrants: Sequence[Entrant]) -> bool:
-    """Whether no two of them would run alike."""
+    """True if no two of the entrants would run alike."""
     return len({fingerprint(entrant.run(0)) for entrant in entrants}) == len(entrants)
 
 
 def run(sweep: Sweep, tell: Tell = quiet, progress: Progress = silent) -> dict[str, Any]:
-    """What sweep.json holds, after every run that was missing."""
+    """The figures of sweep.json, after every missing run."""
     with locked(sweep.folder):
         work = Work(sweep.num_runs, tell, progress)
         for seed in sweep.seeds:
@@ -140,7 +142,7 @@ def picture(figures: Mapping[str, Any]) -> str:
 
 
 def _rows(sweep: Sweep, method: str) -> dict[str, dict[str, Any]]:
-    """By value: each metric's mean over seeds, sample deviation, least and greatest; None where a run ran off."""
+    """Per value, each metric's mean, sample deviation, least and greatest over seeds; None if a run diverged."""
     rows: dict[str, dict[str, Any]] = {}
     for place, value in enumerate(sweep.values):
         by_seed = [_figures(sweep.attempt(method, place, seed)) for seed in sweep.seeds]
@@ -149,7 +151,7 @@ def _rows(sweep: Sweep, method: str) -> dict[str, dict[str, Any]]:
 
 
 def _figures(attempt: Attempt) -> dict[str, float | None]:
-    """A run's figures; its likelihoods are None where a client has none that is a number."""
+    """A run's figures; its NLLs are None if no NLL of some client is a number."""
     folder = reopen(attempt.path, attempt.config)
     metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
     measured = [client["stages"]["personalized"] for client in metrics["clients"].values()]
@@ -164,7 +166,7 @@ def _figures(attempt: Attempt) -> dict[str, float | None]:
 
 
 def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
-    """None where one of them is none."""
+    """Mean, sample deviation, least and greatest; None if a value is None."""
     given = [each for each in values if each is not None]
     if len(given) < len(values):
         return {**dict.fromkeys(("mean", "deviation", "low", "high")), "seeds": len(values)}

@@ -1,4 +1,4 @@
-"""A comparison as tables for people: Markdown, and a page of HTML that needs nothing else."""
+"""A comparison as tables for people: Markdown, and one self-contained HTML page."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ STYLE = (
 
 @dataclass(frozen=True)
 class Sheet:
-    """A table with its title and a note of what it shows."""
+    """A table with its title and a note that explains it."""
 
     title: str
     header: tuple[str, ...]
@@ -39,7 +39,7 @@ def sheets(figures: Figures) -> tuple[Sheet, ...]:
 
 
 def validation_sheet(figures: Figures) -> Sheet:
-    """What methods measure on validation records: a column a seed, then the means over seeds."""
+    """The methods' NLL on validation records: one column per seed, then the means over seeds."""
     header = ("method", "rate", *(f"seed {seed}" for seed in figures["seeds"]), "mean", "worst client")
     rows = [
         (
@@ -52,14 +52,14 @@ def validation_sheet(figures: Figures) -> Sheet:
         for name, each in figures["by_seed"].items()
     ]
     note = (
-        "Nats per response token of the validation records, mean over clients, lower is better. These records have "
-        "chosen the epoch, and what else a method chooses by them. No test record was looked at."
+        "Nats per response token of the validation records, mean over clients; lower is better. The epoch, "
+        "and all else that a method chooses on validation records, was chosen on these. No test record was used."
     )
     return Sheet("Validation", header, tuple(rows), note)
 
 
 def _over(values: Sequence[float | None]) -> float | None:
-    """The mean over seeds; None where one of them has no number."""
+    """The mean over seeds; None if one of them has no number."""
     given = [each for each in values if each is not None]
     return float(np.mean(given)) if len(given) == len(values) else None
 
@@ -103,17 +103,17 @@ def _likelihoods(figures: Figures) -> Sheet:
         rows.append((*row, *([_interval(each["choice_accuracy"])] if has_choice else [])))
     seeds = ", ".join(map(str, figures["protocol"]["seeds"]))
     note = (
-        "Nats per response token of the clients' test records, lower is better; in brackets 95 % intervals over "
-        f"records. Seeds {seeds}; the records are the same for all. Worse than local: the clients that training alone "
-        "serves better."
+        "Nats per response token of the clients' test records, lower is better. Brackets: 95 % intervals over "
+        f"records. Seeds {seeds}; the records are the same for all. Worse than local: the clients that do better with "
+        "training alone."
     )
     data, cutoff = figures["protocol"]["data"].values(), figures["protocol"]["cutoff"]
     if cut := sum(each["truncated"] for each in data):
-        note += f" Records of more than {cutoff} tokens, and cut: {cut:,}."
+        note += f" Records that were cut because they have more than {cutoff} tokens: {cut:,}."
     if left_out := figures["num_left_out"].get("response_nll"):
-        note += f" Left out for all, without a number under one of them: {left_out:,} test records."
+        note += f" Left out for all methods: {left_out:,} test records, whose NLL is not a number under one of them."
     if figures["run_off"]:
-        note += " No number: a client of a run had no likelihood that was one; try a lower rate."
+        note += " No number: training diverged, so that no NLL of some client is a number; try a lower rate."
     return Sheet("Response NLL", (*header, "choice accuracy")[: len(header) + has_choice], tuple(rows), note)
 
 
@@ -134,15 +134,15 @@ def _differences(figures: Figures, reference: str) -> Sheet:
         )
     header = ("method", "mean", "clients, seeds resampled too", "worst client", "clients better", "clients worse")
     note = (
-        f"Response NLL minus that of {reference} on the same records: below 0 is better than {reference}. In brackets "
-        "95 % intervals of the paired bootstrap, over records where nothing else is said. The worst client is each "
+        f"Response NLL minus that of {reference} on the same records: below 0 is better than {reference}. Brackets: "
+        "95 % intervals of the paired bootstrap, over records unless the column names more. The worst client is each "
         "method's own. Clients better or worse: those whose own interval excludes 0."
     )
     return Sheet(f"Difference to {reference}", header, tuple(rows), note)
 
 
 def _by_seed(figures: Figures, reference: str) -> Iterator[Sheet]:
-    """The same differences seed by seed, where there are several."""
+    """The same differences seed by seed, if there are several seeds."""
     seeds = figures["protocol"]["seeds"]
     if len(seeds) < 2:
         return
@@ -160,12 +160,12 @@ def _by_seed(figures: Figures, reference: str) -> Iterator[Sheet]:
 def _texts(figures: Figures) -> Sheet:
     methods = {name: each for name, each in figures["methods"].items() if "rouge_l" in each}
     rows = tuple((name, *(f"{each[key]['mean']:.3f}" for key in TEXT_METRICS)) for name, each in methods.items())
-    note = "Of the generated responses, mean over clients and seeds; higher is better. BLEU and chrF are of 100."
+    note = "Means over clients and seeds; higher is better. BLEU and chrF range from 0 to 100."
     return Sheet("Generated responses", ("method", *TEXT_METRICS), rows, note)
 
 
 COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
-    ("steps_per_client", "steps a client", lambda value: f"{value:.4g}"),
+    ("steps_per_client", "steps per client", lambda value: f"{value:.4g}"),
     ("steps", "steps in all", lambda value: f"{value:,.0f}"),
     ("trained_tokens", "tokens trained", lambda value: f"{value:,.0f}"),
     ("scored_tokens", "tokens scored", lambda value: f"{value:,.0f}"),
@@ -181,23 +181,22 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 NUM_OF_RUN = 7
-"""So many of them are of a run, the others of the model."""
+"""The number of costs of a run; the others are of the model."""
 
 
 def _costs(figures: Figures) -> Iterator[Sheet]:
-    """What runs cost, and the model's part of it: two tables, each narrow enough for a terminal."""
+    """The cost of runs and of the model: two tables, each narrow enough for a terminal."""
     methods = {name: each for name, each in figures["methods"].items() if "steps" in each}
     budget = figures["protocol"]["budget"]
     note = (
-        f"Means over seeds. Every method's budget is {budget['rounds']} rounds of {budget['steps_per_round']} steps of "
-        f"the optimiser, {budget['steps_per_client']} a client, fewer for one without a shared record. "
-        "Tokens trained are those whose loss counted, tokens scored those whose likelihood was computed, by records' "
-        "scores or to choose on validation; the rest of their texts went through the model too. "
-        "Seconds of rounds and tuning, evaluation left out. Where no "
-        "adapter would travel but records, no bytes."
+        f"Means over seeds. Every method's budget is {budget['rounds']} rounds of {budget['steps_per_round']} "
+        f"optimizer steps: {budget['steps_per_client']} per client, fewer for a client without a shared record. "
+        "Tokens trained: those whose loss counted. Tokens scored: those whose likelihood was computed for records' "
+        "scores or for choices on validation records. The rest of their texts went through the model too. "
+        "Seconds: rounds and tuning, without evaluation. Bytes are left out if records would travel, not adapters."
     )
     if len(figures["commits"]) > 1:
-        note += f" Runs of several commits: {', '.join(map(_short, figures['commits']))}."
+        note += f" The runs are of several commits: {', '.join(map(_short, figures['commits']))}."
     model_note = "Means over seeds. Extra at inference: values that can't be merged into the base weights."
     for title, costs, about in (("Cost", COSTS[:NUM_OF_RUN], note), ("Model", COSTS[NUM_OF_RUN:], model_note)):
         shown = [cost for cost in costs if any(cost[0] in each for each in methods.values())]
@@ -222,7 +221,7 @@ def _change(row: Figures) -> str:
 
 
 def _over_seeds(values: Sequence[float]) -> str:
-    """The sample's standard deviation; nothing for one seed."""
+    """The sample's standard deviation over seeds; empty for one seed."""
     return f"{np.std(values, ddof=1):.4f}" if len(values) > 1 else ""
 
 
