@@ -150,7 +150,7 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["split", "none.json"], "none.json: not readable: No such file or directory"),
         (["data", "check", "none"], "none: no such folder"),
         (["compare", "none.toml", "--methods", "local"], "none.toml: no such file"),
-        (["compare", CONFIG, "--methods", "best"], "'best' is no method, nor a variant. See `fedmide methods`"),
+        (["compare", CONFIG, "--methods", "best"], "'best' is not a method and not a variant. See `fedmide methods`"),
         (["compare", CONFIG, "--methods", ""], "--methods '': expected names, each once"),
         (["compare", CONFIG, "--methods", "local", "--seeds", "0,x"], "--seeds '0,x': 'x' is no number of this kind"),
         (["compare", CONFIG, "--methods", "local", "--seeds", ""], "--seeds: expected numbers"),

@@ -161,7 +161,7 @@ def test_a_record_that_is_no_number_anywhere_is_left_out_everywhere() -> None:
     assert figures["clients"]["fedavg-ft"]["response_nll"] == pytest.approx({"a": 2.0, "b": 4.0})
     text = to_markdown(sheets({**figures, **PROTOCOL, "commits": ["a" * 40, "a" * 40 + "-dirty"]}))
     assert "Left out for all methods: 1 test records, whose NLL is not a number under one of them." in text
-    assert "Runs of several commits: aaaaaaa, aaaaaaa-dirty." in text
+    assert "The runs are of several commits: aaaaaaa, aaaaaaa-dirty." in text
 
 
 def test_a_method_that_ran_off_takes_no_record_from_the_others() -> None:
