@@ -26,11 +26,11 @@ BUDGET = ("federation.rounds", "training.epochs", "training.max_steps", "persona
 """Settings that make the budget, or that follow from it."""
 
 
-SECOND = ("ditto.epochs", "ditto.max_steps", "feddpa.max_steps")
+SECOND_TRAINING_SETTINGS = ("ditto.epochs", "ditto.max_steps", "feddpa.max_steps")
 """Settings of the amount that a method trains in addition to the common adapter."""
 
 
-DECIDED = (*BUDGET, *SECOND, "seed", "data", "model", "prompt", "evaluation")
+FIXED_SETTINGS = (*BUDGET, *SECOND_TRAINING_SETTINGS, "seed", "data", "model", "prompt", "evaluation")
 """Settings that a variant can't set: the budget decides them, or the comparison of records needs them equal."""
 
 
@@ -180,14 +180,18 @@ def _problems(given: Any, names: Sequence[str]) -> list[str]:
     for name, each in given.items():
         if each.get("method", "fedmide") not in known:
             problems.append(f"{VARIANTS}.{name}: there is no method {each['method']!r}")
-        problems += [f"{VARIANTS}.{name}: {key} is the same for all, or follows from the budget" for key in _set(each)]
+        problems += [
+            f"{VARIANTS}.{name}: {key} is the same for all, or follows from the budget"
+            for key in fixed_settings_set_by(each)
+        ]
     return problems + [f"{name!r} is not a method and not a variant" for name in names if name not in (*known, *given)]
 
 
-def _set(variant: Mapping[str, Any]) -> list[str]:
+def fixed_settings_set_by(variant: Mapping[str, Any]) -> list[str]:
     """The settings of a variant that it can't set."""
-    return [key for key in DECIDED if _holds(variant, key.split("."))]
+    return [key for key in FIXED_SETTINGS if contains(variant, key.split("."))]
 
 
-def _holds(values: Any, path: Sequence[str]) -> bool:
-    return isinstance(values, Mapping) and path[0] in values and (not path[1:] or _holds(values[path[0]], path[1:]))
+def contains(values: Any, path: Sequence[str]) -> bool:
+    """True if the nested tables have a value at the path."""
+    return isinstance(values, Mapping) and path[0] in values and (not path[1:] or contains(values[path[0]], path[1:]))
