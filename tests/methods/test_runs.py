@@ -121,7 +121,7 @@ def test_in_one_place_as_many_steps_are_taken_as_by_all_clients_together(small_i
     values = apply_overrides(read_toml(small_input.config), [*QUICK, "training.max_steps=3"])
     steps = {}
     for each in entrants(values, ["central", "fedavg", "fedavg-ft"]):
-        with opening.start(each.run(0), tmp_path / each.name) as run:
+        with opening.start(each.config_for(0), tmp_path / each.name) as run:
             stages.train(run)
             stages.personalize(run)
             steps[each.name] = sum(event["metrics"].get("steps", {"sum": 0})["sum"] for event in run.folder.events())

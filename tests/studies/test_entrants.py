@@ -93,7 +93,7 @@ def test_in_one_place_a_round_has_the_steps_of_all_clients(small_input: Any) -> 
 
 def test_all_seeds_have_the_records_of_the_configurations_seed() -> None:
     (entrant,) = entrants(VALUES, ["fedmide"])
-    runs = [entrant.run(seed) for seed in (0, 1)]
+    runs = [entrant.config_for(seed) for seed in (0, 1)]
     assert [each.seed for each in runs] == [0, 1]
     assert [each.data_seed for each in runs] == [4, 4]
 
@@ -101,11 +101,11 @@ def test_all_seeds_have_the_records_of_the_configurations_seed() -> None:
 def test_rates_change_together() -> None:
     values = {**VALUES, "personalization": {"epochs": 3, "learning_rate": 8e-3}}
     scaffold, plain = entrants(values, ["scaffold", "fedavg-ft"])
-    config = scaffold.run(0, 1e-3)
+    config = scaffold.config_for(0, 1e-3)
     assert config.training.learning_rate == 1e-3
     assert config.scaffold.learning_rate == pytest.approx(0.1 / 4)
-    assert plain.run(0, 1e-3).personalization.learning_rate == pytest.approx(2e-3)
-    assert entrants(VALUES, ["fedavg-ft"])[0].run(0, 1e-3).personalization.learning_rate == 1e-3
+    assert plain.config_for(0, 1e-3).personalization.learning_rate == pytest.approx(2e-3)
+    assert entrants(VALUES, ["fedavg-ft"])[0].config_for(0, 1e-3).personalization.learning_rate == 1e-3
 
 
 @pytest.mark.parametrize(

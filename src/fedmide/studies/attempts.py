@@ -33,7 +33,7 @@ class Attempt:
     @property
     def config(self) -> Config:
         """The run's configuration."""
-        return self.entrant.run(self.seed, self.rate)
+        return self.entrant.config_for(self.seed, self.rate)
 
 
 @dataclass

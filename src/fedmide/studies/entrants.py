@@ -61,7 +61,7 @@ class Entrant:
     config: Config
     budget: Budget
 
-    def run(self, seed: int, rate: float | None = None) -> Config:
+    def config_for(self, seed: int, rate: float | None = None) -> Config:
         """The configuration of one run. All seeds have the same records; `rate` sets `training.learning_rate`."""
         values = for_method(self.config.model_dump(), self.config.method)
         values = merged(values, {"seed": seed, "data": {"seed": self.config.data_seed}})

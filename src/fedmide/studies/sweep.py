@@ -106,7 +106,7 @@ def _turned(values: Mapping[str, Any], name: str, setting: str) -> dict[str, Any
 
 def _differ(entrants: Sequence[Entrant]) -> bool:
     """True if no two of the entrants would run alike."""
-    return len({fingerprint(entrant.run(0)) for entrant in entrants}) == len(entrants)
+    return len({fingerprint(entrant.config_for(0)) for entrant in entrants}) == len(entrants)
 
 
 def run(sweep: Sweep, tell: Tell = quiet, progress: Progress = silent) -> dict[str, Any]:
