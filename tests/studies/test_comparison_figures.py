@@ -6,7 +6,7 @@ import pytest
 
 from fedmide.evaluation.intervals import paired_bootstrap
 from fedmide.evaluation.measure import Measured
-from fedmide.studies.comparison_figures import Outcome, compare
+from fedmide.studies.comparison_figures import RunOutcome, compare
 from fedmide.studies.tables import sheets, to_html, to_markdown
 
 RESAMPLES = 500
@@ -28,11 +28,11 @@ def measured(sums: Sequence[float], tokens: Sequence[int], choices: Sequence[Seq
     return Measured(ids, tuple(sums), tuple(tokens), tuple(tuple(row) for row in choices), lengths, 0)
 
 
-def outcome(costs: Mapping[str, float] | None = None, **clients: Measured) -> Outcome:
-    return Outcome(clients, costs or {})
+def outcome(costs: Mapping[str, float] | None = None, **clients: Measured) -> RunOutcome:
+    return RunOutcome(clients, costs or {})
 
 
-def two_methods() -> dict[str, dict[int, Outcome]]:
+def two_methods() -> dict[str, dict[int, RunOutcome]]:
     """Client a: 2 and 4 nats per token over two records; b: one record. Of `mine` two seeds around 1 less."""
     tokens = [1, 3]
     theirs = outcome({"steps": 6.0}, a=measured([2.0, 12.0], tokens), b=measured([8.0], [2]))

@@ -30,7 +30,7 @@ from fedmide.journal.creation import locked, reopen
 from fedmide.journal.folder import RunFolder
 from fedmide.progress import Progress, Tell, quiet, silent
 from fedmide.studies.attempts import SAME_INPUTS, Attempt, Work
-from fedmide.studies.comparison_figures import Outcome, compare
+from fedmide.studies.comparison_figures import RunOutcome, compare
 from fedmide.studies.entrants import BASE, Budget, Entrant, entrants
 from fedmide.studies.tables import sheets, to_html, to_markdown, validation_sheet
 from fedmide.version import __version__
@@ -195,7 +195,7 @@ def _figures(
     }
     first = next(iter(folders.values()))[plan.seeds[0]]
     config = plan.entrants[0].config
-    without = {BASE: {plan.seeds[0]: Outcome(_records(first, "base"), {})}}
+    without = {BASE: {plan.seeds[0]: RunOutcome(_records(first, "base"), {})}}
     figures = compare({**without, **outcomes}, plan.against, config.evaluation.bootstrap, config.data_seed)
     manifest = first.read_manifest()
     return {
@@ -229,7 +229,7 @@ def _figures(
     }
 
 
-def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
+def _outcome(folder: RunFolder, stage: StageName) -> RunOutcome:
     """The measurements of a run's clients, and the run's cost."""
     clients = _records(folder, stage)
     manifest = folder.read_manifest()
@@ -249,7 +249,7 @@ def _outcome(folder: RunFolder, stage: StageName) -> Outcome:
     }
     for name, each in metrics["over_clients"].get("generation", {}).items():
         costs |= {name: float(each["mean"]), f"{name}_worst": float(each["worst"])}
-    return Outcome(clients, costs)
+    return RunOutcome(clients, costs)
 
 
 def _model_seconds(manifest: Mapping[str, Any]) -> dict[str, float]:

@@ -33,14 +33,14 @@ LOWER_IS_BETTER = {"response_nll": True, "choice_accuracy": False}
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """One run: the measurements of each client's test records under its model, and the run's cost."""
 
     clients: Mapping[str, Measured]
     costs: Mapping[str, float]
 
 
-Outcomes = Mapping[str, Mapping[int, Outcome]]
+Outcomes = Mapping[str, Mapping[int, RunOutcome]]
 """The runs by method and seed."""
 
 
@@ -177,7 +177,7 @@ def _add_worse_than_local(figures: Figures, outcomes: Outcomes) -> None:
         figures["methods"][method]["clients_worse_than_local"] = row
 
 
-def _has_run_off(run: Outcome) -> bool:
+def _has_run_off(run: RunOutcome) -> bool:
     return any(each.nll_sums and not np.isfinite(each.nll_sums).any() for each in run.clients.values())
 
 
@@ -262,11 +262,11 @@ def _mean(values: Any) -> float:
     return math.fsum(given) / len(given)
 
 
-def _names(runs: Mapping[int, Outcome]) -> list[str]:
+def _names(runs: Mapping[int, RunOutcome]) -> list[str]:
     return list(next(iter(runs.values())).clients)
 
 
-def _first(outcomes: Outcomes) -> Outcome:
+def _first(outcomes: Outcomes) -> RunOutcome:
     return next(iter(next(iter(outcomes.values())).values()))
 
 
