@@ -1,6 +1,7 @@
 """Runs side by side: paired on the same records, and refused or warned of where they can't be compared."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -28,12 +29,15 @@ def shifted(copied: Path) -> RunFacts:
 
 def test_a_difference_is_paired_by_record(run_folder: RunFolder, shifted: RunFacts) -> None:
     (found,) = compared.differences((read(run_folder), shifted))
-    assert found.clients["a"].value == pytest.approx(0.25) and found.clients["b"].value == pytest.approx(-0.5)
-    assert found.clients["a"].low == pytest.approx(0.25) == found.clients["a"].high
-    assert found.mean is not None and found.mean.value == pytest.approx(-0.125)
+    assert found.clients["a"].value == pytest.approx(-0.25) and found.clients["b"].value == pytest.approx(0.5)
+    assert found.clients["a"].low == pytest.approx(-0.25) == found.clients["a"].high
+    assert found.mean is not None and found.mean.value == pytest.approx(0.125)
     assert found.worse == ("b",)
     told = compared.headline((read(run_folder), shifted))
     assert told.answer == "run is better than the other."
+    assert "NLL +0.125 nats per token from run on average (below 0 is better)" in re.sub(
+        r" \[.*?\]", "", told.details[0]
+    )
     assert "1 of 2 clients are worse off: b." in told.details[0]
     back = compared.headline((shifted, read(run_folder)))
     assert back.answer == "Better than copy: run."
@@ -42,7 +46,7 @@ def test_a_difference_is_paired_by_record(run_folder: RunFolder, shifted: RunFac
 def test_a_run_against_itself_differs_by_nothing(run_folder: RunFolder) -> None:
     runs = compared.labelled((read(run_folder), read(run_folder)))
     (found,) = compared.differences(runs)
-    assert {gain.value for gain in found.clients.values()} == {0.0} and found.worse == ()
+    assert {change.value for change in found.clients.values()} == {0.0} and found.worse == ()
     assert [run.name for run in runs] == ["run (1)", "run (2)"]
     assert compared.headline(runs).answer == "No run is clearly better than run (1)."
     assert compared.cautions(runs) == (

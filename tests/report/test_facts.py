@@ -37,16 +37,16 @@ def test_the_mean_loss_is_over_all_tokens(run_folder: RunFolder) -> None:
     assert read(run_folder).mean_loss("round-001") == pytest.approx(expected)
 
 
-def test_a_gain_is_the_difference_of_the_clients_figures(run_folder: RunFolder) -> None:
+def test_a_change_is_the_difference_of_the_clients_figures(run_folder: RunFolder) -> None:
     facts = read(run_folder)
     for outcome in facts.outcomes:
-        assert outcome.gain is not None and outcome.learned is not None
+        assert outcome.change is not None and outcome.learned is not None
         values = {stage: each.value for stage, each in outcome.nll.items()}
-        assert outcome.gain.value == pytest.approx(values["aggregated"] - values["personalized"])
-        assert outcome.learned.value == pytest.approx(values["base"] - values["aggregated"])
-        assert outcome.gain.low <= outcome.gain.value <= outcome.gain.high
-    gains = [outcome.gain.value for outcome in facts.outcomes if outcome.gain]
-    assert facts.mean_gain is not None and facts.mean_gain.value == pytest.approx(sum(gains) / 2)
+        assert outcome.change.value == pytest.approx(values["personalized"] - values["aggregated"])
+        assert outcome.learned.value == pytest.approx(values["aggregated"] - values["base"])
+        assert outcome.change.low <= outcome.change.value <= outcome.change.high
+    changes = [outcome.change.value for outcome in facts.outcomes if outcome.change]
+    assert facts.mean_change is not None and facts.mean_change.value == pytest.approx(sum(changes) / 2)
 
 
 def test_steps_are_lengths_of_the_change_but_not_over_a_restart(run_folder: RunFolder) -> None:
@@ -70,8 +70,8 @@ def test_a_server_without_the_sites_files_still_has_its_facts(copied: Path) -> N
     shutil.rmtree(copied / "clients")
     shutil.rmtree(copied / "predictions")
     facts = read(reopen(copied))
-    assert facts.scores == {} and facts.mean_gain is None
-    assert all(outcome.gain is None and outcome.nll for outcome in facts.outcomes)
+    assert facts.scores == {} and facts.mean_change is None
+    assert all(outcome.change is None and outcome.nll for outcome in facts.outcomes)
     assert len(facts.turns) == 8
 
 

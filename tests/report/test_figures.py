@@ -49,18 +49,18 @@ def test_plotly_would_refuse_a_wrong_one() -> None:
         go.Figure({"data": [{"type": "bar", "colour": "red"}]})
 
 
-def test_the_gains_are_drawn_with_their_intervals(facts: RunFacts) -> None:
-    figure = outcome_figures.gain_figure(facts)
+def test_the_changes_are_drawn_with_their_intervals_the_best_on_top(facts: RunFacts) -> None:
+    figure = outcome_figures.change_figure(facts)
     assert figure is not None
     mean, clients = figure.plots[0].data
-    gains = {each.client: each.gain for each in facts.outcomes}
+    changes = {each.client: each.change for each in facts.outcomes}
     for name, x, up, down in zip(
         clients["y"], clients["x"], clients["error_x"]["array"], clients["error_x"]["arrayminus"], strict=True
     ):
-        gain = gains[name]
-        assert gain is not None and (x, x + up, x - down) == pytest.approx((gain.value, gain.high, gain.low))
-    assert clients["x"] == sorted(clients["x"]) and clients["meta"]["clients"] == clients["y"]
-    assert facts.mean_gain and mean["x"] == [facts.mean_gain.value]
+        change = changes[name]
+        assert change is not None and (x, x + up, x - down) == pytest.approx((change.value, change.high, change.low))
+    assert clients["x"] == sorted(clients["x"], reverse=True) and clients["meta"]["clients"] == clients["y"]
+    assert facts.mean_change and mean["x"] == [facts.mean_change.value]
 
 
 def test_enrollment_adds_up_to_all_records(facts: RunFacts) -> None:
@@ -87,7 +87,7 @@ def test_histograms_hold_the_ledgers_counts_and_thresholds(facts: RunFacts) -> N
 def test_a_run_that_has_not_begun_has_no_figures(facts: RunFacts) -> None:
     from dataclasses import replace
 
-    bare = replace(facts, turns=(), steps=(), outcomes=(), mean_gain=None, scores={}, metrics={}, measures={})
+    bare = replace(facts, turns=(), steps=(), outcomes=(), mean_change=None, scores={}, metrics={}, measures={})
     assert [make(bare) for make in MAKERS] == [None] * len(MAKERS)
 
 

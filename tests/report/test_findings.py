@@ -9,7 +9,7 @@ from fedmide.journal.folder import RunFolder
 from fedmide.report.facts import Outcome, RunFacts, read
 from fedmide.report.findings import cautions, headline, numbers
 
-HELPED, UNCLEAR, HURT = Interval(0.2, 0.1, 0.3), Interval(0.05, -0.1, 0.2), Interval(-0.2, -0.3, -0.1)
+HELPED, UNCLEAR, HURT = Interval(-0.2, -0.3, -0.1), Interval(-0.05, -0.2, 0.1), Interval(0.2, 0.1, 0.3)
 
 
 @pytest.fixture
@@ -17,45 +17,44 @@ def facts(run_folder: RunFolder) -> RunFacts:
     return read(run_folder)
 
 
-def gained(facts: RunFacts, mean: Interval, **gains: Interval) -> RunFacts:
+def changed(facts: RunFacts, mean: Interval, **changes: Interval) -> RunFacts:
     first = facts.outcomes[0]
-    outcomes = tuple(replace(first, client=name, gain=gain) for name, gain in gains.items())
-    return replace(facts, outcomes=outcomes, mean_gain=mean)
+    outcomes = tuple(replace(first, client=name, change=change) for name, change in changes.items())
+    return replace(facts, outcomes=outcomes, mean_change=mean)
 
 
 @pytest.mark.parametrize(
     ("mean", "answer"),
     [
-        (HELPED, "Personalisation helped."),
-        (HURT, "Personalisation hurt: the aggregated adapter was better."),
-        (UNCLEAR, "These test records can't tell whether personalisation helped."),
+        (HELPED, "Personalization helped."),
+        (HURT, "Personalization hurt: the aggregated adapter was better."),
+        (UNCLEAR, "These test records can't tell whether personalization helped."),
     ],
 )
 def test_the_answer_goes_by_the_interval_of_the_mean(facts: RunFacts, mean: Interval, answer: str) -> None:
-    assert headline(gained(facts, mean, a=HELPED)).answer == answer
+    assert headline(changed(facts, mean, a=HELPED)).answer == answer
 
 
 def test_clients_are_named_by_their_own_intervals(facts: RunFacts) -> None:
-    told = headline(gained(facts, HELPED, north=HELPED, south=UNCLEAR, east=HURT)).details
-    assert (
-        "falls by 0.200 nats per token (95 % interval of the change −0.300 to −0.100): perplexity times 0.82" in told[0]
-    )
+    told = headline(changed(facts, HELPED, north=HELPED, south=UNCLEAR, east=HURT)).details
+    assert "by −0.200 nats per token on average (95 % interval −0.300 to −0.100; below 0 is better)" in told[0]
+    assert "multiplies perplexity by 0.82" in told[0]
     assert "lower for 2 of 3 clients" in told[1]
     assert "clearly lower for 1 (north) and clearly higher for 1 (east)" in told[1]
-    worse = headline(gained(facts, HURT, east=HURT)).details
-    assert "rises by 0.200" in worse[0] and "clearly lower for none" in worse[1]
+    worse = headline(changed(facts, HURT, east=HURT)).details
+    assert "by +0.200 nats" in worse[0] and "clearly lower for none" in worse[1]
 
 
 def test_a_run_without_figures_says_so(facts: RunFacts) -> None:
-    bare = replace(facts, outcomes=(), mean_gain=None, manifest={**facts.manifest, "status": "trained"})
+    bare = replace(facts, outcomes=(), mean_change=None, manifest={**facts.manifest, "status": "trained"})
     assert headline(bare).answer.startswith("This run is not evaluated yet (it is trained)")
-    without: tuple[Outcome, ...] = tuple(replace(each, gain=None) for each in facts.outcomes)
-    assert "without personalised adapters" in headline(replace(facts, outcomes=without, mean_gain=None)).answer
+    without: tuple[Outcome, ...] = tuple(replace(each, change=None) for each in facts.outcomes)
+    assert "without personalised adapters" in headline(replace(facts, outcomes=without, mean_change=None)).answer
 
 
 def test_numbers_are_the_runs(facts: RunFacts) -> None:
-    shown = {each.label: each.value for each in numbers(gained(facts, HELPED, a=HELPED, b=HURT))}
-    assert shown["nats per token gained by personalising"] == "+0.200"
+    shown = {each.label: each.value for each in numbers(changed(facts, HELPED, a=HELPED, b=HURT))}
+    assert shown["change of NLL by personalization, nats per token"] == "−0.200"
     assert shown["clients better with their own adapter"] == "1 of 2"
     assert shown["sent, both ways"] == f"{sum(t.bytes_up + t.bytes_down for t in facts.turns) / 1e6:,.1f} MB"
 

@@ -23,7 +23,7 @@ from fedmide.report.figure import (
     table,
 )
 from fedmide.report.findings import Headline
-from fedmide.report.gains import Measures, client_gain, mean_gain
+from fedmide.report.gains import Measures, client_change, mean_change
 from fedmide.report.settings import flat, shown
 
 NOT_COMPARABLE = ("model", "prompt", "data")
@@ -32,7 +32,7 @@ NOT_COMPARABLE = ("model", "prompt", "data")
 
 @dataclass(frozen=True)
 class Difference:
-    """By how much a run's final adapters explain the test responses better than the first run's."""
+    """The change of NLL from the first run to another, under their last adapters. Below 0 is better."""
 
     run: str
     clients: dict[str, Interval]
@@ -41,7 +41,7 @@ class Difference:
     @property
     def worse(self) -> tuple[str, ...]:
         """The clients that are worse off than in the first run."""
-        return tuple(name for name, gain in self.clients.items() if gain.value < 0)
+        return tuple(name for name, change in self.clients.items() if change.value > 0)
 
 
 def labelled(runs: Sequence[RunFacts]) -> tuple[RunFacts, ...]:
@@ -62,8 +62,8 @@ def headline(runs: Sequence[RunFacts]) -> Headline:
     """Which runs are better than the first, with intervals."""
     found = differences(runs)
     told = tuple(_sentence(each, runs[0].name) for each in found)
-    better = [each.run for each in found if each.mean and each.mean.low > 0]
-    worse = [each.run for each in found if each.mean and each.mean.high < 0]
+    better = [each.run for each in found if each.mean and each.mean.high < 0]
+    worse = [each.run for each in found if each.mean and each.mean.low > 0]
     if all(each.mean is None for each in found):
         return Headline("These runs have no test records in common, so they can't be compared.", ())
     if better:
@@ -114,7 +114,7 @@ def runs_table(runs: Sequence[RunFacts]) -> Table:
         "worst client's NLL",
         "spread",
         "mean choice accuracy",
-        f"gain over {runs[0].name}",
+        f"change of NLL from {runs[0].name}",
         "clients worse off",
         "sent",
         "trained tokens",
@@ -149,8 +149,8 @@ def _difference(first: RunFacts, run: RunFacts) -> Difference:
         if ours is not None and theirs is not None:
             pairs[client] = (theirs, ours)
     settings = (first.config.evaluation.bootstrap, first.config.seed)
-    gains = {client: gain for client, sides in pairs.items() if (gain := client_gain(*sides, *settings))}
-    return Difference(run.name, gains, mean_gain(pairs, *settings))
+    changes = {client: change for client, sides in pairs.items() if (change := client_change(*sides, *settings))}
+    return Difference(run.name, changes, mean_change(pairs, *settings))
 
 
 def _sentence(each: Difference, first: str) -> str:
@@ -158,7 +158,7 @@ def _sentence(each: Difference, first: str) -> str:
         return f"{each.run}: no test records in common with {first}."
     worse = f"{len(each.worse)} of {len(each.clients)} clients are worse off{': ' if each.worse else ''}"
     return (
-        f"{each.run} gains {ranged(each.mean, signed=True)} nats per token over {first} on average (above 0: better); "
+        f"{each.run}: NLL {ranged(each.mean, signed=True)} nats per token from {first} on average (below 0 is better). "
         f"{worse}{', '.join(each.worse)}."
     )
 
@@ -218,7 +218,7 @@ def _difference_figure(runs: Sequence[RunFacts]) -> Figure | None:
         data.append(dots(dict(reversed(each.clients.items())), each.run, color, symbol))
     height = max(len(each.clients) for each in found)
     layout = {
-        "xaxis": axis(f"lower NLL than {runs[0].name}, nats per token (right of 0: better)", zeroline=True),
+        "xaxis": axis(f"change of NLL from {runs[0].name}, nats per token (left of 0: better)", zeroline=True),
         "yaxis": {"automargin": True, "type": "category"},
         "scattermode": "group",
         "showlegend": True,
@@ -232,8 +232,8 @@ def _difference_figure(runs: Sequence[RunFacts]) -> Figure | None:
     return Figure(
         "runs-gain",
         f"Better or worse than {runs[0].name}",
-        "Paired on the same test records, with 95 % intervals over them. The number of clients left of 0 is the gap to "
-        f"{runs[0].name}: those who would have been better off there.",
+        f"NLL minus that of {runs[0].name}, paired on the same test records, with 95 % intervals over them. Below 0 is "
+        f"better. Clients right of 0 would have been better off in {runs[0].name}.",
         (Plot(data, layout),),
         table(("client", *(each.run for each in found)), rows),
     )

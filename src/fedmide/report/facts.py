@@ -14,7 +14,7 @@ from fedmide.evaluation.intervals import Interval
 from fedmide.journal.folder import RunFolder
 from fedmide.model.adapters import shapes
 from fedmide.model.interface import Adapter
-from fedmide.report.gains import Measures, client_gain, mean_gain
+from fedmide.report.gains import Measures, client_change, mean_change
 from fedmide.report.scores import ScoreRound, score_rounds
 
 STAGE_NAMES = {"base": "base model", "aggregated": "aggregated adapter", "personalized": "personalised adapter"}
@@ -48,8 +48,9 @@ class Turn:
 class Outcome:
     """What one client's test records measured; a mapping is by the adapter's stage.
 
-    `gain` is by how much personalisation lowers the response NLL; `learned` by how much the aggregated adapter does
-    against the base model. Both are paired on the same records and None where the records' figures are not here.
+    `change` is the change of the response NLL by personalization: tuned minus common adapter. `learned` is the change
+    by the common training: common adapter minus base model. Below 0 is better. Both are paired on the same records,
+    and None if the figures of the records are not here.
     """
 
     client: str
@@ -58,7 +59,7 @@ class Outcome:
     choice: Mapping[str, Interval]
     chance: float | None
     learned: Interval | None
-    gain: Interval | None
+    change: Interval | None
     texts: Mapping[str, Interval]
     sets: Mapping[str, Any]
 
@@ -82,7 +83,7 @@ class RunFacts:
     turns: tuple[Turn, ...]
     steps: tuple[Step, ...]
     outcomes: tuple[Outcome, ...]
-    mean_gain: Interval | None
+    mean_change: Interval | None
     scores: Mapping[str, tuple[ScoreRound, ...]]
     metrics: Mapping[str, Any]
     measures: Mapping[str, Mapping[str, Measures]]
@@ -119,7 +120,7 @@ def read(folder: RunFolder) -> RunFacts:
         turns=turns(folder),
         steps=tuple(_steps(folder)),
         outcomes=tuple(_outcome(name, each, measures[name], folder.config) for name, each in _measured(metrics)),
-        mean_gain=mean_gain(_pairs(measures), folder.config.evaluation.bootstrap, folder.config.seed),
+        mean_change=mean_change(_pairs(measures), folder.config.evaluation.bootstrap, folder.config.seed),
         scores={
             name: rounds for name, ledger in ledgers.items() if (rounds := score_rounds(ledger, folder.round_name))
         },
@@ -163,8 +164,8 @@ def _outcome(client: str, figures: Mapping[str, Any], measures: Mapping[str, Mea
         nll={stage: _interval(each["response_nll"]) for stage, each in stages.items() if each["response_nll"]},
         choice={stage: _interval({"value": each["accuracy"], **each}) for stage, each in choices.items()},
         chance=next((each["chance"] for each in choices.values()), None),
-        learned=client_gain(measures.get("base"), measures.get("aggregated"), *settings),
-        gain=client_gain(measures.get("aggregated"), measures.get("personalized"), *settings),
+        learned=client_change(measures.get("base"), measures.get("aggregated"), *settings),
+        change=client_change(measures.get("aggregated"), measures.get("personalized"), *settings),
         texts={name: _interval(each) for name, each in texts.items() if isinstance(each, dict) and "low" in each},
         sets=figures["sets"],
     )

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from fedmide.evaluation.intervals import Interval
 from fedmide.report.facts import RunFacts
-from fedmide.report.figure import counted_rounds, megabytes, number, ranged, seconds
+from fedmide.report.figure import counted_rounds, megabytes, number, seconds
 
 FEW_RECORDS = 50
 """Fewer test records a client than this give wide intervals."""
@@ -34,23 +34,22 @@ class Headline:
 
 def headline(facts: RunFacts) -> Headline:
     """Whether personalisation helped, whom and by how much, as far as the run says."""
-    gains = {each.client: each.gain for each in facts.outcomes if each.gain}
+    changes = {each.client: each.change for each in facts.outcomes if each.change}
     if not facts.outcomes:
         status = facts.manifest["status"]
         return Headline(f"This run is not evaluated yet (it is {status}), so nobody knows whether it helped.", ())
-    if not gains or facts.mean_gain is None:
+    if not changes or facts.mean_change is None:
         return Headline("The run was evaluated without personalised adapters to compare.", tuple(_learned(facts)))
-    helped, hurt = (_clear(gains, sign) for sign in (1, -1))
-    lower = sum(gain.value > 0 for gain in gains.values())
-    mean = facts.mean_gain
+    helped, hurt = (_clear(changes, sign) for sign in (-1, 1))
+    lower = sum(each.value < 0 for each in changes.values())
+    mean = facts.mean_change
     return Headline(
         _answer(mean),
         (
-            f"On average the NLL of a client's test responses {'falls' if mean.value >= 0 else 'rises'} by "
-            f"{abs(mean.value):.3f} nats per token (95 % interval of the change {_change(mean)}): perplexity times "
-            f"{math.exp(-mean.value):.2f}.",
-            f"It is lower for {lower} of {_clients(len(gains))}. By the clients' own intervals it is clearly lower for "
-            f"{_named(helped)} and clearly higher for {_named(hurt)}; for the others the test records are too few.",
+            f"It changes the NLL of a client's test responses by {number(mean.value, signed=True)} nats per token on "
+            f"average ({_ends(mean)}; below 0 is better). That multiplies perplexity by {math.exp(mean.value):.2f}.",
+            f"NLL is lower for {lower} of {_clients(len(changes))}. By the intervals it is clearly lower for "
+            f"{_named(helped)} and clearly higher for {_named(hurt)}. The others have too few test records to decide.",
             *_learned(facts),
         ),
     )
@@ -67,15 +66,15 @@ def cautions(facts: RunFacts) -> tuple[str, ...]:
 
 
 def _numbers(facts: RunFacts) -> Iterator[Number]:
-    gains = [each.gain for each in facts.outcomes if each.gain]
-    if facts.mean_gain is not None:
+    changes = [each.change for each in facts.outcomes if each.change]
+    if facts.mean_change is not None:
         yield Number(
-            number(facts.mean_gain.value, signed=True),
-            "nats per token gained by personalising",
-            _ends(facts.mean_gain),
+            number(facts.mean_change.value, signed=True),
+            "change of NLL by personalization, nats per token",
+            f"{_ends(facts.mean_change)}; below 0 is better",
         )
-        lower = sum(gain.value > 0 for gain in gains)
-        yield Number(f"{lower} of {len(gains)}", "clients better with their own adapter", "by their test records")
+        lower = sum(each.value < 0 for each in changes)
+        yield Number(f"{lower} of {len(changes)}", "clients better with their own adapter", "by their test records")
     judged = [each.sets for each in facts.outcomes if each.sets.get("shared_at_split") is not None]
     if judged:
         split, end = (sum(sets[name] for sets in judged) for name in ("shared_at_split", "shared"))
@@ -96,23 +95,22 @@ def _numbers(facts: RunFacts) -> Iterator[Number]:
 
 
 def _answer(mean: Interval) -> str:
-    if mean.low > 0:
-        return "Personalisation helped."
     if mean.high < 0:
-        return "Personalisation hurt: the aggregated adapter was better."
-    return "These test records can't tell whether personalisation helped."
+        return "Personalization helped."
+    if mean.low > 0:
+        return "Personalization hurt: the aggregated adapter was better."
+    return "These test records can't tell whether personalization helped."
 
 
 def _learned(facts: RunFacts) -> Iterator[str]:
     """What the common training brought against the base model."""
     learned = [each.learned for each in facts.outcomes if each.learned]
     if learned:
-        lower = sum(each.value > 0 for each in learned)
+        lower = sum(each.value < 0 for each in learned)
         mean = sum(each.value for each in learned) / len(learned)
-        change = "lowered" if mean >= 0 else "raised"
         yield (
-            f"Before that, the common training had {change} it by {abs(mean):.3f} on average against the base "
-            f"model; it is lower for {lower} of {_clients(len(learned))}."
+            f"Before that, the common training had changed it by {number(mean, signed=True)} on average from that of "
+            f"the base model. NLL was lower for {lower} of {_clients(len(learned))}."
         )
 
 
@@ -161,9 +159,9 @@ def _limits(facts: RunFacts) -> Iterator[str]:
         )
 
 
-def _clear(gains: dict[str, Interval], sign: int) -> list[str]:
+def _clear(changes: dict[str, Interval], sign: int) -> list[str]:
     """The clients whose interval lies on one side of 0."""
-    return [name for name, gain in gains.items() if min(sign * gain.low, sign * gain.high) > 0]
+    return [name for name, each in changes.items() if min(sign * each.low, sign * each.high) > 0]
 
 
 def _named(names: list[str]) -> str:
@@ -178,9 +176,5 @@ def _counts(counts: dict[str, int]) -> str:
     return ", ".join(f"{client} {count}" for client, count in counts.items())
 
 
-def _change(gain: Interval) -> str:
-    return f"{number(-gain.high, signed=True)} to {number(-gain.low, signed=True)}"
-
-
 def _ends(interval: Interval) -> str:
-    return f"95 % interval {ranged(interval, signed=True).partition(' ')[2]}"
+    return f"95 % interval {number(interval.low, signed=True)} to {number(interval.high, signed=True)}"

@@ -1,6 +1,6 @@
-"""By how much one adapter explains a client's test records better than another, paired on the same records.
+"""Changes of a client's NLL from one adapter to another, paired on the same test records.
 
-A gain is in nats per response token and above 0 where the second adapter is the better one.
+A change is second minus first, in nats per response token. Below 0 the second adapter is better.
 """
 
 from collections.abc import Mapping
@@ -38,9 +38,9 @@ class Pair:
     second: FloatArray
     num_tokens: FloatArray
 
-    def gain(self) -> float:
-        """By how much the second is lower, in nats per token."""
-        return float((self.first - self.second).sum() / self.num_tokens.sum())
+    def change(self) -> float:
+        """Second minus first, in nats per token."""
+        return float((self.second - self.first).sum() / self.num_tokens.sum())
 
 
 def pair(first: Measures, second: Measures) -> Pair | None:
@@ -56,25 +56,25 @@ def pair(first: Measures, second: Measures) -> Pair | None:
     return Pair(sums[finite], others[finite], tokens[finite]) if finite.any() else None
 
 
-def client_gain(first: Measures | None, second: Measures | None, resamples: int, seed: int) -> Interval | None:
-    """One client's gain with its 95 % interval over records."""
+def client_change(first: Measures | None, second: Measures | None, resamples: int, seed: int) -> Interval | None:
+    """One client's change of NLL with its 95 % interval over records."""
     paired = pair(first, second) if first is not None and second is not None else None
     if paired is None:
         return None
-    return paired_bootstrap(paired.first, paired.second, paired.num_tokens, resamples=resamples, seed=seed)
+    return paired_bootstrap(paired.second, paired.first, paired.num_tokens, resamples=resamples, seed=seed)
 
 
-def mean_gain(clients: Mapping[str, tuple[Measures, Measures]], resamples: int, seed: int) -> Interval | None:
-    """The unweighted mean of the clients' gains, with its 95 % interval.
+def mean_change(clients: Mapping[str, tuple[Measures, Measures]], resamples: int, seed: int) -> Interval | None:
+    """The unweighted mean of the clients' changes, with its 95 % interval.
 
     The records of each client are resampled by its own stream; the clients are all there are and are not resampled.
     """
     pairs = {name: paired for name, sides in clients.items() if (paired := pair(*sides))}
     if not pairs:
         return None
-    gains = [
-        resampled(each.first - each.second, each.num_tokens, draws(len(each.num_tokens), resamples, seed, name))
+    changes = [
+        resampled(each.second - each.first, each.num_tokens, draws(len(each.num_tokens), resamples, seed, name))
         for name, each in pairs.items()
     ]
-    low, high = ends(np.mean(gains, axis=0))
-    return Interval(float(np.mean([paired.gain() for paired in pairs.values()])), low, high)
+    low, high = ends(np.mean(changes, axis=0))
+    return Interval(float(np.mean([paired.change() for paired in pairs.values()])), low, high)

@@ -1,4 +1,4 @@
-"""Figures of what came out: whom personalisation helped and by how much, and every client's figures in one table."""
+"""Figures of the outcome: each client's change of NLL by personalization, and tables of all results per client."""
 
 from collections.abc import Sequence
 
@@ -21,33 +21,34 @@ OVER_CLIENTS = {"mean": MEAN, "worst": "worst client", "standard_deviation": "sp
 TEXTS = {"rouge_l": "ROUGE-L", "token_f1": "token F1", "exact_match": "exact match"}
 
 
-def gain_figure(facts: RunFacts) -> Figure | None:
-    """Each client's gain from personalisation with its interval, the largest on top."""
-    gains = {each.client: each.gain for each in facts.outcomes if each.gain}
-    if not gains:
+def change_figure(facts: RunFacts) -> Figure | None:
+    """Each client's change of NLL by personalization with its interval, the best on top."""
+    changes = {each.client: each.change for each in facts.outcomes if each.change}
+    if not changes:
         return None
-    ordered = dict(sorted(gains.items(), key=lambda item: item[1].value))
+    # Plotly draws the first point at the bottom.
+    ordered = dict(sorted(changes.items(), key=lambda item: item[1].value, reverse=True))
     data = [dots(ordered, "client", "--personalized")]
-    if facts.mean_gain and len(gains) > 1:
-        mean = dots({MEAN: facts.mean_gain}, MEAN, "--ink", "diamond")
+    if facts.mean_change and len(changes) > 1:
+        mean = dots({MEAN: facts.mean_change}, MEAN, "--ink", "diamond")
         data.insert(0, {**mean, "meta": {}})
     layout = {
-        "xaxis": axis("lower response NLL, nats per token (right of 0: personalisation helped)", zeroline=True),
+        "xaxis": axis("change of response NLL, nats per token (left of 0: personalization helped)", zeroline=True),
         "yaxis": {"automargin": True, "type": "category"},
         "showlegend": False,
-        "height": rows_height(len(data[0]["y"]) + len(gains)),
+        "height": rows_height(len(data[0]["y"]) + len(changes)),
     }
-    rows = [Row((name, ranged(gain, signed=True), _verdict(gain)), name) for name, gain in reversed(ordered.items())]
-    if facts.mean_gain and len(gains) > 1:
-        rows.append(Row((MEAN, ranged(facts.mean_gain, signed=True), _verdict(facts.mean_gain))))
+    rows = [Row((name, ranged(each, signed=True), _verdict(each)), name) for name, each in reversed(ordered.items())]
+    if facts.mean_change and len(changes) > 1:
+        rows.append(Row((MEAN, ranged(facts.mean_change, signed=True), _verdict(facts.mean_change))))
     return Figure(
         "gain",
-        "What personalisation changed",
-        "How much lower the NLL of a client's test responses is under its personalised adapter than under the "
-        "aggregated one, on the same records. Lines are 95 % intervals over test records: where one crosses 0, they "
-        "are too few to tell. The mean weighs clients alike and stays that of all clients when some are hidden.",
+        "Change by personalization",
+        "NLL of a client's test responses under its tuned adapter minus NLL under the common adapter, on the same "
+        "records. Below 0 is better. Lines are 95 % intervals over test records. A line that crosses 0 means that the "
+        "records are too few to decide. The mean weighs clients equally, and includes hidden ones.",
         (Plot(data, layout),),
-        table(("client", "gain, nats per token", "personalisation"), rows),
+        table(("client", "change of NLL, nats per token", "personalization"), rows),
     )
 
 
@@ -93,15 +94,16 @@ def likelihood_table(facts: RunFacts) -> Table:
 
     def cells(each: Outcome) -> tuple[str, ...]:
         values = (number(_value(each.nll.get(stage))) for stage in stages)
-        changes = (ranged(change, signed=True) for change in (each.learned, each.gain))
+        changes = (ranged(change, signed=True) for change in (each.learned, each.change))
         return (each.client, str(each.num_records), *values, *changes)
 
     rows = [Row(cells(each), each.client) for each in facts.outcomes]
     for key, title in OVER_CLIENTS.items():
         values = [number(_over(facts, stage, "response_nll", key)) for stage in stages]
-        rows.append(Row((title, "", *values, "", ranged(facts.mean_gain, signed=True) if key == "mean" else "")))
+        rows.append(Row((title, "", *values, "", ranged(facts.mean_change, signed=True) if key == "mean" else "")))
     return table(
-        ("client", "test records", *_titles("NLL", stages), "learned in common", "gain from personalising"), rows
+        ("client", "test records", *_titles("NLL", stages), "change by common training", "change by personalization"),
+        rows,
     )
 
 
@@ -149,8 +151,8 @@ def _value(interval: Interval | None) -> float | None:
     return None if interval is None else interval.value
 
 
-def _verdict(gain: Interval) -> str:
-    """What an interval of a gain says in a word."""
-    if gain.low > 0:
+def _verdict(change: Interval) -> str:
+    """The meaning of a change's interval in a word or two."""
+    if change.high < 0:
         return "helped"
-    return "hurt" if gain.high < 0 else "can't tell"
+    return "hurt" if change.low > 0 else "not clear"

@@ -19,7 +19,7 @@ from fedmide.report.figure import Figure, Table, counted_rounds
 from fedmide.report.passages import Passage, passages
 from fedmide.version import __version__
 
-OUTCOME = (outcome_figures.gain_figure, outcome_figures.nll_figure)
+OUTCOME = (outcome_figures.change_figure, outcome_figures.nll_figure)
 
 
 ROUNDS = (
