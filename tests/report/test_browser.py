@@ -110,7 +110,7 @@ def test_the_filter_leaves_out_a_client_everywhere(opened: Opened) -> None:
     opened.page.uncheck("#filter input[value=a]")
     assert opened.page.inner_text("#shown") == "1 of 2"
     opened.page.wait_for_function(f"() => ({SHOWN})('gain')[0].data[1].y.length === 1")
-    assert opened.values("gain", "y") == [[["mean of the clients"], ["b"]]]
+    assert opened.values("gain", "y") == [[["mean of the sites"], ["b"]]]
     assert [len(traces) for traces in opened.values("enrollment")] == [3]
     assert opened.values("loss", "name") == [["b"]] and len(opened.values("scores")) == 1
     assert opened.page.locator("tbody tr[data-client=a]:visible").count() == 0
@@ -169,7 +169,7 @@ def test_a_table_is_sorted_by_keyboard_and_means_stay_below(opened: Opened) -> N
         cells = [float(each) for each in table.locator("tr[data-client] td:nth-child(3)").all_inner_texts()]
         assert cells == sorted(cells, reverse=direction == "descending")
         names = table.locator("tbody th").all_inner_texts()
-        assert names[2:] == ["mean of the clients", "worst client", "spread (st. dev.)"]
+        assert names[2:] == ["mean of the sites", "worst site", "spread (st. dev.)"]
 
 
 def test_every_table_opens_by_keyboard(opened: Opened) -> None:

@@ -38,7 +38,7 @@ def test_a_difference_is_paired_by_record(run_folder: RunFolder, shifted: RunFac
     assert "NLL +0.125 nats per token from run on average (below 0 is better)" in re.sub(
         r" \[.*?\]", "", told.details[0]
     )
-    assert "1 of 2 clients are worse off: b." in told.details[0]
+    assert "1 of 2 sites are worse off: b." in told.details[0]
     back = compared.headline((shifted, read(run_folder)))
     assert back.answer == "Better than copy: run."
 
@@ -49,9 +49,7 @@ def test_a_run_against_itself_differs_by_nothing(run_folder: RunFolder) -> None:
     assert {change.value for change in found.clients.values()} == {0.0} and found.worse == ()
     assert [run.name for run in runs] == ["run (1)", "run (2)"]
     assert compared.headline(runs).answer == "No run is clearly better than run (1)."
-    assert compared.cautions(runs) == (
-        "Intervals are over test records; they know nothing of what another seed would give.",
-    )
+    assert compared.cautions(runs) == ("Intervals are over test records only. Another seed may give other figures.",)
     assert [row.cells[0] for row in compared.knobs_table(runs).rows] == ["none"]
 
 

@@ -28,7 +28,7 @@ def test_turns_are_the_events(run_folder: RunFolder) -> None:
             assert turn.loss == loss["sum"] / loss["count"]
             assert (turn.shared, turn.personal) == (metrics["shared"]["sum"], metrics["personal"]["sum"])
     assert facts.titles == ("warmup-000", "round-000", "round-001")
-    assert facts.turns[-1].title == "personalisation" and len(facts.rounds) == 6
+    assert facts.turns[-1].title == "personalization" and len(facts.rounds) == 6
 
 
 def test_the_mean_loss_is_over_all_tokens(run_folder: RunFolder) -> None:

@@ -27,8 +27,8 @@ def changed(facts: RunFacts, mean: Interval, **changes: Interval) -> RunFacts:
     ("mean", "answer"),
     [
         (HELPED, "Personalization helped."),
-        (HURT, "Personalization hurt: the aggregated adapter was better."),
-        (UNCLEAR, "These test records can't tell whether personalization helped."),
+        (HURT, "Personalization hurt: the common adapter was better."),
+        (UNCLEAR, "These test records are too few to show whether personalization helped."),
     ],
 )
 def test_the_answer_goes_by_the_interval_of_the_mean(facts: RunFacts, mean: Interval, answer: str) -> None:
@@ -39,7 +39,7 @@ def test_clients_are_named_by_their_own_intervals(facts: RunFacts) -> None:
     told = headline(changed(facts, HELPED, north=HELPED, south=UNCLEAR, east=HURT)).details
     assert "by −0.200 nats per token on average (95 % interval −0.300 to −0.100; below 0 is better)" in told[0]
     assert "multiplies perplexity by 0.82" in told[0]
-    assert "lower for 2 of 3 clients" in told[1]
+    assert "lower for 2 of 3 sites" in told[1]
     assert "clearly lower for 1 (north) and clearly higher for 1 (east)" in told[1]
     worse = headline(changed(facts, HURT, east=HURT)).details
     assert "by +0.200 nats" in worse[0] and "clearly lower for none" in worse[1]
@@ -47,16 +47,18 @@ def test_clients_are_named_by_their_own_intervals(facts: RunFacts) -> None:
 
 def test_a_run_without_figures_says_so(facts: RunFacts) -> None:
     bare = replace(facts, outcomes=(), mean_change=None, manifest={**facts.manifest, "status": "trained"})
-    assert headline(bare).answer.startswith("This run is not evaluated yet (it is trained)")
+    assert headline(bare).answer.startswith("This run is not evaluated yet (status: trained)")
     without: tuple[Outcome, ...] = tuple(replace(each, change=None) for each in facts.outcomes)
-    assert "without personalised adapters" in headline(replace(facts, outcomes=without, mean_change=None)).answer
+    assert "without tuned adapters" in headline(replace(facts, outcomes=without, mean_change=None)).answer
 
 
 def test_numbers_are_the_runs(facts: RunFacts) -> None:
     shown = {each.label: each.value for each in numbers(changed(facts, HELPED, a=HELPED, b=HURT))}
     assert shown["change of NLL by personalization, nats per token"] == "−0.200"
-    assert shown["clients better with their own adapter"] == "1 of 2"
-    assert shown["sent, both ways"] == f"{sum(t.bytes_up + t.bytes_down for t in facts.turns) / 1e6:,.1f} MB"
+    assert shown["sites better with their tuned adapter"] == "1 of 2"
+    assert shown["would be sent, both ways"] == f"{sum(t.bytes_up + t.bytes_down for t in facts.turns) / 1e6:,.1f} MB"
+    elsewhere = replace(facts, manifest={**facts.manifest, "federation": f"{facts.manifest['federation']}-0a1b2c3d"})
+    assert "sent, both ways" in {each.label for each in numbers(elsewhere)}
 
 
 def test_what_is_kept_of_records_is_shown_where_something_is(facts: RunFacts) -> None:
@@ -74,14 +76,14 @@ def test_cautions_name_what_went_wrong(facts: RunFacts) -> None:
     outcomes = (replace(facts.outcomes[0], sets=sets), *facts.outcomes[1:])
     told = " ".join(cautions(replace(facts, turns=turns, outcomes=outcomes, manifest=manifest)))
     for part in (
-        "the reply of client a did not count: it came too late.",
-        "No threshold could part the records of a",
-        "no number (they stay personal): a 2",
+        "the reply of site a did not count: it came too late.",
+        "No threshold could split the records of a",
+        "not a number (they stay personal): a 2",
         "cut at 64 tokens: a 3",
         "a −0.75",
-        "changed after its commit",
-        "It began with commit abc and was gone on with de-dirty.",
-        "2 clients have under 50 test records",
+        "had uncommitted changes",
+        "Started with commit abc, resumed with de-dirty.",
+        "All 2 sites have fewer than 50 test records (the smallest has ",
         "one run with seed",
     ):
         assert part in told

@@ -55,8 +55,8 @@ def test_the_page_needs_nothing_but_itself(run_folder: RunFolder, tmp_path: Path
 def test_subtitle_and_number_count_the_same_rounds(run_folder: RunFolder, tmp_path: Path) -> None:
     page = written(run_folder, tmp_path / "page.html")
     rounds = "1 warm-up round + 2 rounds"
-    assert re.search(rf'class="subtitle">[^<]*2 clients, {re.escape(rounds)}, ', page)
-    assert f"<span>2 clients, {rounds}</span>" in page
+    assert re.search(rf'class="subtitle">[^<]*2 sites, {re.escape(rounds)}, ', page)
+    assert f"<span>2 sites, {rounds}</span>" in page
 
 
 def test_no_text_and_no_id_is_on_the_page(run_folder: RunFolder, texts: tuple[str, ...], tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def test_a_site_measures_what_one_process_would(elsewhere: Sites, small_input: A
     for file in ("adapter/adapter_config.json", "adapter/adapter_model.safetensors", "predictions/a.jsonl"):
         assert (own.folder.path / file).read_bytes() == (tmp_path / "one" / file).read_bytes()
     assert json.loads((own.folder.path / "metrics.json").read_text())["clients"] == measured["clients"]
-    assert "Personalisation" in (own.folder.path / "report.html").read_text()
+    assert "Personalization" in (own.folder.path / "report.html").read_text()
 
 
 @pytest.mark.parametrize("elsewhere", [("method=scaffold",)], indirect=True)
@@ -128,7 +128,7 @@ def test_if_no_adapter_travels_whole_a_site_measures_its_own_and_the_base_model(
     assert set(metrics["clients"]["b"]["stages"]) == {"base", "personalized"}
     flower.site_evaluate(tmp_path / "site-b")
     assert "evaluated: " in capsys.readouterr().out
-    assert "personalised adapters" in (Path(metrics["run"]) / "report.html").read_text()
+    assert "tuned adapters" in (Path(metrics["run"]) / "report.html").read_text()
 
 
 def test_a_site_measures_the_chosen_run_with_its_own_settings_only(

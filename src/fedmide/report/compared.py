@@ -1,4 +1,4 @@
-"""Several runs side by side: the first is what the others are compared with, on the same test records."""
+"""Several runs side by side: each is compared with the first, on the same test records."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +27,7 @@ from fedmide.report.gains import Measures, client_change, mean_change
 from fedmide.report.settings import flat, shown
 
 NOT_COMPARABLE = ("model", "prompt", "data")
-"""What must be the same for two runs' NLL to be compared."""
+"""Entries of the manifest that must be equal for the NLLs of two runs to be comparable."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +40,12 @@ class Difference:
 
     @property
     def worse(self) -> tuple[str, ...]:
-        """The clients that are worse off than in the first run."""
+        """The sites with a higher NLL than in the first run."""
         return tuple(name for name, change in self.clients.items() if change.value > 0)
 
 
 def labelled(runs: Sequence[RunFacts]) -> tuple[RunFacts, ...]:
-    """The runs under names that tell them apart."""
+    """The runs under distinct names."""
     names = [run.name for run in runs]
     return tuple(
         replace(run, name=f"{run.name} ({index})") if names.count(run.name) > 1 else run
@@ -54,27 +54,27 @@ def labelled(runs: Sequence[RunFacts]) -> tuple[RunFacts, ...]:
 
 
 def differences(runs: Sequence[RunFacts]) -> tuple[Difference, ...]:
-    """Each later run against the first, paired by record where the records' figures are at hand."""
+    """Each later run minus the first, paired by record if the records' figures are here."""
     return tuple(_difference(runs[0], run) for run in runs[1:])
 
 
 def headline(runs: Sequence[RunFacts]) -> Headline:
-    """Which runs are better than the first, with intervals."""
+    """The runs that are better than the first, with intervals."""
     found = differences(runs)
-    told = tuple(_sentence(each, runs[0].name) for each in found)
+    details = tuple(_sentence(each, runs[0].name) for each in found)
     better = [each.run for each in found if each.mean and each.mean.high < 0]
     worse = [each.run for each in found if each.mean and each.mean.low > 0]
     if all(each.mean is None for each in found):
         return Headline("These runs have no test records in common, so they can't be compared.", ())
     if better:
-        return Headline(f"Better than {runs[0].name}: {', '.join(better)}.", told)
+        return Headline(f"Better than {runs[0].name}: {', '.join(better)}.", details)
     if worse and len(worse) == len(found):
-        return Headline(f"{runs[0].name} is better than {'the other' if len(found) == 1 else 'all others'}.", told)
-    return Headline(f"No run is clearly better than {runs[0].name}.", told)
+        return Headline(f"{runs[0].name} is better than {'the other' if len(found) == 1 else 'all others'}.", details)
+    return Headline(f"No run is clearly better than {runs[0].name}.", details)
 
 
 def cautions(runs: Sequence[RunFacts]) -> tuple[str, ...]:
-    """Why the runs may not be comparable."""
+    """Reasons why the runs may not be comparable."""
     return tuple(_cautions(runs))
 
 
@@ -85,7 +85,7 @@ def figures(runs: Sequence[RunFacts]) -> tuple[Figure, ...]:
 
 
 def runs_table(runs: Sequence[RunFacts]) -> Table:
-    """A row for each run."""
+    """A row per run."""
     means = {each.run: each for each in differences(runs)}
     rows = []
     for run in runs:
@@ -111,12 +111,12 @@ def runs_table(runs: Sequence[RunFacts]) -> Table:
         "status",
         "seed",
         "mean NLL",
-        "worst client's NLL",
+        "worst site's NLL",
         "spread",
         "mean choice accuracy",
         f"change of NLL from {runs[0].name}",
-        "clients worse off",
-        "sent",
+        "sites worse off",
+        "messages",
         "trained tokens",
         "time",
     )
@@ -124,15 +124,15 @@ def runs_table(runs: Sequence[RunFacts]) -> Table:
 
 
 def knobs_table(runs: Sequence[RunFacts]) -> Table:
-    """The knobs that are not the same in all runs."""
+    """The settings that differ between runs."""
     values = [dict(flat(run.config.model_dump())) for run in runs]
     differing = [name for name in values[0] if len({shown(each[name]) for each in values}) > 1]
     rows = [Row((name, *(shown(each[name]) for each in values))) for name in differing]
-    return table(("knob", *(run.name for run in runs)), rows or [Row(("none", *("" for _ in runs)))])
+    return table(("setting", *(run.name for run in runs)), rows or [Row(("none", *("" for _ in runs)))])
 
 
 def _final(run: RunFacts) -> str:
-    """The last adapter that the run's clients were measured under."""
+    """The stage of the last adapter under which the run's clients were measured."""
     stages = ("personalized", "aggregated", "base")
     return next((stage for stage in stages if any(stage in each.nll for each in run.outcomes)), "base")
 
@@ -156,7 +156,7 @@ def _difference(first: RunFacts, run: RunFacts) -> Difference:
 def _sentence(each: Difference, first: str) -> str:
     if each.mean is None:
         return f"{each.run}: no test records in common with {first}."
-    worse = f"{len(each.worse)} of {len(each.clients)} clients are worse off{': ' if each.worse else ''}"
+    worse = f"{len(each.worse)} of {len(each.clients)} sites are worse off{': ' if each.worse else ''}"
     return (
         f"{each.run}: NLL {ranged(each.mean, signed=True)} nats per token from {first} on average (below 0 is better). "
         f"{worse}{', '.join(each.worse)}."
@@ -169,15 +169,15 @@ def _cautions(runs: Sequence[RunFacts]) -> Iterator[str]:
         other = [name for name in NOT_COMPARABLE if run.manifest[name] != first.manifest[name]]
         if other:
             names = f"{run.name} and {first.name}"
-            yield f"{names} do not have the same {' and '.join(other)}: their NLLs are not comparable as they stand."
+            yield f"{names} do not have the same {' and '.join(other)}: their NLLs are not comparable."
     for run in runs:
         if not run.outcomes:
-            yield f"{run.name} is not evaluated yet (it is {run.manifest['status']})."
+            yield f"{run.name} is not evaluated yet (status: {run.manifest['status']})."
     steps = {run.name: sum(turn.steps for turn in run.turns) for run in runs}
     if len(set(steps.values())) > 1:
-        told = ", ".join(f"{name} {count:,}" for name, count in steps.items())
-        yield f"The runs took different numbers of optimiser steps ({told}): part of a difference may be that."
-    yield "Intervals are over test records; they know nothing of what another seed would give."
+        listed = ", ".join(f"{name} {count:,}" for name, count in steps.items())
+        yield f"The runs took different numbers of optimizer steps ({listed}), which may explain part of a difference."
+    yield "Intervals are over test records only. Another seed may give other figures."
 
 
 def _nll_figure(runs: Sequence[RunFacts]) -> Figure | None:
@@ -201,10 +201,10 @@ def _nll_figure(runs: Sequence[RunFacts]) -> Figure | None:
     rows = [Row((client, *(ranged(found.get((run.name, client))) for run in runs)), client) for client in clients]
     return Figure(
         "runs-nll",
-        "Each client's test responses in each run",
-        "Response NLL under the last adapter of each run: the personalised one where there is one.",
+        "Each site's test responses in each run",
+        "Response NLL under the last adapter of each run: the tuned adapter if there is one.",
         (Plot(data, layout),),
-        table(("client", *(run.name for run in runs)), rows),
+        table(("site", *(run.name for run in runs)), rows),
     )
 
 
@@ -228,14 +228,14 @@ def _difference_figure(runs: Sequence[RunFacts]) -> Figure | None:
     rows = [
         Row((client, *(ranged(each.clients.get(client), signed=True) for each in found)), client) for client in clients
     ]
-    rows.append(Row(("mean of the clients", *(ranged(each.mean, signed=True) for each in found))))
+    rows.append(Row(("mean of the sites", *(ranged(each.mean, signed=True) for each in found))))
     return Figure(
         "runs-gain",
         f"Better or worse than {runs[0].name}",
         f"NLL minus that of {runs[0].name}, paired on the same test records, with 95 % intervals over them. Below 0 is "
-        f"better. Clients right of 0 would have been better off in {runs[0].name}.",
+        f"better. Sites right of 0 would have been better off in {runs[0].name}.",
         (Plot(data, layout),),
-        table(("client", *(each.run for each in found)), rows),
+        table(("site", *(each.run for each in found)), rows),
     )
 
 
@@ -244,18 +244,18 @@ def _loss_figure(runs: Sequence[RunFacts]) -> Figure | None:
     for index, run in enumerate(runs):
         color, symbol = style(index)
         losses = {title: run.mean_loss(title) for title in run.titles}
-        told = {title: loss for title, loss in losses.items() if loss is not None}
-        if told:
-            data.append(line(list(told), list(told.values()), run.name, color, symbol, "nats per token"))
-        means.append(told)
+        known = {title: loss for title, loss in losses.items() if loss is not None}
+        if known:
+            data.append(line(list(known), list(known.values()), run.name, color, symbol, "nats per token"))
+        means.append(known)
     if not data:
         return None
     titles = dict.fromkeys(title for each in means for title in each)
     rows = [Row((title, *(number(each.get(title)) for each in means))) for title in titles]
     return Figure(
         "runs-loss",
-        "Training loss of all clients, round by round",
-        "Over all tokens that were trained on; runs that train on other records or positions are not comparable here.",
+        "Training loss of all sites, round by round",
+        "Over all trained tokens. Runs that train on different records or positions are not comparable here.",
         (
             Plot(
                 data,

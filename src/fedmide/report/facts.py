@@ -1,6 +1,6 @@
-"""A run folder read into plain facts, as far as the run has come; nothing is drawn or judged here.
+"""Plain facts of a run folder, whatever stage the run has reached. Nothing is drawn or judged here.
 
-What lies in `clients/` is read only where it is there: a server's own run folder gives a report without scores.
+Files in `clients/` are optional: the run folder of a server gives a report without scores.
 """
 
 from collections.abc import Mapping, Sequence
@@ -17,13 +17,13 @@ from fedmide.model.interface import Adapter
 from fedmide.report.gains import Measures, client_change, mean_change
 from fedmide.report.scores import ScoreRound, score_rounds
 
-STAGE_NAMES = {"base": "base model", "aggregated": "aggregated adapter", "personalized": "personalised adapter"}
-"""What the three adapters that a client's test records are measured under are called to people."""
+STAGE_NAMES = {"base": "base model", "aggregated": "common adapter", "personalized": "tuned adapter"}
+"""Names, for people, of the three stages under which a client's test records are measured."""
 
 
 @dataclass(frozen=True)
 class Turn:
-    """One client's part in one round. `loss`: nats per token over the round's training, None where it was not told."""
+    """One client's part in one round. `loss`: nats per token over the round's training; None if not reported."""
 
     round: int
     title: str
@@ -46,7 +46,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one client's test records measured; a mapping is by the adapter's stage.
+    """The figures of one client's test records. Keys of the mappings are stages.
 
     `change` is the change of the response NLL by personalization: tuned minus common adapter. `learned` is the change
     by the common training: common adapter minus base model. Below 0 is better. Both are paired on the same records,
@@ -66,7 +66,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Step:
-    """How far the aggregated adapter moved in a round: the length of its change over its own."""
+    """The change of the common adapter in a round: length of the change divided by the adapter's own length."""
 
     title: str
     relative_change: float
@@ -74,7 +74,7 @@ class Step:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """All that a report tells of a run. `scores` is empty where no ledger is at hand."""
+    """Everything that a report shows of a run. `scores` is empty without ledgers."""
 
     name: str
     config: Config
@@ -89,25 +89,30 @@ class RunFacts:
     measures: Mapping[str, Mapping[str, Measures]]
 
     @property
+    def is_sent(self) -> bool:
+        """True if messages travel to sites elsewhere, whose federation has a random suffix in its name."""
+        return "-" in self.manifest.get("federation", "")
+
+    @property
     def rounds(self) -> tuple[Turn, ...]:
         """The turns of warm-up and federated rounds."""
         return tuple(turn for turn in self.turns if turn.stage != "personalize")
 
     @property
     def titles(self) -> tuple[str, ...]:
-        """The rounds' names, in order."""
+        """Names of the rounds, in order."""
         return tuple(dict.fromkeys(turn.title for turn in self.rounds))
 
     def mean_loss(self, title: str) -> float | None:
-        """The training loss over all tokens of a round; clients that told none are left out."""
-        told = [(turn.loss, turn.trained_tokens) for turn in self.rounds if turn.title == title]
-        known = [(loss, tokens) for loss, tokens in told if loss is not None]
+        """The training loss over all tokens of a round, without clients that reported none."""
+        reported = [(turn.loss, turn.trained_tokens) for turn in self.rounds if turn.title == title]
+        known = [(loss, tokens) for loss, tokens in reported if loss is not None]
         count = sum(tokens for _, tokens in known)
         return sum(loss * tokens for loss, tokens in known) / count if count else None
 
 
 def read(folder: RunFolder) -> RunFacts:
-    """The facts of a run, whatever stage it has reached; raises `RunFolderError` where a file of it is damaged."""
+    """The facts of a run at any stage. Raises `RunFolderError` if one of its files is damaged."""
     manifest, metrics = folder.read_manifest(), folder.read_metrics()
     clients = tuple(manifest["data"])
     measures = {client: _measures(folder, client) for client in clients}
@@ -130,7 +135,7 @@ def read(folder: RunFolder) -> RunFacts:
 
 
 def turns(folder: RunFolder) -> tuple[Turn, ...]:
-    """What each client did in each round so far."""
+    """Each client's part in each round so far."""
     return tuple(_turn(folder, event) for event in folder.events())
 
 
@@ -139,13 +144,13 @@ def _measured(metrics: Mapping[str, Any]) -> Sequence[tuple[str, Mapping[str, An
 
 
 def _measures(folder: RunFolder, client: str) -> dict[str, Measures]:
-    """What each of the client's test records measured, by stage, where that is here."""
+    """The measures of the client's test records by stage, as far as their files are here."""
     found = {stage: folder.read_evaluation(client, stage) for stage in STAGE_NAMES}
     return {stage: Measures.from_dict(values) for stage, values in found.items() if values is not None}
 
 
 def _pairs(measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, tuple[Measures, Measures]]:
-    """Each client's records under the aggregated and the personalised adapter, where there are both."""
+    """Measures under the common and the tuned adapter, for each client that has both."""
     return {
         name: (each["aggregated"], each["personalized"])
         for name, each in measures.items()
@@ -180,7 +185,7 @@ def _turn(folder: RunFolder, event: Mapping[str, Any]) -> Turn:
     personalizes = event["stage"] == "personalize"
     return Turn(
         round=event["round"],
-        title="personalisation" if personalizes else folder.round_name(event["round"]),
+        title="personalization" if personalizes else folder.round_name(event["round"]),
         stage=event["stage"],
         client=event["client"],
         num_records=event["num_records"],
@@ -208,7 +213,7 @@ def _count(metrics: Mapping[str, Any], name: str) -> int | None:
 
 
 def _steps(folder: RunFolder) -> list[Step]:
-    """How far each round but the first moved the aggregated adapter; none over a restart from a fresh one."""
+    """The change of the common adapter in each round but the first. A restart from a fresh adapter does not count."""
     steps = []
     earlier: Adapter | None = None
     for number, adapter in folder.round_adapters():
@@ -220,7 +225,7 @@ def _steps(folder: RunFolder) -> list[Step]:
 
 
 def _relative_change(earlier: Adapter, later: Adapter) -> float:
-    """The Euclidean length of the difference over that of the later adapter."""
+    """Euclidean length of the difference divided by that of the later adapter."""
     change = sum(float(np.sum((later[name] - earlier[name]) ** 2, dtype=np.float64)) for name in later)
     length = sum(float(np.sum(later[name] ** 2, dtype=np.float64)) for name in later)
     return float(np.sqrt(change / length)) if length else 0.0

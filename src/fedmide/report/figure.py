@@ -1,8 +1,8 @@
-"""What a figure is: plots for plotly.js as plain data, a sentence that says how to read them, and the same as a table.
+"""Figures: plots for plotly.js as plain data, a text on how to read them, and the same data as a table.
 
-A colour is the name of one of the page's CSS variables ("--shared"), which the page looks up in the theme at hand.
-What a trace's `meta` says lets the page filter: `client` (whose trace it is), `clients` (whose each of its points is),
-`choice` (with which entry of the figure's list it is shown).
+A color is the name of a CSS variable of the page ("--shared"), which the page looks up in the current theme.
+The page filters by a trace's `meta`. `client`: the client of the trace. `clients`: the client of each of its points.
+`choice`: the entry of the figure's list with which the trace is shown.
 """
 
 import math
@@ -22,12 +22,12 @@ SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "
 
 
 TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.5, 2, 3, 5, 10, 20, 50, 100)
-"""Scores that are named on an axis, as far as it reaches."""
+"""Scores that get a label on an axis, if they are within its range."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a table; `client` where it is about one."""
+    """A row of a table. `client`: the client that the row is about, if any."""
 
     cells: tuple[str, ...]
     client: str = ""
@@ -35,20 +35,20 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as they are shown; the first column names the row."""
+    """Cells as shown on the page. The first column names the row."""
 
     header: tuple[str, ...]
     rows: tuple[Row, ...]
 
     @property
     def is_prose(self) -> bool:
-        """Whether it has cells too long for one line."""
+        """True if a cell is too long for one line."""
         return any(len(cell) > 60 for row in self.rows for cell in row.cells)
 
 
 @dataclass(frozen=True)
 class Plot:
-    """One drawing. `client` where it is about one; `label` tells it from the others of its figure."""
+    """One drawing. `client`: the client that it is about, if any. `label`: its name within the figure."""
 
     data: Sequence[Data]
     layout: Mapping[str, Any]
@@ -58,7 +58,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of the report. `choices`: what a list beside it chooses from, the first is shown at first."""
+    """One figure of the report. `choices`: entries of the list next to it; the page starts with the first."""
 
     key: str
     title: str
@@ -70,12 +70,12 @@ class Figure:
 
 
 def style(index: int) -> tuple[str, str]:
-    """Colour and symbol of a line; together they tell 64 apart."""
+    """Color and symbol of a line. Together they distinguish 64 lines."""
     return PALETTE[index % len(PALETTE)], SYMBOLS[(index + index // len(PALETTE)) % len(SYMBOLS)]
 
 
 def dots(intervals: Mapping[str, Interval], name: str, color: str, symbol: str = "circle") -> Data:
-    """Points with their intervals, one line of the vertical axis for each client."""
+    """Points with their intervals, one row of the vertical axis per client."""
     values = list(intervals.values())
     return {
         "type": "scatter",
@@ -131,7 +131,7 @@ def axis(title: str, **more: Any) -> Data:
 
 
 def span(traces: Iterable[Data]) -> list[float]:
-    """A range of the horizontal axis that holds the points of `dots` with their intervals, and a little room."""
+    """A range of the horizontal axis with room for all points of `dots` and their intervals."""
     low, high = math.inf, -math.inf
     for trace in traces:
         error = trace["error_x"]
@@ -142,12 +142,12 @@ def span(traces: Iterable[Data]) -> list[float]:
 
 
 def rows_height(count: int) -> int:
-    """Pixels for so many lines of a vertical axis of names."""
+    """Height in pixels for this many rows of a vertical axis of names."""
     return 110 + 34 * count
 
 
 def score_axis(low: float, high: float) -> Data:
-    """An axis of logarithms that is labelled with the scores themselves."""
+    """A logarithmic axis whose labels are the scores themselves."""
     values = [value for value in TICKS if low <= math.log(value) <= high]
     spread = _apart([math.log(value) for value in values], (high - low) / 6)
     return axis(
@@ -159,7 +159,7 @@ def score_axis(low: float, high: float) -> Data:
 
 
 def _apart(places: Sequence[float], gap: float) -> set[float]:
-    """Places that keep a gap, from 0 outwards, so that score 1 is always named."""
+    """Places at least `gap` apart, chosen from 0 outwards, so that score 1 always gets a label."""
     kept: set[float] = set()
     for place in sorted(places, key=abs):
         if all(abs(place - other) >= gap for other in kept):
@@ -168,7 +168,7 @@ def _apart(places: Sequence[float], gap: float) -> set[float]:
 
 
 def number(value: float | None, digits: int = 3, signed: bool = False) -> str:
-    """A figure as text with a real minus sign, a dash for one that is not there."""
+    """A figure as text with a real minus sign; a dash for None and for non-finite values."""
     if value is None or not math.isfinite(value):
         return "–"
     return f"{value:{'+' if signed else ''}.{digits}f}".replace("-", "−")
@@ -186,14 +186,23 @@ def ranged(interval: Interval | None, digits: int = 3, signed: bool = False) -> 
     return f"{value} [{low}, {high}]" if interval.low < interval.high else value
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun.
+
+    >>> counted(1, "site"), counted(8, "site")
+    ('1 site', '8 sites')
+    """
+    return f"{count} {noun}{'' if count == 1 else 's'}"
+
+
 def counted_rounds(warmup: int, federated: int) -> str:
     """Numbers of rounds as text: those of the warm-up are never part of the others.
 
     >>> counted_rounds(1, 4), counted_rounds(0, 1)
     ('1 warm-up round + 4 rounds', '1 round')
     """
-    rounds = f"{federated} round{'' if federated == 1 else 's'}"
-    return f"{warmup} warm-up round{'' if warmup == 1 else 's'} + {rounds}" if warmup else rounds
+    rounds = counted(federated, "round")
+    return f"{counted(warmup, 'warm-up round')} + {rounds}" if warmup else rounds
 
 
 def megabytes(count: float) -> str:
@@ -214,5 +223,5 @@ def seconds(count: float) -> str:
 
 
 def table(header: Iterable[str], rows: Iterable[Row]) -> Table:
-    """A table out of whatever gives its cells."""
+    """A table from any iterables of cells."""
     return Table(tuple(header), tuple(rows))

@@ -1,4 +1,4 @@
-"""What the figures come to, in sentences: the headline, the numbers beside it, and what to mind before trust."""
+"""Findings of a run in sentences: the headline, the numbers next to it, and cautions."""
 
 import math
 from collections.abc import Iterator
@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 from fedmide.evaluation.intervals import Interval
 from fedmide.report.facts import RunFacts
-from fedmide.report.figure import counted_rounds, megabytes, number, seconds
+from fedmide.report.figure import counted, counted_rounds, megabytes, number, seconds
 
 FEW_RECORDS = 50
-"""Fewer test records a client than this give wide intervals."""
+"""Intervals are wide for a site with fewer test records than this."""
 
 
 FOLLOWS_LENGTH = 0.5
+"""The report warns from this size of the rank correlation between score and length."""
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,24 @@ class Headline:
 
 
 def headline(facts: RunFacts) -> Headline:
-    """Whether personalisation helped, whom and by how much, as far as the run says."""
+    """The change of NLL by personalization: of the mean, and at which sites it is clear."""
     changes = {each.client: each.change for each in facts.outcomes if each.change}
     if not facts.outcomes:
         status = facts.manifest["status"]
-        return Headline(f"This run is not evaluated yet (it is {status}), so nobody knows whether it helped.", ())
+        return Headline(f"This run is not evaluated yet (status: {status}), so its benefit is unknown.", ())
     if not changes or facts.mean_change is None:
-        return Headline("The run was evaluated without personalised adapters to compare.", tuple(_learned(facts)))
+        return Headline(
+            "This run was evaluated without tuned adapters, so there is nothing to compare.", tuple(_learned(facts))
+        )
     helped, hurt = (_clear(changes, sign) for sign in (-1, 1))
     lower = sum(each.value < 0 for each in changes.values())
     mean = facts.mean_change
     return Headline(
         _answer(mean),
         (
-            f"It changes the NLL of a client's test responses by {number(mean.value, signed=True)} nats per token on "
+            f"It changes the NLL of a site's test responses by {number(mean.value, signed=True)} nats per token on "
             f"average ({_ends(mean)}; below 0 is better). That multiplies perplexity by {math.exp(mean.value):.2f}.",
-            f"NLL is lower for {lower} of {_clients(len(changes))}. By the intervals it is clearly lower for "
+            f"NLL is lower for {lower} of {counted(len(changes), 'site')}. By the intervals it is clearly lower for "
             f"{_named(helped)} and clearly higher for {_named(hurt)}. The others have too few test records to decide.",
             *_learned(facts),
         ),
@@ -56,12 +59,12 @@ def headline(facts: RunFacts) -> Headline:
 
 
 def numbers(facts: RunFacts) -> tuple[Number, ...]:
-    """The figures that a visitor should see first."""
+    """The figures at the top of the page."""
     return tuple(_numbers(facts))
 
 
 def cautions(facts: RunFacts) -> tuple[str, ...]:
-    """What went wrong, and what a reader should know before trusting the figures."""
+    """Failures in the run, and limits of its figures."""
     return (*_troubles(facts), *_limits(facts))
 
 
@@ -74,7 +77,7 @@ def _numbers(facts: RunFacts) -> Iterator[Number]:
             f"{_ends(facts.mean_change)}; below 0 is better",
         )
         lower = sum(each.value < 0 for each in changes)
-        yield Number(f"{lower} of {len(changes)}", "clients better with their own adapter", "by their test records")
+        yield Number(f"{lower} of {len(changes)}", "sites better with their tuned adapter", "by their test records")
     judged = [each.sets for each in facts.outcomes if each.sets.get("shared_at_split") is not None]
     if judged:
         split, end = (sum(sets[name] for sets in judged) for name in ("shared_at_split", "shared"))
@@ -85,7 +88,11 @@ def _numbers(facts: RunFacts) -> Iterator[Number]:
         done = {turn.round for turn in facts.rounds}
         warmup = sum(index < 0 for index in done)
         rounds = counted_rounds(warmup, len(done) - warmup)
-        yield Number(megabytes(traffic), "sent, both ways", f"{_clients(len(facts.clients))}, {rounds}")
+        yield Number(
+            megabytes(traffic),
+            "sent, both ways" if facts.is_sent else "would be sent, both ways",
+            f"{counted(len(facts.clients), 'site')}, {rounds}",
+        )
     if facts.manifest["seconds"]:
         spent = sum(facts.manifest["seconds"].values())
         kept = facts.manifest.get("prefix_cache_mb", 0)
@@ -98,69 +105,72 @@ def _answer(mean: Interval) -> str:
     if mean.high < 0:
         return "Personalization helped."
     if mean.low > 0:
-        return "Personalization hurt: the aggregated adapter was better."
-    return "These test records can't tell whether personalization helped."
+        return "Personalization hurt: the common adapter was better."
+    return "These test records are too few to show whether personalization helped."
 
 
 def _learned(facts: RunFacts) -> Iterator[str]:
-    """What the common training brought against the base model."""
+    """The change of NLL by the common training, from that of the base model."""
     learned = [each.learned for each in facts.outcomes if each.learned]
     if learned:
         lower = sum(each.value < 0 for each in learned)
         mean = sum(each.value for each in learned) / len(learned)
         yield (
             f"Before that, the common training had changed it by {number(mean, signed=True)} on average from that of "
-            f"the base model. NLL was lower for {lower} of {_clients(len(learned))}."
+            f"the base model. NLL was lower for {lower} of {counted(len(learned), 'site')}."
         )
 
 
 def _troubles(facts: RunFacts) -> Iterator[str]:
-    """What went wrong in this run."""
+    """Failures in this run."""
     for turn in facts.turns:
         if turn.refused:
-            yield f"{turn.title}: the reply of client {turn.client} did not count: {turn.refused}."
+            yield f"{turn.title}: the reply of site {turn.client} did not count: {turn.refused}."
     empty = facts.metrics.get("federation", {}).get("rounds_without_aggregate", 0)
     if empty:
-        yield f"In {empty} rounds nobody's adapter counted; the aggregated one stayed as it was."
-    unparted = sorted({turn.client for turn in facts.rounds if turn.warnings})
-    if unparted:
-        yield f"No threshold could part the records of {', '.join(unparted)}: all of them are shared."
+        yield f"In {counted(empty, 'round')} no site's adapter counted, so the common adapter did not change."
+    unsplit = sorted({turn.client for turn in facts.rounds if turn.warnings})
+    if unsplit:
+        yield f"No threshold could split the records of {', '.join(unsplit)}, so all of them are shared."
     odd = {each.client: each.sets["not_finite"] for each in facts.outcomes if each.sets.get("not_finite")}
     if odd:
-        yield f"Records whose score was no number (they stay personal): {_counts(odd)}."
+        yield f"Records whose score is not a number (they stay personal): {_counts(odd)}."
     cut = {name: each["truncated"] for name, each in facts.manifest["data"].items() if each.get("truncated")}
     if cut:
-        yield f"Records that were cut at {facts.config.model.cutoff} tokens: {_counts(cut)}."
+        yield f"Records cut at {facts.config.model.cutoff} tokens: {_counts(cut)}."
     later = facts.manifest.get("later_commits", [])
     if any(str(each).endswith("-dirty") for each in (facts.manifest.get("commit"), *later)):
-        yield "The code was changed after its commit, so the commit does not say what ran."
+        yield "The code had uncommitted changes, so the commit does not identify it."
     if later:
         first, *others = (each or "unknown" for each in (facts.manifest["commit"], *later))
-        yield f"It began with commit {first} and was gone on with {', '.join(others)}."
+        yield f"Started with commit {first}, resumed with {', '.join(others)}."
 
 
 def _limits(facts: RunFacts) -> Iterator[str]:
-    """What the figures can't say."""
+    """Limits of the figures."""
     follows = {
         each.client: each.sets["spearman_score_tokens"]
         for each in facts.outcomes
         if abs(each.sets.get("spearman_score_tokens") or 0) >= FOLLOWS_LENGTH
     }
     if follows:
-        told = ", ".join(f"{client} {number(value, 2, signed=True)}" for client, value in follows.items())
-        yield f"The score follows the records' length (rank correlation {told}): the split may go by that, not content."
+        listed = ", ".join(f"{client} {number(value, 2, signed=True)}" for client, value in follows.items())
+        yield (
+            f"The score follows the length of records (rank correlation {listed}). "
+            "So the split may be by length, not by content."
+        )
     few = [each.num_records for each in facts.outcomes if each.num_records < FEW_RECORDS]
     if few:
-        yield f"{_clients(len(few))} have under {FEW_RECORDS} test records (at least {min(few)}): intervals are wide."
+        yield _few_records(len(few), len(facts.outcomes), min(few))
     if facts.outcomes:
         yield (
-            f"Intervals are over the test records of this one run with seed {facts.config.seed}; "
-            "another seed may give other figures."
+            f"Intervals are over the test records of this one run with seed {facts.config.seed}. "
+            "Another seed may give other figures."
         )
 
 
 def _clear(changes: dict[str, Interval], sign: int) -> list[str]:
-    """The clients whose interval lies on one side of 0."""
+    """The sites whose interval lies on one side of 0: below it for -1, above it for 1."""
     return [name for name, each in changes.items() if min(sign * each.low, sign * each.high) > 0]
 
 
@@ -168,8 +178,11 @@ def _named(names: list[str]) -> str:
     return "none" if not names else f"{len(names)} ({', '.join(names[:12])}{', …' if len(names) > 12 else ''})"
 
 
-def _clients(count: int) -> str:
-    return f"{count} client{'' if count == 1 else 's'}"
+def _few_records(few: int, total: int, least: int) -> str:
+    if few == total == 1:
+        return f"The site has only {least} test records (fewer than {FEW_RECORDS}), so its interval is wide."
+    sites = f"All {total} sites" if few == total else f"{few} of {counted(total, 'site')}"
+    return f"{sites} have fewer than {FEW_RECORDS} test records (the smallest has {least}), so intervals are wide."
 
 
 def _counts(counts: dict[str, int]) -> str:

@@ -17,7 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, eq=False)
 class Measures:
-    """The response NLL (nats, NaN where it is no number) and tokens of a client's test records, by record id."""
+    """Response NLL (nats; NaN if not finite) and tokens of a client's test records, by record id."""
 
     record_ids: tuple[str, ...]
     nll_sums: FloatArray
@@ -25,14 +25,14 @@ class Measures:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Measures":
-        """Out of what a client's evaluation file holds."""
+        """From the values of a client's evaluation file."""
         sums = [np.nan if value is None else value for value in values["nll_sums"]]
         return cls(tuple(values["record_ids"]), np.array(sums, float), np.array(values["num_tokens"], float))
 
 
 @dataclass(frozen=True, eq=False)
 class Pair:
-    """The sums of the same records under two adapters, and their tokens; all finite."""
+    """NLL sums of the same records under two adapters, and their tokens. All are finite."""
 
     first: FloatArray
     second: FloatArray
@@ -44,7 +44,7 @@ class Pair:
 
 
 def pair(first: Measures, second: Measures) -> Pair | None:
-    """The records that both measured, by id; None where there are none, or where a record's tokens differ."""
+    """The records that both measured, by id. None if there are none, or if a record's number of tokens differs."""
     place = {record: index for index, record in enumerate(second.record_ids)}
     common = [(index, place[record]) for index, record in enumerate(first.record_ids) if record in place]
     ours, theirs = np.array(common, dtype=np.int64).reshape(-1, 2).T
@@ -67,7 +67,7 @@ def client_change(first: Measures | None, second: Measures | None, resamples: in
 def mean_change(clients: Mapping[str, tuple[Measures, Measures]], resamples: int, seed: int) -> Interval | None:
     """The unweighted mean of the clients' changes, with its 95 % interval.
 
-    The records of each client are resampled by its own stream; the clients are all there are and are not resampled.
+    Each client's records are resampled with a random stream of their own. Clients are not resampled: these are all.
     """
     pairs = {name: paired for name, sides in clients.items() if (paired := pair(*sides))}
     if not pairs:

@@ -12,10 +12,10 @@ COLORS = {"base": "--base", "aggregated": "--aggregated", "personalized": "--per
 SYMBOLS = {"base": "x", "aggregated": "square", "personalized": "circle"}
 
 
-MEAN = "mean of the clients"
+MEAN = "mean of the sites"
 
 
-OVER_CLIENTS = {"mean": MEAN, "worst": "worst client", "standard_deviation": "spread (st. dev.)"}
+OVER_CLIENTS = {"mean": MEAN, "worst": "worst site", "standard_deviation": "spread (st. dev.)"}
 
 
 TEXTS = {"rouge_l": "ROUGE-L", "token_f1": "token F1", "exact_match": "exact match"}
@@ -28,7 +28,7 @@ def change_figure(facts: RunFacts) -> Figure | None:
         return None
     # Plotly draws the first point at the bottom.
     ordered = dict(sorted(changes.items(), key=lambda item: item[1].value, reverse=True))
-    data = [dots(ordered, "client", "--personalized")]
+    data = [dots(ordered, "site", "--personalized")]
     if facts.mean_change and len(changes) > 1:
         mean = dots({MEAN: facts.mean_change}, MEAN, "--ink", "diamond")
         data.insert(0, {**mean, "meta": {}})
@@ -44,11 +44,11 @@ def change_figure(facts: RunFacts) -> Figure | None:
     return Figure(
         "gain",
         "Change by personalization",
-        "NLL of a client's test responses under its tuned adapter minus NLL under the common adapter, on the same "
+        "NLL of a site's test responses under its tuned adapter minus NLL under the common adapter, on the same "
         "records. Below 0 is better. Lines are 95 % intervals over test records. A line that crosses 0 means that the "
-        "records are too few to decide. The mean weighs clients equally, and includes hidden ones.",
+        "records are too few to decide. The mean weighs sites equally, and includes hidden ones.",
         (Plot(data, layout),),
-        table(("client", "change of NLL, nats per token", "personalization"), rows),
+        table(("site", "change of NLL, nats per token", "personalization"), rows),
     )
 
 
@@ -80,16 +80,16 @@ def nll_figure(facts: RunFacts) -> Figure | None:
     ]
     return Figure(
         "nll",
-        "How well each adapter explains the test responses",
-        "Sum of the NLL of all response tokens over their number, on each client's own test records. Intervals overlap "
-        "easily here, because they take each adapter alone; the figure above compares record by record.",
+        "NLL of the test responses under each adapter",
+        "Sum of the NLL of all response tokens divided by their number, on each site's own test records. Intervals "
+        "overlap easily here, because each is of one adapter alone. The figure above compares record by record.",
         (Plot(data, layout),),
-        table(("client", "test records", *(STAGE_NAMES[stage] for stage in stages)), rows),
+        table(("site", "test records", *(STAGE_NAMES[stage] for stage in stages)), rows),
     )
 
 
 def likelihood_table(facts: RunFacts) -> Table:
-    """Each client's likelihood and what moved it, and under them the figures over clients."""
+    """Each client's NLL and its changes; below them the figures over clients."""
     stages = _stages(facts)
 
     def cells(each: Outcome) -> tuple[str, ...]:
@@ -102,13 +102,13 @@ def likelihood_table(facts: RunFacts) -> Table:
         values = [number(_over(facts, stage, "response_nll", key)) for stage in stages]
         rows.append(Row((title, "", *values, "", ranged(facts.mean_change, signed=True) if key == "mean" else "")))
     return table(
-        ("client", "test records", *_titles("NLL", stages), "change by common training", "change by personalization"),
+        ("site", "test records", *_titles("NLL", stages), "change by common training", "change by personalization"),
         rows,
     )
 
 
 def other_table(facts: RunFacts) -> Table:
-    """Each client's choice accuracy, text metrics and sets, and under them the figures over clients."""
+    """Each client's choice accuracy, text metrics and sets; below them the figures over clients."""
     stages = _stages(facts)
     texts = [name for name in TEXTS if any(name in each.texts for each in facts.outcomes)]
 
@@ -130,7 +130,7 @@ def other_table(facts: RunFacts) -> Table:
         values = [number(_over(facts, "generation", name, key), 2) for name in texts]
         rows.append(Row((title, *choices, "", *values, "", "", "")))
     sets = ("shared at the split", "shared at the end", "score with length, ρ")
-    return table(("client", *_titles("choice", stages), "chance", *(TEXTS[name] for name in texts), *sets), rows)
+    return table(("site", *_titles("choice", stages), "chance", *(TEXTS[name] for name in texts), *sets), rows)
 
 
 def _stages(facts: RunFacts) -> list[str]:
@@ -142,7 +142,7 @@ def _titles(measure: str, stages: Sequence[str]) -> tuple[str, ...]:
 
 
 def _over(facts: RunFacts, stage: str, metric: str, key: str) -> float | None:
-    """A figure over clients; None where it has none."""
+    """A figure over clients; None if the run has none."""
     figures = facts.metrics.get("over_clients", {}).get(stage, {}).get(metric)
     return figures[key] if figures else None
 

@@ -1,6 +1,6 @@
-"""Texts of records for a page that stays on the site: what was kept back, what was shared, what the model answered.
+"""Texts of records for a page that stays on the site: records held back, records shared, and answers of the model.
 
-Only called where the user asks for it. Ids stay out of the page all the same: nobody needs them to read it.
+Used only if the user asks for it. Ids stay off the page even then: reading it does not need them.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from fedmide.report.facts import RunFacts
 from fedmide.report.figure import number
 
 MAX_SHOWN = 20
-"""So many records of each kind and client."""
+"""The most records per kind and client."""
 
 
 MAX_CHARACTERS = 2000
-"""A longer text is cut on the page."""
+"""Longer texts are cut on the page."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """One record on the page: whose it is, why it is shown, and its texts by what they are."""
+    """One record on the page: its client, the reason for showing it, and its texts by name."""
 
     client: str
     kind: str
@@ -32,9 +32,9 @@ class Passage:
 
 
 def passages(folder: RunFolder, facts: RunFacts) -> tuple[Passage, ...]:
-    """For each client the training records with the highest and lowest scores at the split, and its predictions.
+    """Per client: the training records with the highest and lowest scores at the split, and the predictions.
 
-    The records are read from where the configuration points; raises `DataError` where they are not there any more.
+    Reads the records from the place in the configuration. Raises `DataError` if they are no longer there.
     """
     found: list[Passage] = []
     for client in load(folder.config.data, folder.config.data_seed):
@@ -45,7 +45,7 @@ def passages(folder: RunFolder, facts: RunFacts) -> tuple[Passage, ...]:
 
 
 def _extremes(client: ClientData, ledger: Ledger) -> list[Passage]:
-    """Records at both ends of the scores at the split."""
+    """Records with the highest and the lowest scores at the split."""
     records = {record.id: record for record in client.training}
     judged = [entry for entry in ledger if entry.reason != "own-nll"]
     split = [entry for entry in judged if entry.round == judged[0].round and entry.score is not None]

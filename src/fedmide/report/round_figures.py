@@ -22,11 +22,11 @@ from fedmide.report.figure import (
 
 PHASES = {
     "trained": "warm-up and rounds",
-    "personalized": "personalisation",
+    "personalized": "personalization",
     "generated": "generation",
     "evaluated": "evaluation",
 }
-"""What the manifest calls a stage that has ended, and what people do."""
+"""A finished stage's name in the manifest, and its name for people."""
 
 
 ROUNDS = {"automargin": True, "type": "category", "tickangle": -35}
@@ -40,8 +40,8 @@ def loss_figure(facts: RunFacts) -> Figure | None:
     return Figure(
         "loss",
         "Training loss, round by round",
-        "Mean NLL of the tokens that a client trained on in a round, as it told the server. A round of few or other "
-        "records is not comparable with one of many: after the split only shared records train.",
+        "Mean NLL of the tokens that a site trained on in a round, as it reported to the server. Rounds with different "
+        "records are not comparable: after the split only shared records train.",
         (Plot(lines, {"xaxis": ROUNDS, "yaxis": axis("nats per token"), "height": 420}),),
         _by_round(facts, lambda turn: number(turn.loss)),
     )
@@ -80,10 +80,10 @@ def enrollment_figure(facts: RunFacts) -> Figure | None:
     return Figure(
         "enrollment",
         "How records flowed into the common training",
-        "Training records of the clients that are shown, after each round's verdicts. Before the split all are shared. "
-        "A client that was not drawn for a round has no bar in it. Each section of a bar is a client.",
+        "Training records of the sites shown, after each round's verdicts. Before the split all are shared. "
+        "A site that was not drawn for a round has no bar in it. Each section of a bar is a site.",
         (Plot(data, layout),),
-        table(("round, client", *kinds, "trained on"), rows),
+        table(("round, site", *kinds, "trained on"), rows),
     )
 
 
@@ -99,15 +99,15 @@ def shared_part_figure(facts: RunFacts) -> Figure | None:
     layout = {"xaxis": ROUNDS, "yaxis": axis("shared part", tickformat=".0%", rangemode="tozero"), "height": 420}
     return Figure(
         "shared-part",
-        "The shared part of each client's records",
-        "A client that stays low keeps most of its records out of the common training.",
+        "The shared part of each site's records",
+        "A site whose line stays low holds most of its records back from the common training.",
         (Plot(_lines(facts, part, "of 1"), layout),),
         _by_round(facts, lambda turn: "–" if part(turn) is None else f"{part(turn):.0%}"),
     )
 
 
 def convergence_figure(facts: RunFacts) -> Figure | None:
-    """How far the aggregated adapter still moves, and the mean loss."""
+    """The change of the common adapter per round, and the mean loss."""
     losses = {title: facts.mean_loss(title) for title in facts.titles}
     told = {title: loss for title, loss in losses.items() if loss is not None}
     if not told or not facts.steps:
@@ -120,11 +120,11 @@ def convergence_figure(facts: RunFacts) -> Figure | None:
     return Figure(
         "convergence",
         "Does it converge?",
-        "Left: how far a round moves the aggregated adapter, over the adapter's own length; towards 0 it has settled. "
-        "Right: training loss over all tokens of all clients.",
+        "Left: change of the common adapter in a round, divided by the adapter's own length. Near 0 it has settled. "
+        "Right: training loss over all tokens of all sites.",
         (
             Plot([change], {**common, "yaxis": axis("relative change", rangemode="tozero")}, "change of the adapter"),
-            Plot([mean], {**common, "yaxis": axis("nats per token")}, "training loss of all clients"),
+            Plot([mean], {**common, "yaxis": axis("nats per token")}, "training loss of all sites"),
         ),
         table(
             ("round", "relative change", "training loss"),
@@ -134,7 +134,7 @@ def convergence_figure(facts: RunFacts) -> Figure | None:
 
 
 def cost_figure(facts: RunFacts) -> Figure | None:
-    """Bytes and tokens by round, seconds by phase."""
+    """Bytes and tokens per round, seconds per phase."""
     if not facts.turns:
         return None
     titles = tuple(dict.fromkeys(turn.title for turn in facts.turns))
@@ -143,7 +143,7 @@ def cost_figure(facts: RunFacts) -> Figure | None:
     spent = {PHASES.get(name, name): value for name, value in facts.manifest["seconds"].items()}
     stacked = {"barmode": "stack", "xaxis": ROUNDS, "height": 340}
     traffic = [
-        bars(titles, [down[title] / 1e6 for title in titles], "to the clients", "--aggregated", "MB"),
+        bars(titles, [down[title] / 1e6 for title in titles], "to the sites", "--aggregated", "MB"),
         bars(titles, [up[title] / 1e6 for title in titles], "to the server", "--personalized", "MB"),
     ]
     tokens = [
@@ -168,19 +168,19 @@ def cost_figure(facts: RunFacts) -> Figure | None:
     return Figure(
         "cost",
         "What it cost",
-        "Bytes as encoded for the wire, both ways; tokens that went through the model; wall time of each phase, "
-        "restarts included.",
+        "Messages: bytes as encoded, in both directions. Tokens: those that went through the model. Time: wall time "
+        "per phase, restarts included.",
         (
             Plot(traffic, {**stacked, "yaxis": axis("MB")}, "messages"),
             Plot(tokens, {**stacked, "yaxis": axis("tokens")}, "tokens"),
             Plot([time], {"xaxis": ROUNDS, "yaxis": axis("seconds"), "height": 340, "showlegend": False}, "time"),
         ),
-        table(("round", "to the clients", "to the server", "trained tokens", "scored tokens", "time"), rows),
+        table(("round", "to the sites", "to the server", "trained tokens", "scored tokens", "time"), rows),
     )
 
 
 def _lines(facts: RunFacts, value: Callable[[Turn], float | None], unit: str) -> list[Data]:
-    """A line for each client that has values."""
+    """A line per client that has values."""
     data = []
     for index, client in enumerate(facts.clients):
         points = [(turn.title, value(turn)) for turn in facts.rounds if turn.client == client]
@@ -192,12 +192,12 @@ def _lines(facts: RunFacts, value: Callable[[Turn], float | None], unit: str) ->
 
 
 def _by_round(facts: RunFacts, cell: Callable[[Turn], str]) -> Table:
-    """A row for each client, a column for each round."""
+    """A row per client, a column per round."""
     cells = {(turn.client, turn.title): cell(turn) for turn in facts.rounds}
     rows = [
         Row((client, *(cells.get((client, title), "–") for title in facts.titles)), client) for client in facts.clients
     ]
-    return table(("client", *facts.titles), rows)
+    return table(("site", *facts.titles), rows)
 
 
 def _sums(facts: RunFacts, name: str) -> Mapping[str, int]:

@@ -1,4 +1,4 @@
-"""Figures of the scores: where they lie, what the threshold parts, and whether they follow the records' length.
+"""Figures of the scores: distribution, split by the threshold, and relation to the length of records.
 
 Only counts in bins are drawn, never a record's own score.
 """
@@ -10,7 +10,7 @@ from fedmide.report.figure import Data, Figure, Plot, Row, axis, bars, number, s
 from fedmide.report.scores import NUM_LEVELS, Histogram, ScoreRound, edges, grid, histogram
 
 MAX_CLIENTS = 40
-"""So many small plots at most; the tables have every client."""
+"""The most small plots. Tables have every client."""
 
 
 def histogram_figure(facts: RunFacts) -> Figure | None:
@@ -40,13 +40,13 @@ def histogram_figure(facts: RunFacts) -> Figure | None:
     return Figure(
         "scores",
         "The scores and the threshold",
-        "Score: perplexity under the aggregated adapter over that under the client's own; above 1 the own model "
-        "explains the record better. Left of the dashed threshold a record becomes shared (blue), right of it it stays "
-        "personal (orange). At the split each client has its own threshold, later all have the same; then only records "
-        f"that were still personal are scored. The outermost bars hold all that lies beyond.{_only(facts)}",
+        "Score: perplexity under the common adapter divided by that under the site's local adapter. Above 1 the local "
+        "adapter predicts the record better. Records left of the dashed threshold become shared (blue), those right of "
+        "it stay personal (orange). At the split each site has its own threshold. Later all sites have the same, and "
+        f"only records that are still personal are scored. The outermost bars also count all beyond.{_only(facts)}",
         tuple(plots),
         table(
-            ("client", "round", "scored", "below threshold", "threshold", "not a number", "counts by score"),
+            ("site", "round", "scored", "below threshold", "threshold", "not a number", "counts by score"),
             rows,
         ),
         titles,
@@ -104,11 +104,11 @@ def length_figure(facts: RunFacts) -> Figure | None:
     return Figure(
         "length",
         "Does the score only measure length?",
-        "Records at the split by length and score; a dot's area is their number, blue where most became shared, orange "
-        "where most stayed personal. A rank correlation ρ far from 0 says that the split goes by length as much as by "
+        "Records at the split by length and score. The area of a dot is their number. Blue: most became shared. "
+        "Orange: most stayed personal. A rank correlation ρ far from 0 means that the split follows length as much as "
         f"content.{_only(facts)}",
         tuple(plots),
-        table(("client", "tokens", "score", "shared", "personal"), rows_of_table),
+        table(("site", "tokens", "score", "shared", "personal"), rows_of_table),
     )
 
 
@@ -132,7 +132,7 @@ def _histogram(each: ScoreRound, counts: Histogram) -> list[Data]:
         )
     ]
     if each.threshold is not None and each.threshold > 0:
-        # rounded: a threshold can be a record's own score
+        # Rounded, because a threshold can be a record's own score.
         place = round(min(max(math.log(each.threshold), counts.edges[0]), counts.edges[-1]), 3)
         top = max((a + b for a, b in zip(counts.shared, counts.personal, strict=True)), default=1)
         traces.append(
@@ -152,13 +152,13 @@ def _histogram(each: ScoreRound, counts: Histogram) -> list[Data]:
 
 def _histogram_row(client: str, each: ScoreRound, counts: Histogram) -> Row:
     bins = zip(counts.edges, counts.edges[1:], counts.shared, counts.personal, strict=False)
-    told = "; ".join(
+    binned = "; ".join(
         f"{math.exp(low):.2f}–{math.exp(high):.2f}: {shared + personal}"
         for low, high, shared, personal in bins
         if shared + personal
     )
     below = f"{int(each.is_shared.sum())}"
-    cells = (client, _name(each), str(len(each.logs)), below, number(each.threshold), str(each.num_not_finite), told)
+    cells = (client, _name(each), str(len(each.logs)), below, number(each.threshold), str(each.num_not_finite), binned)
     return Row(cells, client)
 
 
@@ -167,7 +167,7 @@ def _name(each: ScoreRound) -> str:
 
 
 def _titles(facts: RunFacts) -> tuple[str, ...]:
-    """The rounds in which anyone was judged, in order."""
+    """The rounds in which records were judged, in order."""
     judged = {each.title for rounds in facts.scores.values() for each in rounds}
     return tuple(title for title in facts.titles if title in judged)
 
@@ -178,4 +178,4 @@ def _cell_text(shortest: int, longest: int, shared: int, personal: int) -> str:
 
 def _only(facts: RunFacts) -> str:
     shown = min(len(facts.scores), MAX_CLIENTS)
-    return "" if shown == len(facts.scores) else f" Drawn are the first {shown} clients; the table has all."
+    return "" if shown == len(facts.scores) else f" The first {shown} sites are drawn; the table has all."

@@ -1,4 +1,4 @@
-"""A client's scores as counts in bins: what a report may show of a ledger. No id and no single score gets out."""
+"""A client's scores as counts in bins. A report may show these of a ledger, but no id and no single score."""
 
 import math
 import sys
@@ -21,12 +21,12 @@ NUM_LEVELS = 10
 
 
 OUTER_PERCENT = 1.0
-"""So much of the scores at either end may lie outside the bins; they are counted in the outermost."""
+"""This percentage of the scores at either end may lie outside the bins. The outermost bins count them."""
 
 
 @dataclass(frozen=True)
 class ScoreRound:
-    """The finite scores of one client's verdicts in one round, still one by one: `histogram` and `grid` bin them."""
+    """The finite scores of one client's verdicts in one round, one per record. `histogram` and `grid` bin them."""
 
     title: str
     is_split: bool
@@ -38,7 +38,7 @@ class ScoreRound:
 
     @property
     def spearman(self) -> float | None:
-        """Rank correlation of score and length; None where it is undefined."""
+        """Rank correlation of score and length; None if undefined."""
         return spearman(self.logs, self.num_tokens)
 
 
@@ -53,7 +53,7 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Cell:
-    """How many records are of about this length (tokens) and score (its natural logarithm)."""
+    """Number of records within a range of lengths (tokens) and a range of scores (natural logarithms)."""
 
     shortest: int
     longest: int
@@ -73,7 +73,7 @@ def score_rounds(ledger: Ledger, name: Callable[[int], str]) -> tuple[ScoreRound
 
 
 def edges(clients: Mapping[str, Sequence[ScoreRound]], num_bins: int = NUM_BINS) -> npt.NDArray[np.float64]:
-    """Bins of equal width in the logarithm that hold all but the outermost scores; 1 is the edge of one of them."""
+    """Bins of equal width in the logarithm, for all but the outermost scores. Score 1 is the edge of a bin."""
     logs = np.concatenate([each.logs for rounds in clients.values() for each in rounds] or [np.zeros(0)])
     low, high = np.percentile(logs, [OUTER_PERCENT, 100 - OUTER_PERCENT]) if len(logs) else (0.0, 0.0)
     low, high = min(math.floor(50 * low) / 50, -0.02), max(math.ceil(50 * high) / 50, 0.02)  # no record's own score
@@ -83,7 +83,7 @@ def edges(clients: Mapping[str, Sequence[ScoreRound]], num_bins: int = NUM_BINS)
 
 
 def histogram(scores: ScoreRound, bins: npt.NDArray[np.float64]) -> Histogram:
-    """The counts of one round; what lies outside the bins is in the outermost."""
+    """The counts of one round. The outermost bins include scores beyond them."""
     logs = np.clip(scores.logs, bins[0], bins[-1])
     shared, _ = np.histogram(logs[scores.is_shared], bins)
     personal, _ = np.histogram(logs[~scores.is_shared], bins)
@@ -91,7 +91,7 @@ def histogram(scores: ScoreRound, bins: npt.NDArray[np.float64]) -> Histogram:
 
 
 def grid(scores: ScoreRound, bins: npt.NDArray[np.float64]) -> tuple[Cell, ...]:
-    """The counts of one round by length and score, empty cells left out; lengths in bins of about equal counts."""
+    """The counts of one round by length and score, without empty cells. Bins of length have about equal counts."""
     if not len(scores.logs):
         return ()
     quantiles = np.quantile(scores.num_tokens, np.linspace(0, 1, NUM_LENGTHS + 1), method="lower")

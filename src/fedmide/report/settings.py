@@ -1,4 +1,4 @@
-"""What a run was: its configuration, versions, fingerprints and protocol, as tables."""
+"""Tables of a run's configuration, versions, fingerprints and protocol."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -31,27 +31,27 @@ def provenance_table(facts: RunFacts) -> Table:
 
 
 def data_table(facts: RunFacts) -> Table:
-    """Each client's records by part, and their fingerprint."""
+    """Each client's records per split, and their fingerprint."""
     parts = ("training", "validation", "test", "truncated", "fingerprint")
     rows = [
         Row((name, *(str(each.get(part, "–")) for part in parts)), name)
         for name, each in facts.manifest["data"].items()
     ]
-    return table(("client", "training", "validation", "test", "cut at the end", "fingerprint"), rows)
+    return table(("site", "training", "validation", "test", "cut at the end", "fingerprint"), rows)
 
 
 def config_table(facts: RunFacts) -> Table:
-    """Every knob, the published method's value where it differs, and what the knob means."""
+    """Every setting: its value, the published method's value if that differs, and its meaning."""
     own, published = (dict(flat(config.model_dump())) for config in (facts.config, Config()))
     rows = []
     for name, meaning in knobs():
         differs = own[name] != published[name]
         rows.append(Row((name, shown(own[name]), shown(published[name]) if differs else "", meaning)))
-    return table(("knob", "value", "default, if another", "meaning"), rows)
+    return table(("setting", "value", "default, if different", "meaning"), rows)
 
 
 def protocol_table(facts: RunFacts) -> Table:
-    """How the figures were measured."""
+    """The protocol of each figure."""
     return table(
         ("figure", "protocol"),
         [Row((name, shown(value))) for name, value in flat(facts.metrics.get("protocol", {}))],
@@ -68,7 +68,7 @@ def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any
 
 
 def shown(value: object) -> str:
-    """A knob's value as people read it."""
+    """A setting's value as text for people."""
     if isinstance(value, list | tuple):
         return ", ".join(map(str, value))
     return '""' if value == "" else str(value).lower() if isinstance(value, bool) else str(value)

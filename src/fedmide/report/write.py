@@ -1,4 +1,4 @@
-"""Facts into one self-contained page: no network, no other file, whole or not there."""
+"""Writes facts as one self-contained page, which needs no network and no other file. Writing is atomic."""
 
 import json
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ from fedmide.errors import UsageError
 from fedmide.journal.folder import RunFolder
 from fedmide.report import compared, findings, outcome_figures, round_figures, score_figures, settings
 from fedmide.report.facts import RunFacts, read
-from fedmide.report.figure import Figure, Table, counted_rounds
+from fedmide.report.figure import Figure, Table, counted, counted_rounds
 from fedmide.report.passages import Passage, passages
 from fedmide.version import __version__
 
@@ -38,7 +38,7 @@ COST = (round_figures.cost_figure,)
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page under one heading; it is left out where it has nothing."""
+    """A part of the page under one heading. Empty sections are left out."""
 
     key: str
     title: str
@@ -48,9 +48,9 @@ class Section:
 
 
 def write(folder: RunFolder, out: Path | None = None, with_records: bool = False) -> Path:
-    """Writes a run's report and says where: RUN/report.html, or `out`.
+    """Writes a run's report and returns its path: RUN/report.html, or `out`.
 
-    `with_records` puts texts of records on the page, which is then marked as private to the sites.
+    `with_records` puts texts of records on the page and marks it as private to the sites.
     """
     facts = read(folder)
     texts = passages(folder, facts) if with_records else ()
@@ -60,7 +60,7 @@ def write(folder: RunFolder, out: Path | None = None, with_records: bool = False
 
 
 def compare(folders: Sequence[RunFolder], out: Path) -> Path:
-    """Writes a page that compares runs, the first being what the others are compared with; says where."""
+    """Writes a page that compares each run with the first one, and returns its path."""
     if len({folder.path.resolve() for folder in folders}) < len(folders):
         raise UsageError("a run can't be compared with itself", "Name each run folder once")
     runs = compared.labelled([read(folder) for folder in folders])
@@ -76,31 +76,32 @@ def page(facts: RunFacts, texts: Sequence[Passage] = ()) -> str:
             "Did it help?",
             _drawn(OUTCOME, facts),
             (
-                ("Likelihood of each client's test responses", outcome_figures.likelihood_table(facts)),
-                ("Choice, generated responses and sets of each client", outcome_figures.other_table(facts)),
+                ("NLL of each site's test responses", outcome_figures.likelihood_table(facts)),
+                ("Choice, generated responses and sets of each site", outcome_figures.other_table(facts)),
             )
             if facts.outcomes
             else (),
         ),
         Section("flow", "What happened to the records", _drawn(ROUNDS, facts)),
-        Section("scores", "How records were told apart", _drawn(SCORES, facts), remark=_about_scores(facts)),
+        Section("scores", "How records were distinguished", _drawn(SCORES, facts), remark=_about_scores(facts)),
         Section("cost", "What it cost", _drawn(COST, facts)),
         Section(
             "settings",
             "What exactly ran",
             tables=(
                 ("Versions, seed and fingerprints", settings.provenance_table(facts)),
-                ("Records of each client", settings.data_table(facts)),
+                ("Records of each site", settings.data_table(facts)),
                 ("How the figures were measured", settings.protocol_table(facts)),
                 ("Configuration", settings.config_table(facts)),
             ),
         ),
     ]
     config = facts.config
+    sites = counted(len(facts.clients), "site")
     rounds = counted_rounds(config.warmup.rounds, config.federation.rounds)
     return _render(
         title=facts.name,
-        subtitle=f"{config.method}: {len(facts.clients)} clients, {rounds}, {config.model.name}",
+        subtitle=f"{config.method}: {sites}, {rounds}, {config.model.name}",
         headline=findings.headline(facts),
         numbers=findings.numbers(facts),
         cautions=findings.cautions(facts),
@@ -115,7 +116,7 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
     clients = tuple(dict.fromkeys(client for run in runs for client in run.clients))
     sections = [
         Section("outcome", "Which run is better?", compared.figures(runs), (("The runs", compared.runs_table(runs)),)),
-        Section("settings", "How they differ", tables=(("Knobs that are not the same", compared.knobs_table(runs)),)),
+        Section("settings", "How they differ", tables=(("Settings that differ", compared.knobs_table(runs)),)),
     ]
     return _render(
         title=" against ".join(run.name for run in runs) if len(runs) < 3 else f"{len(runs)} runs",
@@ -130,18 +131,18 @@ def comparison_page(runs: Sequence[RunFacts]) -> str:
 
 
 def _drawn(makers: Sequence[Any], facts: RunFacts) -> tuple[Figure, ...]:
-    """The figures that the facts have something for."""
+    """The figures for which the facts have data."""
     return tuple(figure for make in makers if (figure := make(facts)) is not None)
 
 
 def _about_scores(facts: RunFacts) -> str:
-    """Where the scores are from, or why there are none."""
+    """The source of the scores, or the reason for none."""
     if facts.scores:
         return (
-            "These figures come from the sites' own ledgers, counted in bins. Whoever passes this page on passes on "
+            "These figures come from the sites' own ledgers, counted in bins. If you pass this page on, you pass on "
             "the distribution of the sites' scores."
         )
-    return "No scores are shown: this page was made without ledgers with verdicts."
+    return "No scores are shown: the ledgers are not here or have no verdicts."
 
 
 def _render(sections: Sequence[Section], **values: Any) -> str:

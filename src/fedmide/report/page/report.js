@@ -7,7 +7,7 @@
   const root = document.documentElement;
   const PRINTED_WIDTH = { one: 680, few: 330, small: 215 };
 
-  // A colour that is the name of a CSS variable is looked up in the theme at hand.
+  // Looks up a color that is the name of a CSS variable in the current theme.
   function colored(value, css) {
     if (typeof value === "string") return value.startsWith("--") ? css.getPropertyValue(value).trim() : value;
     if (Array.isArray(value)) return value.map((each) => colored(each, css));
@@ -19,7 +19,7 @@
 
   const isShown = (client) => boxes.find((box) => box.value === client)?.checked ?? true;
 
-  // The trace with the points of the clients that are shown; null where it is not shown itself.
+  // The trace with the points of the clients shown; null if the trace itself is hidden.
   function filtered(trace, choice) {
     const meta = trace.meta || {};
     if ((meta.client && !isShown(meta.client)) || (meta.choice && choice && meta.choice !== choice)) return null;
@@ -35,7 +35,7 @@
     return pick(trace);
   }
 
-  // Where the first trace of a kind is hidden, the next one of that kind stands in the legend.
+  // If the first trace of a kind is hidden, the legend shows the next one of that kind.
   function legended(traces) {
     const named = new Set();
     return traces.map((trace) => {
@@ -109,7 +109,7 @@
     document.getElementById("found").textContent = `${found} shown`;
   }
 
-  // A cell's number where it begins with one ("+0.20 [0.1, 0.3]", "1,024", "40 of 48"), else its text.
+  // A cell's number if it begins with one ("+0.20 [0.1, 0.3]", "1,024", "40 of 48"), else its text.
   function sortKey(cell) {
     const text = cell.textContent.trim().replace("−", "-").replaceAll(",", "");
     const value = Number.parseFloat(text);
@@ -119,7 +119,7 @@
   function sort(table, column, header) {
     const descending = header.getAttribute("aria-sort") === "ascending";
     const body = table.tBodies[0];
-    // Rows over clients stay below those of the clients, as they are.
+    // Rows over all clients stay below, in their order.
     const own = [...body.rows].filter((row) => row.dataset.client);
     const below = own.length ? [...body.rows].filter((row) => !row.dataset.client) : [];
     const rows = (own.length ? own : [...body.rows]).map((row) => [sortKey(row.cells[column]), row]);
