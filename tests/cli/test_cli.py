@@ -139,13 +139,13 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["run", "--resume", "R", "--out", "O"], "--out O can't be given for the run in R"),
         (["run", ".", "--out", "O"], "--out O can't be given for the run in ."),
         (["run", ".", "--resume", "R"], ". and --resume R are both run folders"),
-        (["run", "."], ". is no run folder: it has no config.toml. Start a run with fedmide run CONFIG"),
-        (["evaluate", "R"], "R is no run folder: it is no folder"),
-        (["export", "R", "O"], "R is no run folder: it is no folder"),
-        (["watch", "R"], "R is no run folder: it is no folder"),
-        (["report", "R"], "R is no run folder: it is no folder"),
+        (["run", "."], ". is not a run folder: it has no config.toml. Start a run with fedmide run CONFIG"),
+        (["evaluate", "R"], "R is not a run folder: it is not a folder"),
+        (["export", "R", "O"], "R is not a run folder: it is not a folder"),
+        (["watch", "R"], "R is not a run folder: it is not a folder"),
+        (["report", "R"], "R is not a run folder: it is not a folder"),
         (["report"], "Missing argument 'PATHS...'. See fedmide report --help"),
-        (["run", "--resume", "R"], "R is no run folder: it is no folder"),
+        (["run", "--resume", "R"], "R is not a run folder: it is not a folder"),
         (["run", "none.toml"], "none.toml: no such file. Give a configuration (TOML); fedmide demo runs without one"),
         (["split", "none.json"], "none.json: not readable: No such file or directory"),
         (["data", "check", "none"], "none: no such folder"),
@@ -483,8 +483,8 @@ def test_a_folder_that_is_taken_is_refused(fedmide: Callable[..., Outcome], fini
     settings = [word for each in QUICK for word in ("--set", each)]
     same = fedmide("run", given.config, *settings, "--out", path)
     assert same.refusal == (
-        f"{path} exists already. To go on with it: fedmide run --resume {path}, "
-        f"one over Flower: fedmide flower resume SERVER {path}"
+        f"{path} exists already. To resume it: fedmide run --resume {path}. "
+        f"A run over Flower: fedmide flower resume SERVER {path}"
     )
     other = fedmide("run", given.config, *settings, "--set", "seed=9", "--out", path)
     assert other.refusal.startswith(f"seed is 3 in {path} and 9 here. {path} belongs to another configuration")

@@ -274,8 +274,12 @@ def test_another_configuration_is_refused_with_all_that_differs(folder: RunFolde
 
 def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    for name, reason in (("file", "it is no folder"), ("nothing", "it is no folder"), (".", "it has no config.toml")):
-        with pytest.raises(RunFolderError, match=f"is no run folder: {reason}. Start a run"):
+    for name, reason in (
+        ("file", "it is not a folder"),
+        ("nothing", "it is not a folder"),
+        (".", "it has no config.toml"),
+    ):
+        with pytest.raises(RunFolderError, match=f"is not a run folder: {reason}. Start a run"):
             creation.reopen(tmp_path / name)
 
 

@@ -317,7 +317,9 @@ def test_a_configuration_that_another_version_read_differently_is_reported(small
         present = run.inputs.manifest
     earlier = {**present, "config": "0" * 16, "fedmide": "0.0.1", "commit": "abc"}
     (problem,) = changed(earlier, present)
-    told = "config.toml is not what the run began with, or fedmide 0.0.1, commit abc, which began it, had other knobs"
+    told = (
+        "config.toml is not what the run began with, or fedmide 0.0.1, commit abc, which began it, had other settings"
+    )
     assert problem.startswith(f"{told} than {present['fedmide']}, ")
     assert not list(changed({**earlier, "config": present["config"]}, present))
 

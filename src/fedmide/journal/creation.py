@@ -1,4 +1,4 @@
-"""A run folder made, opened again, locked."""
+"""Creating, opening and locking of run folders."""
 
 import fcntl
 from collections.abc import Iterator, Mapping
@@ -12,16 +12,16 @@ from fedmide.errors import RunFolderError
 from fedmide.journal.folder import RunFolder
 
 _BEGUN = {".lock", "manifest.json", ".manifest.json.partial", ".config.toml.partial"}
-"""What a folder may hold before it is a run folder: config.toml comes last."""
+"""Files that a folder may hold before it is a run folder. config.toml is written last."""
 
 
 RUNS = Path("runs")
-"""Where runs go if nobody says: below the working directory."""
+"""Default parent of new runs, in the working directory."""
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Keeps every other process out of a run folder, which is made where there is none; refused while another is in."""
+    """Locks a run folder against other processes, and creates it if missing. Refused while another process holds it."""
     with clear_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         handle = (path / ".lock").open("w")
@@ -32,7 +32,7 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def free_folder(parent: Path, name: str = "") -> Path:
-    """Where a new run goes if nobody says: PARENT/NAME-NNN, or PARENT/NNN, with the first number that is free."""
+    """Default folder of a new run: PARENT/NAME-NNN, or PARENT/NNN, with the first free number."""
     number, start = 1, f"{name}-" if name else ""
     while (folder := parent / f"{start}{number:03d}").exists():
         number += 1
@@ -40,20 +40,20 @@ def free_folder(parent: Path, name: str = "") -> Path:
 
 
 def check_new(path: Path, config: Config) -> None:
-    """Raises `RunFolderError` where the path is not free for a new run."""
+    """Raises `RunFolderError` if the path is not free for a new run."""
     if not path.exists() or (path.is_dir() and {entry.name for entry in path.iterdir()} <= _BEGUN):
         return
     if (path / "config.toml").is_file():
-        reopen(path, config)  # says what differs, where something does
+        reopen(path, config)  # reports the settings that differ, if any
         raise RunFolderError(
             f"{path} exists already",
-            f"To go on with it: fedmide run --resume {path}, one over Flower: fedmide flower resume SERVER {path}",
+            f"To resume it: fedmide run --resume {path}. A run over Flower: fedmide flower resume SERVER {path}",
         )
     raise RunFolderError(f"{path} exists already and holds something else", "Give another --out")
 
 
 def create(path: Path, config: Config, manifest: Mapping[str, Any]) -> RunFolder:
-    """A new run folder; a path that is not free is refused."""
+    """Creates a run folder. Refuses a path that is not free."""
     check_new(path, config)
     write_file(path / "manifest.json", to_json(manifest))
     write_file(path / "config.toml", to_toml(config).encode())
@@ -61,16 +61,16 @@ def create(path: Path, config: Config, manifest: Mapping[str, Any]) -> RunFolder
 
 
 def reopen(path: Path, config: Config | None = None) -> RunFolder:
-    """The run folder at a path; one that belongs to another configuration is refused."""
+    """The run folder at a path. Refuses one that belongs to another configuration."""
     if not (path / "config.toml").is_file():
-        reason = "it has no config.toml" if path.is_dir() else "it is no folder"
-        raise RunFolderError(f"{path} is no run folder: {reason}", "Start a run with fedmide run CONFIG")
+        reason = "it has no config.toml" if path.is_dir() else "it is not a folder"
+        raise RunFolderError(f"{path} is not a run folder: {reason}", "Start a run with fedmide run CONFIG")
     own = load(path / "config.toml")
     differences = () if config is None else _differences(own.model_dump(), config.model_dump())
     problems = [f"{name} is {theirs!r} in {path} and {ours!r} here" for name, theirs, ours in differences]
     if problems:
         raise RunFolderError(
-            problems, f"{path} belongs to another configuration: give another --out, or go on with it without CONFIG"
+            problems, f"{path} belongs to another configuration: give another --out, or resume it without CONFIG"
         )
     return RunFolder(path, own)
 
@@ -79,13 +79,13 @@ def _lock(handle: TextIO, path: Path) -> None:
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise RunFolderError(f"{path}: another process works on this run", "Wait for it, or end it") from None
+        raise RunFolderError(f"{path}: another process works on this run", "Wait until it ends, or stop it") from None
 
 
 def _differences(
     first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
 ) -> Iterator[tuple[str, Any, Any]]:
-    """Each knob that two configurations set differently, with both values."""
+    """Each setting that differs between two configurations, with both values."""
     for name, value in first.items():
         if isinstance(value, Mapping):
             yield from _differences(value, second[name], f"{prefix}{name}.")

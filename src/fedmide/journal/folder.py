@@ -2,20 +2,19 @@
 
     RUN/config.toml          the resolved configuration
         manifest.json        versions, fingerprints, times, status
-        events.jsonl         a line per client and round
-        server/round-NNN/    adapter.safetensors and state.json: a round is there whole or not
-        clients/ID/          what stays on the site: ledger.jsonl, personalization.json, adapter/, evaluation-*.json,
-                             memory/ where the method keeps something
-        adapter/             the last aggregated adapter, as a PEFT folder
+        events.jsonl         one line per client and round
+        server/round-NNN/    adapter.safetensors and state.json; written at once
+        clients/ID/          files that stay on the site: ledger.jsonl, personalization.json, adapter/,
+                             evaluation-*.json, and memory/ if the method keeps something
+        adapter/             the last common adapter, as a PEFT folder
         predictions/ID.jsonl
-        questions/SET/       what each adapter makes of a public multiple-choice set, and its figures
+        questions/SET/       each adapter's scores on a public multiple-choice set, and the set's figures
         metrics.json report.html
         .lock                empty; locked while a process works on the run
 
-Everything is written aside and renamed, but for events.jsonl, which grows by a few lines a round: whoever reads it
-leaves out a last line that is half there, and a run that goes on writes it anew. A round counts once its folder stands
-in `server/`; what the sites wrote for a later round is left out when the run goes on, and made anew with the same
-bytes.
+Files are written aside and then renamed. The exception is events.jsonl, which grows by a few lines per round. Readers
+skip an incomplete last line, and a resumed run writes the file again. A round counts once its folder is in `server/`.
+A resumed run ignores files that sites wrote for a later round, and writes them again with the same bytes.
 """
 
 import json
@@ -38,44 +37,44 @@ from fedmide.model.interface import Adapter
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run folder that exists and whose configuration has been read."""
+    """An existing run folder, with its configuration."""
 
     path: Path
     config: Config
 
     @property
     def is_site(self) -> bool:
-        """Whether it is what one site keeps of a federation, whose rounds are the server's."""
+        """True for the folder that one site keeps of a federation, whose rounds are at the server."""
         return "site" in self.read_manifest()
 
     @property
     def commits(self) -> tuple[str, ...]:
-        """What code it began with, and with what it was gone on."""
+        """Commits of the code that started and resumed the run, in order."""
         manifest = self.read_manifest()
         return tuple(dict.fromkeys(map(str, (manifest["commit"], *manifest.get("later_commits", ())))))
 
     @property
     def adapter(self) -> Path:
-        """The PEFT folder of the last aggregated adapter."""
+        """The PEFT folder of the last common adapter."""
         return self.path / "adapter"
 
     # --- the server's side
 
     def commit_round(self, state: ServerState, summary: RoundSummary) -> None:
-        """Makes a round last: state after it, and its figures."""
-        told = asdict(summary)
-        # on one line: with indents Python's own, slow encoder works, and there is a row for each client
-        as_json = json.dumps(without_nan({"next_round": state.round, "summary": told}))
+        """Writes a round durably: the state after it, and its figures."""
+        values = asdict(summary)
+        # On one line: indents would need Python's slow encoder, and there is one row per client.
+        as_json = json.dumps(without_nan({"next_round": state.round, "summary": values}))
         files = {
             "adapter.safetensors": adapters.encode(state.adapter),
             "state.json": as_json.encode(),
             **({"memory.safetensors": adapters.encode(state.memory)} if state.memory else {}),
         }
         write_folder(self.path / "server" / self.round_name(summary.round), files)
-        self._append_events(told)
+        self._append_events(values)
 
     def last_round(self, begin: ServerState) -> ServerState:
-        """The state after the last whole round; `begin` if there is none."""
+        """The state after the last complete round; `begin` if there is none."""
         folders = self._round_folders()
         if not folders:
             return begin
@@ -88,38 +87,38 @@ class RunFolder:
 
     @property
     def has_rounds(self) -> bool:
-        """Whether a round is whole."""
+        """True if at least one round is complete."""
         return bool(self._round_folders())
 
     def take_rounds(self, other: "RunFolder", clients: Sequence[str]) -> None:
-        """Takes over the rounds of a run that was the same up to their end, with what its sites kept of them."""
+        """Copies the rounds of a run that was equal until their end, with the files that its sites kept of them."""
         for client in clients:
             for path in filter(Path.exists, [other.site(client) / "ledger.jsonl", *other._memories(client)]):
                 write_file(self.path / path.relative_to(other.path), path.read_bytes())
         aside, place = self.path / ".server.partial", self.path / "server"
-        for left in (aside, place):  # a round that was only being written may lie there
+        for left in (aside, place):  # may hold an incomplete round
             shutil.rmtree(left, ignore_errors=True)
         for path in other._round_folders():
             write_folder(aside / path.name, {each.name: each.read_bytes() for each in path.iterdir()})
-        aside.replace(place)  # all at once: without what the sites kept of them, some could not go on
+        aside.replace(place)  # after the sites' files: some methods can't resume without them
         self.rebuild_events(clients)
 
     def round_adapters(self) -> Iterator[tuple[int, Adapter]]:
-        """The aggregated adapter after each whole round, with the round's number."""
+        """The common adapter after each complete round, with the round's number."""
         for number, folder in zip(self._round_numbers(), self._round_folders(), strict=False):
             yield number, adapters.read(folder / "adapter.safetensors")
 
     def rebuild_events(self, clients: Sequence[str]) -> None:
-        """Writes events.jsonl anew from what is whole, so that it tells of that and of nothing else."""
-        told = [folder / "state.json" for folder in self._round_folders()]
-        if len(told) == len(self._round_numbers()):
-            told += [self._personalization(client) for client in clients if self.is_personalized(client)]
-        summaries = [_read_json(path)["summary"] for path in told]
+        """Writes events.jsonl again, from complete rounds and personalizations only."""
+        paths = [folder / "state.json" for folder in self._round_folders()]
+        if len(paths) == len(self._round_numbers()):
+            paths += [self._personalization(client) for client in clients if self.is_personalized(client)]
+        summaries = [_read_json(path)["summary"] for path in paths]
         lines = [line for summary in summaries for line in _event_lines(summary)]
         write_file(self.path / "events.jsonl", "".join(lines).encode())
 
     def events(self) -> list[dict[str, Any]]:
-        """The events so far, without one that is only being written."""
+        """The events so far, without an incomplete last line."""
         path = self.path / "events.jsonl"
         text = _read_text(path) if path.exists() else ""
         return _parsed_lines(text[: text.rfind("\n") + 1], path)
@@ -127,11 +126,11 @@ class RunFolder:
     # --- the sites' side
 
     def site(self, client: str) -> Path:
-        """The folder of what stays on a client's site."""
+        """The folder of the files that stay on a client's site."""
         return self.path / "clients" / client
 
     def save_site(self, state: ClientState) -> None:
-        """Writes what the client keeps: its ledger, and its method's memory of the last rounds."""
+        """Writes the state that the client keeps: its ledger, and its method's memory of the last rounds."""
         self.save_ledger(state)
         for memory in state.memory:
             write_file(self._memory(state.name, memory.round), adapters.encode(memory.arrays))
@@ -140,7 +139,7 @@ class RunFolder:
             path.unlink()
 
     def read_memory(self, client: str, next_round: int) -> tuple[Memory, ...]:
-        """What the client's method kept of the rounds before this one."""
+        """The memory that the client's method kept of the rounds before this one."""
         rounds = {int(path.stem): path for path in self._memories(client)}
         return tuple(
             Memory(number, adapters.read(path)) for number, path in sorted(rounds.items()) if number < next_round
@@ -156,22 +155,22 @@ class RunFolder:
         return ledger.from_lines(_read_text(path), str(path)) if path.exists() else ()
 
     def personal_adapter(self, client: str) -> Path:
-        """The PEFT folder of the client's personalised adapter."""
+        """The PEFT folder of the client's tuned adapter."""
         return self.site(client) / "adapter"
 
     def save_personal_adapter(self, client: str, files: Mapping[str, bytes]) -> None:
-        """Writes the PEFT folder of the client's personalised adapter."""
+        """Writes the PEFT folder of the client's tuned adapter."""
         write_folder(self.personal_adapter(client), files)
 
     def commit_personalization(self, summary: RoundSummary) -> None:
-        """Makes one client's personalisation count, once its adapter is kept where the client is."""
+        """Records that one client is personalized. Its adapter must already be stored at the client."""
         (row,) = summary.clients
-        told = asdict(summary)
-        write_file(self._personalization(row.client), to_json({"summary": told}))
-        self._append_events(told)
+        values = asdict(summary)
+        write_file(self._personalization(row.client), to_json({"summary": values}))
+        self._append_events(values)
 
     def is_personalized(self, client: str) -> bool:
-        """Whether the client's personalisation counts."""
+        """True if the client's personalization is recorded."""
         return self._personalization(client).exists()
 
     def predictions(self, client: str) -> Path:
@@ -179,31 +178,31 @@ class RunFolder:
         return self.path / "predictions" / f"{client}.jsonl"
 
     def read_predictions(self, client: str) -> list[dict[str, str]]:
-        """The client's generated responses beside their references; empty where none were generated."""
+        """The client's generated responses with their references; empty if there are none."""
         return _read_lines(self.predictions(client))
 
     def save_evaluation(self, client: str, stage: str, values: Mapping[str, Any]) -> None:
-        """Keeps what the client's test records measured under an adapter."""
+        """Writes the measures of the client's test records under an adapter."""
         write_file(self._evaluation(client, stage), to_json(values))
 
     def read_evaluation(self, client: str, stage: str) -> dict[str, Any] | None:
-        """What the client's test records measured under an adapter; None where they did not yet."""
+        """The measures of the client's test records under an adapter; None if not yet measured."""
         path = self._evaluation(client, stage)
         return _read_json(path) if path.exists() else None
 
     # --- models
 
     def tuned(self, client: str = "") -> Path:
-        """The PEFT folder of a client's personalised adapter, or of the aggregated one.
+        """The PEFT folder of a client's tuned adapter; without a client, of the common adapter.
 
-        Raises `RunFolderError` where there is no such client, or no adapter yet.
+        Raises `RunFolderError` if there is no such client, or no adapter yet.
         """
         clients = self.read_manifest()["data"]
         if client and client not in clients:
             raise RunFolderError(f"{self.path}: there is no client {client!r}", f"Known: {', '.join(clients)}")
         path = self.personal_adapter(client) if client else self.adapter
         if not path.is_dir():
-            what = f"no adapter of client {client}" if client else "no aggregated adapter"
+            what = f"no adapter of client {client}" if client else "no common adapter"
             verb = "personalize" if client else "train"
             raise RunFolderError(f"{self.path}: {what} yet", f"First: fedmide {verb} {self.path}")
         return path
@@ -211,28 +210,28 @@ class RunFolder:
     # --- public questions
 
     def save_questions(self, name: str, about: str, values: Mapping[str, Any]) -> None:
-        """Keeps what an adapter makes of a public set, or the set's figures."""
+        """Writes an adapter's scores on a public set, or the set's figures."""
         write_file(self.path / "questions" / name / f"{about}.json", to_json(values))
 
     def read_questions(self, name: str, about: str) -> dict[str, Any] | None:
-        """What was kept of a public set; None where nothing was."""
+        """The values stored for a public set; None if there are none."""
         path = self.path / "questions" / name / f"{about}.json"
         return _read_json(path) if path.exists() else None
 
     def question_figures(self) -> dict[str, Any]:
-        """The figures of the public sets asked so far, by name."""
+        """Figures of the public sets scored so far, by name of the set."""
         files = sorted((self.path / "questions").glob("*/figures.json"))
         return {path.parent.name: _read_json(path) for path in files}
 
     # --- the run
 
     def read_metrics(self) -> dict[str, Any]:
-        """What metrics.json holds; empty before the evaluation."""
+        """The values of metrics.json; empty before the evaluation."""
         path = self.path / "metrics.json"
         return _read_json(path) if path.exists() else {}
 
     def read_manifest(self) -> dict[str, Any]:
-        """What manifest.json holds."""
+        """The values of manifest.json."""
         return _read_json(self.path / "manifest.json")
 
     def update_manifest(self, **changes: Any) -> None:
@@ -240,13 +239,13 @@ class RunFolder:
         write_file(self.path / "manifest.json", to_json({**self.read_manifest(), **changes}))
 
     def round_name(self, round_number: int) -> str:
-        """What a round is called, as a folder and to people."""
+        """Name of a round, for its folder and for people."""
         if round_number < 0:
             return f"warmup-{round_number + self.config.warmup.rounds:03d}"
         return f"round-{round_number:03d}"
 
     def _round_folders(self) -> list[Path]:
-        """The whole rounds, in order, without a gap."""
+        """Folders of the complete rounds, in order, up to the first gap."""
         names = [self.round_name(number) for number in self._round_numbers()]
         folders = [self.path / "server" / name for name in names]
         present = [folder.is_dir() for folder in folders]
@@ -257,7 +256,7 @@ class RunFolder:
         return range(-self.config.warmup.rounds, self.config.federation.rounds)
 
     def _append_events(self, summary: Mapping[str, Any]) -> None:
-        """Adds the lines of a round."""
+        """Appends the lines of a round."""
         append_file(self.path / "events.jsonl", "".join(_event_lines(summary)).encode())
 
     def _personalization(self, client: str) -> Path:
@@ -285,7 +284,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; none where there is no file."""
+    """The objects in a file of JSON lines; empty if there is no file."""
     return _parsed_lines(_read_text(path), path) if path.exists() else []
 
 
@@ -308,4 +307,4 @@ def _parsed(text: str, path: Path) -> dict[str, Any]:
     return values
 
 
-_DAMAGED = "The run folder was changed from outside: bring the file back, or start a new run"
+_DAMAGED = "The run folder was changed from outside: restore the file, or start a new run"

@@ -1,4 +1,4 @@
-"""How two manifests of a run differ: configuration, model, prompt, records, versions."""
+"""Differences between two manifests of a run: configuration, model, prompt, records, versions."""
 
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -6,9 +6,9 @@ from typing import Any
 
 
 def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """How what a run would go on with differs from what it began with, by their manifests; a problem each."""
+    """Differences that forbid a resume, between the manifest of the start and the present one. One problem each."""
     if earlier.get("config") != present["config"]:
-        yield f"config.toml is not what the run began with{_unless(earlier, present)}"
+        yield f"config.toml is not what the run began with{_version_hint(earlier, present)}"
     if earlier["device"] != present["device"]:
         yield f"the device was {earlier['device']} when the run began and is {present['device']} now"
     if earlier.get("prompt") != present["prompt"]:
@@ -20,17 +20,17 @@ def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[
 
 
 def changed_records(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """Whose records, or their parts, are no longer those that a run began with, by its manifests; a problem each."""
+    """Clients whose records or splits have changed since the run began, by its manifests. One problem each."""
     for client in {**earlier["data"], **present["data"]}:
         records = [each["data"].get(client, {}).get("fingerprint") for each in (earlier, present)]
         if records[0] != records[1]:
             yield f"the records of client {client!r} are not those that the run began with"
 
 
-def _unless(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """Another fedmide may read other knobs out of the same file."""
+def _version_hint(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str:
+    """Names a change of fedmide's version, which may explain a changed configuration: settings may have changed."""
     first, second = _code(earlier), _code(present)
-    return "" if first == second else f", or fedmide {first}, which began it, had other knobs than {second}"
+    return "" if first == second else f", or fedmide {first}, which began it, had other settings than {second}"
 
 
 def _code(manifest: Mapping[str, Any]) -> str:
@@ -43,7 +43,7 @@ def now() -> str:
 
 
 def other_versions(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """Which libraries, and whether fedmide itself, are not of the versions that the run began with."""
+    """Libraries, and fedmide itself, whose versions have changed since the run began."""
     was, now_is = _code(earlier), _code(present)
     if was != now_is:
         yield f"fedmide was {was} when the run began and is {now_is} now"
@@ -53,4 +53,4 @@ def other_versions(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> It
 
 
 STATUSES = ("started", "trained", "personalized", "generated", "evaluated")
-"""How far a run is, as its manifest says."""
+"""Stages of a run, in order, as its manifest names them."""
