@@ -68,6 +68,10 @@ def test_two_modules_import_transformers_and_peft() -> None:
     assert importing("transformers", "peft") == {"model/lora.py", "model/pretrained/hf.py"}
 
 
+def test_private_names_stay_in_their_module() -> None:
+    assert [(name_of(path), name) for path in SOURCES for name in imported(path) if "._" in name] == []
+
+
 @pytest.mark.parametrize("package", ["ray", "accelerate", "trl", "lightning"])
 def test_rejected_packages_are_not_imported(package: str) -> None:
     assert importing(package) == set()

@@ -18,7 +18,7 @@ from fedmide.progress import Advance
 from fedmide.runs.opening import Run, record_ids
 
 
-def _is_personalized(run: Run) -> bool:
+def is_personalized(run: Run) -> bool:
     """True if all clients have tuned adapters, False if none has; a mix is refused."""
     if run.folder.is_site:  # only the server knows which sites count
         return all(run.folder.personal_adapter(name).is_dir() for name in run.inputs.clients)
@@ -31,11 +31,12 @@ def _is_personalized(run: Run) -> bool:
     return not missing
 
 
-def _personal_adapter(run: Run, name: str) -> Adapter:
+def personal_adapter(run: Run, name: str) -> Adapter:
+    """A client's tuned adapter, read from the run folder."""
     return read_peft(run.folder.personal_adapter(name), run.inputs.resident.model.shapes)
 
 
-def _responses(run: Run, name: str) -> bytes:
+def responses(run: Run, name: str) -> bytes:
     """A client's predictions as JSON lines: record, reference and the model's response."""
     config, examples = run.config.generation, run.inputs.examples[name]
     count = config.max_records or len(examples.test)
@@ -44,7 +45,7 @@ def _responses(run: Run, name: str) -> bytes:
         prompts = max((example.prompt_length for example in examples.test[:count]), default=0)
         longest = min(longest, run.inputs.resident.model.num_positions - prompts)
     records = run.inputs.clients[name].test[:count]
-    texts = run.inputs.resident.generate(_personal_adapter(run, name), examples.test[:count], longest)
+    texts = run.inputs.resident.generate(personal_adapter(run, name), examples.test[:count], longest)
     lines = [
         {
             "record_id": record.id,
@@ -57,7 +58,7 @@ def _responses(run: Run, name: str) -> bytes:
     return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
 
 
-def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Measured:
+def measurements(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Measured:
     """The measurements of a client's test records under an adapter: read if stored, else made and stored."""
     earlier = run.folder.read_evaluation(name, stage)
     if earlier is not None:
@@ -73,13 +74,13 @@ def _measured(run: Run, name: str, stage: summary.StageName, aggregated: Adapter
     return measured
 
 
-def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Adapter, advance: Advance) -> None:
+def ask_all(run: Run, name: SetName, questions: Sequence[Question], aggregated: Adapter, advance: Advance) -> None:
     """Asks every adapter the questions of a public set; an adapter's answers are stored, so that it is asked once."""
     longest = run.inputs.resident.model.num_positions or run.config.model.cutoff
     own: list[tuple[summary.StageName, str]] = [("personalized", client) for client in run.inputs.clients]
     scored: dict[tuple[summary.StageName, str], Scored] = {}
     asked = fingerprint(questions)
-    for stage, client in [("base", ""), ("aggregated", ""), *(own if _is_personalized(run) else ())]:
+    for stage, client in [("base", ""), ("aggregated", ""), *(own if is_personalized(run) else ())]:
         about = f"{stage}-{client}" if client else stage
         earlier = run.folder.read_questions(name, about)
         if earlier is None or earlier["questions"] != asked:
@@ -95,15 +96,17 @@ def _ask(run: Run, name: SetName, questions: Sequence[Question], aggregated: Ada
 
 def _adapter(run: Run, name: str, stage: summary.StageName, aggregated: Adapter) -> Adapter:
     if stage == "personalized":
-        return _personal_adapter(run, name)
+        return personal_adapter(run, name)
     return aggregated if stage == "aggregated" else run.inputs.fresh_adapter()
 
 
-def _method_figures(run: Run) -> dict[str, Any]:
+def method_figures(run: Run) -> dict[str, Any]:
+    """The run's method for metrics.json: its name, its source, and the values that a client works with."""
     method = methods.of(run.config)
     sizes = method.sizes(run.inputs.fresh_adapter(), tuple(run.inputs.clients), run.config)
     return {"name": method.name, "source": method.source, **asdict(sizes)}
 
 
-def _set_figures(run: Run, name: str) -> dict[str, Any]:
+def figures_of_sets(run: Run, name: str) -> dict[str, Any]:
+    """The figures of a client's shared and personal set, from its ledger."""
     return summary.set_figures(run.folder.read_ledger(name), record_ids(run, name))

@@ -28,13 +28,13 @@ from fedmide.model.interface import Adapter, Nll, total
 from fedmide.model.pretrained.hf import peft_files, read_peft
 from fedmide.progress import Progress, silent
 from fedmide.runs.measuring import (
-    _ask,
-    _is_personalized,
-    _measured,
-    _method_figures,
-    _personal_adapter,
-    _responses,
-    _set_figures,
+    ask_all,
+    figures_of_sets,
+    is_personalized,
+    measurements,
+    method_figures,
+    personal_adapter,
+    responses,
 )
 from fedmide.runs.opening import Run, begin
 from fedmide.runs.site import EVERYONE, client_state, keep
@@ -106,7 +106,7 @@ def generate(run: Run, progress: Progress = silent) -> None:
     _aggregated(run)
     if not run.config.generation.enabled:
         return
-    if not _is_personalized(run):
+    if not is_personalized(run):
         raise RunFolderError(
             f"{run.folder.path}: no client is personalized", f"First: fedmide personalize {run.folder.path}"
         )
@@ -114,7 +114,7 @@ def generate(run: Run, progress: Progress = silent) -> None:
     shown = listening(run, progress("generation", len(names), "clients"))
     with timed(run, "generated", len(names)), shown as advance:
         for name in names:
-            write_file(run.folder.predictions(name), _responses(run, name))
+            write_file(run.folder.predictions(name), responses(run, name))
             advance(1, f"client {name}")
 
 
@@ -125,7 +125,7 @@ def validate(run: Run) -> dict[str, Nll]:
     """
     _trained(run)
     measured = {
-        name: total(run.inputs.resident.nll(_personal_adapter(run, name), examples.validation, "response"))
+        name: total(run.inputs.resident.nll(personal_adapter(run, name), examples.validation, "response"))
         for name, examples in run.inputs.examples.items()
     }
     write_file(run.folder.path / "validation.json", to_json({name: asdict(nll) for name, nll in measured.items()}))
@@ -145,7 +145,7 @@ def evaluate(
     resumed. Public `questions` are asked too; figures of sets that were asked earlier stay.
     """
     aggregated = _aggregated(run)
-    there = {"base": True, "aggregated": bool(aggregated), "personalized": _is_personalized(run)}
+    there = {"base": True, "aggregated": bool(aggregated), "personalized": is_personalized(run)}
     present = [stage for stage in summary.STAGES if there[stage]]
     stages = [stage for stage in present if stage in wanted]
     work = [(name, stage) for name in run.inputs.clients for stage in stages]
@@ -154,20 +154,20 @@ def evaluate(
     shown = listening(run, progress("evaluation", len(work) + num_asked, "adapters"))
     with timed(run, "evaluated", len(work) + num_asked), shown as advance:
         for asked in questions:
-            _ask(run, asked, questions[asked], aggregated, advance)
+            ask_all(run, asked, questions[asked], aggregated, advance)
         for name, stage in work:
-            measured[name][stage] = _measured(run, name, stage, aggregated)
+            measured[name][stage] = measurements(run, name, stage, aggregated)
             advance(1, f"client {name}, {stage}")
         metrics = summary.summarize(
             run.config,
             measured,
-            {name: _set_figures(run, name) for name in measured},
+            {name: figures_of_sets(run, name) for name in measured},
             {name: run.folder.read_predictions(name) for name in measured},
             run.folder.events(),
             run.inputs.prompt_hash,
         )
         metrics |= {"questions": figures} if (figures := run.folder.question_figures()) else {}
-        metrics["method"] = _method_figures(run)
+        metrics["method"] = method_figures(run)
         write_file(run.folder.path / "metrics.json", to_json(metrics))
     _write_report(run)
     return metrics
