@@ -1,4 +1,4 @@
-"""What is measured on test records equals a slow loop over plain transformers, and survives JSON."""
+"""Measures of test records equal a slow loop over plain transformers, and survive JSON."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Which records list options, and which of them the reference names."""
+"""Records that list options, and the option that the reference names."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""What metrics.json holds, by hand on two clients."""
+"""Values of metrics.json, by hand on two clients."""
 
 import math
 from collections.abc import Mapping

@@ -13,7 +13,7 @@ from sacrebleu.metrics.bleu import BLEU
 from sacrebleu.metrics.chrf import CHRF
 
 from fedmide.evaluation.intervals import draws
-from fedmide.evaluation.text import TextScores, exact_match, normalise, score_texts, token_f1
+from fedmide.evaluation.text import TextScores, exact_match, normalize, score_texts, token_f1
 
 words = st.sampled_from(["heart", "Heart", "lung", "the", "An", "a", "x-ray", "no", ".", "1.5"])
 sentences = st.lists(words, max_size=8).map(" ".join)
@@ -24,7 +24,7 @@ def scored(predictions: Sequence[str], references: Sequence[str]) -> TextScores:
     return score_texts(predictions, references, resamples=1, seed=0)
 
 
-def squad_normalise(text: str) -> str:
+def squad_normalize(text: str) -> str:
     """The published rule, for ASCII text: lower, punctuation out, articles out, spaces collapsed."""
     without = "".join(character for character in text.lower() if character not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", without).split())
@@ -32,15 +32,15 @@ def squad_normalise(text: str) -> str:
 
 @given(st.text(alphabet=string.ascii_letters + string.digits + string.punctuation + " \t\n") | sentences)
 def test_normalising_ascii_is_squads(text: str) -> None:
-    assert normalise(text) == squad_normalise(text)
+    assert normalize(text) == squad_normalize(text)
 
 
 @given(st.text())
 def test_normalising_twice_changes_nothing_and_forms_are_one(text: str) -> None:
-    once = normalise(text)
-    assert normalise(once) == once
+    once = normalize(text)
+    assert normalize(once) == once
     assert unicodedata.is_normalized("NFC", once)
-    assert normalise(unicodedata.normalize("NFD", text)) == once == normalise(unicodedata.normalize("NFC", text))
+    assert normalize(unicodedata.normalize("NFD", text)) == once == normalize(unicodedata.normalize("NFC", text))
 
 
 @pytest.mark.parametrize(
@@ -57,7 +57,7 @@ def test_normalising_twice_changes_nothing_and_forms_are_one(text: str) -> None:
     ],
 )
 def test_normalising_by_hand(text: str, expected: str) -> None:
-    assert normalise(text) == expected
+    assert normalize(text) == expected
 
 
 def test_signs_are_lost_as_the_module_says() -> None:
@@ -85,7 +85,7 @@ def test_token_f1_is_symmetric_and_1_only_for_the_same_words(first: str, second:
     value = token_f1(first, second)
     assert value == token_f1(second, first)
     assert 0.0 <= value <= 1.0
-    assert (value == 1.0) == (sorted(normalise(first).split()) == sorted(normalise(second).split()))
+    assert (value == 1.0) == (sorted(normalize(first).split()) == sorted(normalize(second).split()))
     assert exact_match(first, second) <= value
 
 

@@ -1,4 +1,4 @@
-"""The run folder: what counts as whole, what is refused, what goes on."""
+"""The run folder: complete rounds, refused folders, resuming."""
 
 import json
 import os
@@ -98,7 +98,7 @@ def test_a_gap_ends_what_counts(folder: RunFolder) -> None:
 def test_rounds_taken_over_count_once_all_are_there(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: int
 ) -> None:
-    """Stopped before, the taking over begins anew."""
+    """If copying the rounds stops early, it starts again from the beginning."""
     commit(folder, -2, -1, 0, 1)
     other = creation.create(tmp_path / "other", config(), {"status": "started", "seconds": {}})
     written = []
@@ -177,7 +177,7 @@ def test_a_round_adds_its_events_to_those_before(folder: RunFolder) -> None:
     number, before = path.stat().st_ino, path.read_bytes()
     commit(folder, -1)
     folder.commit_personalization(summary(2, "personalize", "a"))
-    assert path.stat().st_ino == number, "the same file: it is not written anew"
+    assert path.stat().st_ino == number, "the same file: it is only appended to"
     assert path.read_bytes().startswith(before) and told(folder)[2:] == [(-1, "a"), (-1, "b"), (2, "a")]
 
 

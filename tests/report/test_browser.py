@@ -35,12 +35,12 @@ class Opened:
         return found
 
     def color(self, key: str) -> str:
-        """The colour that a figure's text is drawn with."""
+        """The color of a figure's text."""
         found: str = self.page.evaluate(f"key => ({SHOWN})(key)[0].layout.font.color", key)
         return found
 
     def count(self, key: str, selector: str) -> int:
-        """How many such elements there are in a figure's visible drawings."""
+        """Number of matching elements in a figure's visible drawings."""
         found: int = self.page.evaluate(
             f"([key, css]) => ({SHOWN})(key).flatMap(each => [...each.querySelectorAll(css)]).length", [key, selector]
         )

@@ -1,4 +1,4 @@
-"""Runs side by side: paired on the same records, and refused or warned of where they can't be compared."""
+"""Runs side by side: paired on the same records, and refused or with a warning if they can't be compared."""
 
 import json
 import re
@@ -17,7 +17,7 @@ from fedmide.report.facts import RunFacts, read
 
 @pytest.fixture
 def shifted(copied: Path) -> RunFacts:
-    """The same run, each token of client a's personalised NLL better by 0.25 nats and of client b's worse by 0.5."""
+    """The same run, with the tuned NLL of client a 0.25 nats per token better, and that of client b 0.5 worse."""
     for client, change in (("a", -0.25), ("b", 0.5)):
         path = copied / "clients" / client / "evaluation-personalized.json"
         values = json.loads(path.read_text())

@@ -20,7 +20,7 @@ def facts(run_folder: RunFolder) -> RunFacts:
 
 
 def concrete(value: Any) -> Any:
-    """The same with every name of a CSS variable as a colour."""
+    """The same with a color for every name of a CSS variable."""
     if isinstance(value, str):
         return "#123456" if value.startswith("--") else value
     if isinstance(value, dict):

@@ -1,4 +1,4 @@
-"""Scores in bins: every record is in exactly one, and none can be told from another."""
+"""Scores in bins: every record is in exactly one, and records in a bin can't be distinguished."""
 
 import math
 from dataclasses import replace

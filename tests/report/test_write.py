@@ -19,7 +19,7 @@ MAX_BYTES = 6_000_000
 
 
 class Page(HTMLParser):
-    """What a page refers to, and the texts of its elements."""
+    """The links of a page, and the names of its elements."""
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -133,7 +133,7 @@ def test_a_comparison_is_self_contained_too(run_folder: RunFolder, copied: Path,
 
 
 def test_the_drawing_library_is_the_published_one() -> None:
-    """The file is that of the npm package plotly.js-basic-dist-min 4.1.1, with its licence beside it."""
+    """The file is that of the npm package plotly.js-basic-dist-min 4.1.1, with its license next to it."""
     import hashlib
     from importlib import resources
 

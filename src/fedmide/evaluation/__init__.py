@@ -1,4 +1,4 @@
-"""Figures from what was measured: texts, choices, intervals and summaries over clients.
+"""Evaluation: figures from measured NLLs and texts, intervals, and summaries over clients.
 
-Only `measure` and `questions` run a model, through `LocalModel`; nothing here reads a file.
+Only `measure` and `questions` run a model, through `LocalModel`. Nothing here reads a file.
 """

@@ -1,6 +1,6 @@
 """Choice by likelihood: is a record's reference more likely than other records' responses?
 
-It draws the other responses and turns summed NLLs into accuracies; scoring the responses is done elsewhere.
+This module draws the other responses and turns NLL sums into accuracies. Other modules score the responses.
 """
 
 import math
@@ -17,12 +17,11 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ChoiceScores:
-    """What each record's choice was worth, one value for each record.
+    """The credit of each record's choice, one value per record.
 
-    `correct` goes by the summed log-probability (acc), `correct_norm` by that divided by the choice's
-    characters (acc_norm): 1 where the reference is best alone, 0 where another is better, 1/k where k choices
-    share the first place and the reference is among them. `num_options` counts the choices, the reference
-    included.
+    `correct` uses the summed log-probability (acc), `correct_norm` that sum divided by the choice's characters
+    (acc_norm). The credit is 1 if the reference alone is best, and 0 if another choice is better. It is 1/k if the
+    reference shares the first place with k - 1 others. `num_options` counts the choices, including the reference.
     """
 
     correct: FloatArray
@@ -35,13 +34,13 @@ class ChoiceScores:
 
 
 def draw_choices(responses: Sequence[str], choices: int, seed: int, client: str) -> tuple[tuple[int, ...], ...]:
-    """For each test record of a client the indices of `choices - 1` other records, in random order.
+    """For each test record of a client, indices of `choices - 1` other records in random order.
 
-    The responses they point at differ from the record's own and from each other (leading and trailing
-    whitespace apart). They are drawn from the client's distinct responses, so a frequent one is as likely as
-    a rare one, and the first record that has it stands for it. Where there are fewer distinct responses all
-    are taken: every record of a client has the same number of options, and with fewer than two distinct
-    responses the draws are empty, so the client has no choice accuracy.
+    Their responses differ from the record's own and from each other (apart from leading and trailing whitespace).
+    They are drawn from the client's distinct responses, so frequent and rare ones are equally likely. The first
+    record with a response represents it. If there are fewer distinct responses, all are taken, so every record of a
+    client has the same number of options. With fewer than two distinct responses the draws are empty, and the client
+    has no choice accuracy.
 
     >>> draw_choices(["yes", "no", " no "], choices=4, seed=0, client="a")
     ((1,), (0,), (0,))
@@ -55,12 +54,12 @@ def draw_choices(responses: Sequence[str], choices: int, seed: int, client: str)
     firsts = list(first_of.values())
     positions = {text: position for position, text in enumerate(first_of)}
     size = min(choices, len(firsts)) - 1
-    # A child generator for each record: what it draws does not hang on what was drawn for the others.
+    # One child generator per record: its draws do not depend on those for other records.
     generators = stream(seed, "choices", client=client).spawn(len(texts))
     draws = []
     for text, generator in zip(texts, generators, strict=True):
         drawn = generator.choice(len(firsts) - 1, size=size, replace=False).tolist() if size else []
-        # The numbers run over the distinct responses without the record's own, which is stepped over.
+        # The numbers count the distinct responses without the record's own, which is skipped.
         draws.append(tuple(firsts[number + (number >= positions[text])] for number in drawn))
     return tuple(draws)
 
@@ -68,10 +67,9 @@ def draw_choices(responses: Sequence[str], choices: int, seed: int, client: str)
 def choice_accuracy(nll_sums: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]]) -> ChoiceScores:
     """The credit of each record, from the NLLs of its choices, the reference first.
 
-    `nll_sums`: for each record the NLL summed over the tokens of [reference, *others]; `lengths`: the
-    characters of the same choices. Best is the lowest sum. Where choices tie, lm-evaluation-harness takes the
-    first, which would favour the reference here; a tie of k is worth 1/k instead, what breaking it at random
-    is worth on average.
+    `nll_sums`: per record, the NLL summed over the tokens of [reference, *others]. `lengths`: the characters of the
+    same choices. The lowest sum is best. If choices tie, lm-evaluation-harness takes the first, which would favor the
+    reference here. Instead a tie of k gives 1/k, the mean credit of breaking it at random.
 
     >>> scores = choice_accuracy([[2.0, 3.0], [4.0, 4.0]], [[1, 3], [2, 1]])
     >>> scores.correct.tolist(), scores.correct_norm.tolist()
@@ -108,7 +106,7 @@ def _credit(values: Sequence[float]) -> float:
 
 
 def standard_error(credit: FloatArray) -> float:
-    """sqrt(p(1 - p)/n) for the mean p of n credits; ties make it a little wider than the credits' own spread.
+    """sqrt(p(1 - p)/n) for the mean p of n credits. With ties it is slightly wider than the credits' own spread.
 
     >>> standard_error(np.array([1.0, 0.0, 1.0, 0.0]))
     0.25

@@ -1,8 +1,8 @@
 """95 % percentile intervals by resampling the records of one client.
 
-Records are drawn with replacement; a record's tokens stay together. The draws depend on the seed and the
-number of records only, so two metrics, or two methods, on the same records are resampled alike. Intervals say
-how much a figure hangs on which records were tested; they know nothing of seeds or of training.
+Records are drawn with replacement; a record's tokens stay together. The draws depend only on the seed and the number
+of records. So two metrics, or two methods, get the same resamples of the same records. Intervals show how much a
+figure depends on the choice of test records. They do not cover seeds or training.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,12 +23,12 @@ PERCENTILES = (2.5, 97.5)
 
 
 DRAWS_AT_ONCE = 1 << 20
-"""Indices held in memory at a time: 8 MiB."""
+"""Indices in memory at a time: 8 MiB."""
 
 
 @dataclass(frozen=True, slots=True)
 class Interval:
-    """A figure on the records as they are, and the ends of its 95 % interval."""
+    """A figure on the original records, and the ends of its 95 % interval."""
 
     value: float
     low: float
@@ -36,11 +36,10 @@ class Interval:
 
 
 def bootstrap_ratio(sums: npt.ArrayLike, counts: npt.ArrayLike, resamples: int, seed: int) -> Interval:
-    """The sum of `sums` over the sum of `counts`, as NLL over tokens, with its interval.
+    """The sum of `sums` divided by the sum of `counts`, such as NLL per token, with its interval.
 
-    Both hold one value for each record. With one record both ends are the value. ValueError where there are
-    no records, a sum is not finite or a count is not positive. The interval of a perplexity is `exp` of this
-    one's ends.
+    Both hold one value per record. With one record both ends are the value. Raises ValueError if there are no
+    records, a sum is not finite, or a count is not positive. `exp` of the ends gives the interval of a perplexity.
 
     >>> bootstrap_ratio([6.0], [4], resamples=100, seed=0)
     Interval(value=1.5, low=1.5, high=1.5)
@@ -52,7 +51,7 @@ def bootstrap_ratio(sums: npt.ArrayLike, counts: npt.ArrayLike, resamples: int, 
 
 
 def bootstrap_mean(values: npt.ArrayLike, resamples: int, seed: int) -> Interval:
-    """The mean of one value for each record, with its interval.
+    """The mean of one value per record, with its interval.
 
     >>> bootstrap_mean([0.5, 0.5, 0.5], resamples=100, seed=0)
     Interval(value=0.5, low=0.5, high=0.5)
@@ -69,10 +68,10 @@ def paired_bootstrap(
     resamples: int,
     seed: int,
 ) -> Interval:
-    """What the first method's figure exceeds the second's by on the same records, with its interval.
+    """The first method's figure minus the second's on the same records, with its interval.
 
-    Without `counts` the figures are means of `first` and `second`; with them, ratios of their sums to
-    `counts`, which are common to both, as the tokens of the same responses are.
+    Without `counts` the figures are the means of `first` and `second`. With them, each sum is divided by the sum of
+    `counts`, which both share, such as the tokens of the same responses.
 
     >>> paired_bootstrap([3.0, 5.0], [1.0, 3.0], resamples=100, seed=0)
     Interval(value=2.0, low=2.0, high=2.0)
@@ -80,7 +79,7 @@ def paired_bootstrap(
     minuend, subtrahend = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if minuend.shape != subtrahend.shape:
         raise ValueError(f"{minuend.shape} values are paired with {subtrahend.shape}")
-    # Every resample holds the same records for both, so the difference of the figures is that of the records.
+    # Each resample has the same records for both, so the records' differences can be resampled.
     difference = minuend - subtrahend
     if counts is None:
         return bootstrap_mean(difference, resamples, seed)
@@ -88,9 +87,9 @@ def paired_bootstrap(
 
 
 def draws(num_records: int, resamples: int, seed: int, client: str = "") -> Iterator[Draws]:
-    """Indices [some resamples, records], as many resamples at once as memory is meant for.
+    """Indices [some resamples, records], in blocks of about `DRAWS_AT_ONCE` indices.
 
-    With a client's name they are its own: two clients of one size are then not resampled alike.
+    With a client's name the draws are its own: two clients with equally many records get different resamples.
     """
     generator = stream(seed, "bootstrap", client=client)
     rows = max(1, DRAWS_AT_ONCE // num_records)
@@ -104,14 +103,14 @@ def resampled(sums: FloatArray, counts: FloatArray, drawn: Iterable[Draws]) -> F
 
 
 def ends(values: FloatArray) -> tuple[float, float]:
-    """The ends of the 95 % interval that resamples give."""
+    """The ends of the 95 % interval from resamples."""
     low, high = np.percentile(values, PERCENTILES)
     return float(low), float(high)
 
 
 def _check(sums: FloatArray, counts: FloatArray, resamples: int) -> None:
     if sums.ndim != 1 or sums.shape != counts.shape:
-        raise ValueError(f"expected one sum and one count for each record, got {sums.shape} and {counts.shape}")
+        raise ValueError(f"expected one sum and one count per record, got {sums.shape} and {counts.shape}")
     if not len(sums):
         raise ValueError("there are no records to resample")
     if not np.isfinite(sums).all():

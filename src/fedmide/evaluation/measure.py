@@ -1,6 +1,6 @@
-"""What a client's test records measure under an adapter: response NLL and the NLL of each choice, per record.
+"""Measures of a client's test records under an adapter: response NLL and the NLL of each choice, per record.
 
-These figures stay on the site; what leaves it are the sums that `summary` makes of them.
+These figures stay on the site. Only the sums that `summary` computes from them leave it.
 """
 
 import math
@@ -19,11 +19,11 @@ from fedmide.model.interface import Adapter, LocalModel
 
 @dataclass(frozen=True)
 class Measured:
-    """One value for each test record, in the records' order.
+    """One value per test record, in the records' order.
 
-    `nll_sums` in nats over `num_tokens` response tokens. `choices`: the NLL sums of the reference and of the other
-    responses, all after one prompt, with their lengths in characters; a record's are empty where one of them does not
-    fit whole, and there are none where the client has too few different responses.
+    `nll_sums`: in nats, over `num_tokens` response tokens. `choices`: the NLL sums of the reference and of the other
+    responses, all after one prompt. `lengths`: their lengths in characters. A record has none if one of its choices
+    does not fit without a cut. The client has none if it has too few different responses.
     """
 
     record_ids: tuple[str, ...]
@@ -37,7 +37,7 @@ class Measured:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Measured":
-        """What `dataclasses.asdict` made, after a way through JSON."""
+        """From the values of `dataclasses.asdict`, read back from JSON."""
         return cls(
             tuple(values["record_ids"]),
             tuple(math.nan if value is None else value for value in values["nll_sums"]),
@@ -57,7 +57,7 @@ def measure(
     client: ClientData,
     config: Config,
 ) -> Measured:
-    """What the client's test records measure under the adapter; all choices go through the model together."""
+    """Measures the client's test records under the adapter. All choices go through the model together."""
     records = client.test
     references = [encode.encode(record) for record in records]
     answers = _answers(records, config, client.name)
@@ -65,7 +65,7 @@ def measure(
     has_choices = config.evaluation.choices > 1
     listing = [(record, _right_first(found)) for record in records if has_choices and (found := listed(record))]
     options = [_continued(_options(encode, record, row)) for record, row in listing]
-    # the reference is mostly one of the choices as it is, and is measured once
+    # The reference is usually identical to one of the choices. It is measured once.
     distinct = {_key(example): example for example in chain(references, *choices, *options)}
     nlls = dict(zip(distinct, model.nll(adapter, list(distinct.values()), "response"), strict=True))
     has_choice = any(len(row) > 1 for row in answers)
@@ -82,7 +82,7 @@ def measure(
 
 
 def _answers(records: Sequence[Record], config: Config, client: str) -> list[list[str]]:
-    """For each record its reference and the responses that it is to be told from; nothing where none are wanted."""
+    """For each record its reference and the responses to distinguish it from; empty without choices."""
     if config.evaluation.choices < 2:
         return [[] for _ in records]
     draws = draw_choices([record.response for record in records], config.evaluation.choices, config.data_seed, client)
@@ -93,14 +93,14 @@ def _answers(records: Sequence[Record], config: Config, client: str) -> list[lis
 
 
 def _options(encode: Encoder, record: Record, answers: Sequence[str]) -> tuple[Example, ...]:
-    """The record with each answer; none where an answer was cut, which would make it look likelier than it is."""
+    """The record with each answer. Empty if an answer was cut, because a cut answer would seem more likely."""
     examples = encode.encode_options(record, answers) if answers else ()
-    end = encode.tokenizer.eos_token_id  # a response holds no other and ends with it, unless it was cut
+    end = encode.tokenizer.eos_token_id  # a response has exactly one, at its end, unless it was cut
     return examples if all(example.ids[-1] == end for example in examples) else ()
 
 
 def _right_first(options: Options) -> list[str]:
-    """The texts of a record's options, the right one first; none where it is not clear which that is."""
+    """The texts of a record's options, the right one first. Empty if the right one is not clear."""
     if options.answer is None:
         return []
     others = [text for number, text in enumerate(options.texts) if number != options.answer]
@@ -108,12 +108,12 @@ def _right_first(options: Options) -> list[str]:
 
 
 def _continued(examples: Sequence[Example]) -> tuple[Example, ...]:
-    """The examples without the end of sequence: an answer may go on after the option."""
+    """The examples without the end of sequence, because an answer may continue after the option."""
     return tuple(replace(example, ids=example.ids[:-1]) for example in examples)
 
 
 def sums_from_json(rows: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
-    """NLL sums after a way through JSON, where one that was not finite is null."""
+    """NLL sums read back from JSON, where null means not finite."""
     return tuple(tuple(math.inf if each is None else each for each in row) for row in rows)
 
 

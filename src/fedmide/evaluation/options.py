@@ -1,4 +1,4 @@
-"""Records whose instruction lists options: which these are, and which of them the reference names.
+"""Options that the instruction of a record lists, and the one that its reference names.
 
 The reference is free text, such as "The likely cause is C. Thrombosis." or one that only repeats an option's words.
 """
@@ -23,14 +23,14 @@ _NAMED = re.compile(r"\b(?:[Oo]ption|[Aa]nswer(?:[ ]is)?:?|[Cc]hoice)[ ]*[*(]*([
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """The options' texts without their letters, in order, and the number of the right one; None: it is not clear."""
+    """The options' texts without letters, in order, and the index of the right one; None if that is not clear."""
 
     texts: tuple[str, ...]
     answer: int | None
 
 
 def listed(record: Record) -> Options | None:
-    r"""The options that a record lists, each on a line of its own from A on; None where it lists none.
+    r"""The options that a record lists from A on, one per line; None if it lists none.
 
     >>> listed(Record("Which organ makes bile?\nA. Heart\nB. Liver", "It is **B. Liver**."))
     Options(texts=('Heart', 'Liver'), answer=1)
@@ -43,7 +43,7 @@ def listed(record: Record) -> Options | None:
 
 
 def _answer(options: Mapping[str, str], reference: str) -> int | None:
-    """The option whose letter the reference names or, without one, whose words it repeats; None unless it is one."""
+    """The option that the reference names by letter or, without a letter, by its words. None unless exactly one."""
     alone = _LETTER.fullmatch(reference)
     named = {alone[1]} if alone else {first or second for first, second in _NAMED.findall(reference)}
     words = _words(reference)
@@ -55,5 +55,5 @@ def _answer(options: Mapping[str, str], reference: str) -> int | None:
 
 
 def _words(text: str) -> str:
-    """The words of a text between single spaces, so that one text is looked for in another by whole words."""
+    """The words of a text between single spaces, so that a search in another text matches whole words."""
     return f" {' '.join(_WORD.findall(text.casefold()))} "

@@ -1,7 +1,7 @@
-"""What a metric looks like over the clients of a federation, and how a score goes with a record's length.
+"""Figures of a metric over the clients of a federation, and the correlation of scores with lengths of records.
 
-Each client's figure is one value here, made from (sum, count) on the client's records before; no figure over
-clients takes the place of one over records.
+Each client's figure is one value here, computed before from (sum, count) on the client's records. No figure over
+clients replaces one over records.
 """
 
 import math
@@ -16,9 +16,9 @@ import numpy.typing as npt
 class OverClients:
     """The figures of one metric over clients.
 
-    `standard_deviation` is the population's: the clients are all there are, not a sample. `harmonic_mean` and
-    `jain` (1: all clients alike, 1/n: one has everything) are None where they have no meaning: a negative
-    value; for `jain` also nothing but zeros. A client at zero makes `harmonic_mean` zero.
+    `standard_deviation` is that of a population, because the clients are all there are, not a sample. `jain` is 1 if
+    all clients are equal, and 1/n if one has everything. `harmonic_mean` and `jain` are None if a value is negative;
+    `jain` also if all are zero. A client at zero makes `harmonic_mean` zero.
     """
 
     num_clients: int
@@ -32,11 +32,11 @@ class OverClients:
 
 
 def over_clients(values: Mapping[str, float], weights: Mapping[str, int], lower_is_better: bool) -> OverClients:
-    """The figures over clients of one value and one weight (the number of test records) for each.
+    """The figures over clients, from one value and one weight (the number of test records) per client.
 
-    They don't depend on the order of the clients; of several worst clients the first by name is named.
-    ValueError where there are no clients, the two name different ones, a value is not finite or a weight is
-    not positive.
+    They don't depend on the order of the clients. Of several worst clients the first by name is reported. Raises
+    ValueError if there are no clients, the two arguments have different clients, a value is not finite, or a weight
+    is not positive.
 
     >>> figures = over_clients({"a": 1.0, "b": 3.0}, {"a": 3, "b": 1}, lower_is_better=True)
     >>> figures.mean, figures.weighted_mean, figures.worst_client, figures.harmonic_mean
@@ -61,10 +61,10 @@ def over_clients(values: Mapping[str, float], weights: Mapping[str, int], lower_
 
 
 def worse_than_local(values: Mapping[str, float], local: Mapping[str, float], lower_is_better: bool) -> tuple[str, ...]:
-    """The clients, by name, that a method leaves worse off than training alone.
+    """The clients, by name, that are worse off under a method than when they train alone.
 
-    Their number is the gap to `local`. A client exactly as well off is not among them. ValueError where the
-    two name different clients.
+    Their number is the gap to `local`. A client with an equal value is not among them. Raises ValueError if the two
+    arguments have different clients.
 
     >>> worse_than_local({"a": 0.6, "b": 0.4}, {"a": 0.5, "b": 0.5}, lower_is_better=False)
     ('b',)
@@ -77,17 +77,17 @@ def worse_than_local(values: Mapping[str, float], local: Mapping[str, float], lo
 
 
 def spearman(scores: npt.ArrayLike, num_tokens: npt.ArrayLike) -> float | None:
-    """Spearman's rank correlation of the records' scores with their lengths; None where it is undefined.
+    """Spearman's rank correlation of the records' scores with their lengths; None if undefined.
 
-    It is undefined for fewer than three records and where either is constant. Far from 0 says that the score
-    ranks records by length more than by what they are about.
+    It is undefined for fewer than three records, and if either is constant. A value far from 0 means that the score
+    ranks records by length more than by content.
 
     >>> spearman([0.9, 1.1, 1.4], [30, 20, 10])
     -1.0
     """
     first, second = np.asarray(scores, dtype=np.float64), np.asarray(num_tokens, dtype=np.float64)
     if first.ndim != 1 or first.shape != second.shape:
-        raise ValueError(f"expected one score and one length for each record, got {first.shape}, {second.shape}")
+        raise ValueError(f"expected one score and one length per record, got {first.shape}, {second.shape}")
     if np.isnan(first).any() or np.isnan(second).any():
         raise ValueError("a score or a length is not a number")
     if len(first) < 3 or (first == first[0]).all() or (second == second[0]).all():

@@ -1,7 +1,7 @@
 """Public multiple-choice sets under an adapter, scored by likelihood as lm-evaluation-harness does it.
 
-A choice is scored as a continuation of the question's prompt, without a template and without an end of sequence. What
-is too long for the model is cut at the beginning and counted.
+A choice is scored as a continuation of the question's prompt, without a template and without an end of sequence.
+Texts that are too long for the model are cut at the beginning and counted.
 """
 
 from collections.abc import Mapping, Sequence
@@ -23,7 +23,8 @@ from fedmide.seeds import stream
 class Scored:
     """One adapter's NLL sums of the choices of each question, in nats, the right one first.
 
-    `questions` is the fingerprint of what was asked; `longest`: texts of more tokens were cut, so many of them.
+    `questions`: the fingerprint of the questions. `longest`: longer texts, in tokens, are cut.
+    `num_truncated`: the number of questions with a text that was cut.
     """
 
     questions: str
@@ -33,12 +34,12 @@ class Scored:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Scored":
-        """What `dataclasses.asdict` made, after a way through JSON."""
+        """From the values of `dataclasses.asdict`, read back from JSON."""
         return cls(values["questions"], sums_from_json(values["sums"]), values["longest"], values["num_truncated"])
 
 
 def draw_questions(questions: Sequence[Question], most: int, seed: int) -> tuple[Question, ...]:
-    """At most so many of the questions, in their order; 0: all. Every adapter and method is asked the same ones."""
+    """At most `most` of the questions, in their order; 0: all. Every adapter and method gets the same ones."""
     if not most or len(questions) <= most:
         return tuple(questions)
     drawn = stream(seed, "questions").choice(len(questions), size=most, replace=False)
@@ -48,7 +49,7 @@ def draw_questions(questions: Sequence[Question], most: int, seed: int) -> tuple
 def score_questions(
     model: LocalModel, adapter: Adapter, encode: Encoder, questions: Sequence[Question], longest: int
 ) -> Scored:
-    """What the adapter makes of the questions' choices; texts of more than `longest` tokens are cut."""
+    """Scores the questions' choices under the adapter. Texts of more than `longest` tokens are cut."""
     rows = [
         [encode.continued(question.prompt, f" {choice}", longest) for choice in _right_first(question)]
         for question in questions
@@ -62,7 +63,7 @@ def score_questions(
 def set_figures(
     name: SetName, questions: Sequence[Question], scored: Mapping[tuple[StageName, str], Scored], config: Config
 ) -> Figures:
-    """The accuracies on a set under each adapter, by its stage and, where it is a client's own, its client."""
+    """The accuracies on a set under each adapter, by its stage and, for a tuned adapter, its client."""
     lengths = [[len(choice) for choice in _right_first(question)] for question in questions]
     figures = {key: _figures(each, lengths, config) for key, each in scored.items()}
     clients = {client: each for (stage, client), each in figures.items() if stage == "personalized" and each}

@@ -1,6 +1,6 @@
-"""What metrics.json holds: each client's figures with their protocol and intervals, and the figures over clients.
+"""Values of metrics.json: each client's figures with their protocol and intervals, and the figures over clients.
 
-A figure names how many records it is over. Records whose likelihood is no number are left out of it and counted.
+A figure includes its number of records. Records without a finite NLL are left out of it and counted.
 """
 
 import math
@@ -26,7 +26,7 @@ STAGES: tuple[StageName, ...] = ("base", "aggregated", "personalized")
 
 
 TEXT_METRICS = ("rouge1", "rouge2", "rouge_l", "exact_match", "token_f1", "bleu", "chrf")
-"""Of a client's generated responses: means over records; the last two belong to all of its records together."""
+"""Metrics of a client's generated responses: means over records. The last two are of all its records together."""
 
 
 Figures = dict[str, Any]
@@ -40,7 +40,7 @@ def summarize(
     events: Sequence[Mapping[str, Any]],
     prompt_hash: str,
 ) -> Figures:
-    """The figures of every client and over clients, and what they cost."""
+    """The figures of every client and over clients, and their cost."""
     clients = {
         name: {
             "stages": {stage: stage_figures(each, config) for stage, each in stages.items()},
@@ -58,7 +58,7 @@ def summarize(
 
 
 def federation_figures(events: Sequence[Mapping[str, Any]]) -> Figures:
-    """How the rounds went, and what rounds and personalisation cost: bytes as encoded, tokens, optimiser steps."""
+    """Outcomes of the rounds, and the cost of rounds and personalization: bytes as encoded, tokens, optimizer steps."""
     rounds = [event for event in events if event["stage"] != "personalize"]
     numbers = {event["round"] for event in rounds}
     aggregated = {event["round"] for event in rounds if event["num_records"] and not event["refused"]}
@@ -76,7 +76,7 @@ def federation_figures(events: Sequence[Mapping[str, Any]]) -> Figures:
 
 
 def stage_figures(measured: Measured, config: Config) -> Figures:
-    """Likelihood and choice of one client's test records under one adapter; None where there is nothing to measure."""
+    """NLL and choice of one client's test records under one adapter; None if there is nothing to measure."""
     finite = [index for index, value in enumerate(measured.nll_sums) if math.isfinite(value)]
     sums = [measured.nll_sums[index] for index in finite]
     counts = [measured.num_tokens[index] for index in finite]
@@ -97,7 +97,7 @@ def stage_figures(measured: Measured, config: Config) -> Figures:
 
 
 def set_figures(ledger: Ledger, records: Sequence[RecordId]) -> Figures:
-    """A client's sets after the last round and how its scores go with length, from its ledger."""
+    """A client's sets after the last round and the correlation of its scores with length, from its ledger."""
     now = standing(ledger, records)
     judged = [entry for entry in ledger if entry.reason != "own-nll"]
     first = [entry for entry in judged if entry.round == judged[0].round] if judged else []
@@ -116,7 +116,7 @@ def set_figures(ledger: Ledger, records: Sequence[RecordId]) -> Figures:
 
 
 def text_figures(predictions: Sequence[Mapping[str, str]], config: Config) -> Figures | None:
-    """The text metrics of one client's generated responses; None where there are none."""
+    """The text metrics of one client's generated responses; None without responses."""
     if not predictions:
         return None
     texts = [line["prediction"] for line in predictions]
@@ -146,7 +146,7 @@ def choice_figures(
 ) -> Figures | None:
     """Accuracy of the choice by likelihood, from the NLL sums and characters of each record's choices, the right first.
 
-    A choice with an NLL that is no number counts as the worst. None where there is no record to measure.
+    A choice whose NLL is not finite counts as the worst. None if there is no record to measure.
     """
     rows = [row for row in zip(choices, lengths, strict=True) if row[0] and math.isfinite(row[0][0])]
     if not rows:
@@ -168,7 +168,7 @@ def choice_figures(
 
 
 def _over(clients: Mapping[str, Figures]) -> Figures:
-    """The figures over the clients that have any, of each stage and of the generated responses."""
+    """The figures over all clients that have any, per stage and for the generated responses."""
     figures: Figures = {}
     for stage in STAGES:
         rows = {name: each["stages"].get(stage) for name, each in clients.items()}

@@ -1,13 +1,11 @@
-"""How close generated responses are to their references: ROUGE, BLEU, chrF, exact match and token F1.
+"""Similarity of generated responses to their references: ROUGE, BLEU, chrF, exact match and token F1.
 
-It compares texts and nothing else: decoding is done elsewhere. Three properties of the metrics to know when
-reading a figure:
+This module only compares texts; decoding happens elsewhere. Three properties of the metrics matter for their figures:
 
-* rouge-score keeps ASCII letters and digits only, after lower-casing: "naïve" counts as "na" and "ve", "α" as
-  nothing, and a text without ASCII letters or digits scores 0 even against itself.
-* BLEU has no value above 0 where no response has four tokens, however right the responses are. For one-word
-  answers read exact match.
-* Normalising as SQuAD does drops signs: "1.5" equals "15" and "HER2+" equals "HER2-".
+* rouge-score keeps only ASCII letters and digits, after lower-casing: "naïve" counts as "na" and "ve", "α" as
+  nothing. A text without ASCII letters or digits scores 0 even against itself.
+* BLEU is 0 if no response has four tokens, even for correct responses. For one-word answers read exact match.
+* Normalizing as SQuAD does drops signs: "1.5" equals "15" and "HER2+" equals "HER2-".
 """
 
 import string
@@ -33,8 +31,8 @@ ARTICLES = frozenset({"a", "an", "the"})
 class TextScores:
     """The figures of one client's generated responses.
 
-    The arrays hold one value in [0, 1] for each record, in the records' order; their means are what is
-    reported. `bleu` and `chrf` belong to all the records together, in [0, 100] as sacrebleu gives them.
+    The arrays hold one value in [0, 1] per record, in the records' order. Reports show their means. `bleu` and `chrf`
+    are of all records together, in [0, 100] as sacrebleu returns them.
     """
 
     rouge1: FloatArray
@@ -52,13 +50,13 @@ class TextScores:
         return {name: getattr(self, name) for name in names}
 
 
-def normalise(text: str) -> str:
-    """The text in NFC, case folded, without punctuation and English articles, words apart by one space.
+def normalize(text: str) -> str:
+    """The text in NFC, case folded, without punctuation and English articles, with one space between words.
 
-    Punctuation is removed, not replaced, as SQuAD's scorer does; it is ASCII's (signs such as + and <
-    included) and every character that Unicode calls punctuation.
+    Punctuation is removed, not replaced, as in SQuAD's scorer. It is that of ASCII, with signs such as + and <, and
+    every character in a punctuation category of Unicode.
 
-    >>> normalise("  The X-ray: “normal”. ")
+    >>> normalize("  The X-ray: “normal”. ")
     'xray normal'
     """
     folded = unicodedata.normalize("NFD", text).casefold()
@@ -72,23 +70,23 @@ def _is_punctuation(character: str) -> bool:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1.0 where both texts are the same after normalising, else 0.0.
+    """1.0 if both texts are equal after normalizing, else 0.0.
 
     >>> exact_match("The heart.", "heart")
     1.0
     """
-    return float(normalise(prediction) == normalise(reference))
+    return float(normalize(prediction) == normalize(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """The harmonic mean of precision and recall over normalised words, counted with repetition.
+    """The harmonic mean of precision and recall over normalized words, counted with repetition.
 
-    Where a text has no words left, 1.0 if neither has, else 0.0.
+    If a text has no words left: 1.0 if neither has any, else 0.0.
 
     >>> token_f1("acute heart failure", "the heart failure")
     0.8
     """
-    predicted, expected = normalise(prediction).split(), normalise(reference).split()
+    predicted, expected = normalize(prediction).split(), normalize(reference).split()
     if not predicted or not expected:
         return float(predicted == expected)
     common = (Counter(predicted) & Counter(expected)).total()
@@ -98,8 +96,8 @@ def token_f1(prediction: str, reference: str) -> float:
 def score_texts(predictions: Sequence[str], references: Sequence[str], resamples: int, seed: int) -> TextScores:
     """Every metric of the predictions against the reference at the same position.
 
-    `resamples` of the records give BLEU and chrF their intervals. Empty predictions are allowed. ValueError where the
-    two differ in length or there are no records.
+    The intervals of BLEU and chrF come from `resamples` of the records. Empty predictions are allowed. Raises
+    ValueError if the two differ in length, or there are no records.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
@@ -116,12 +114,12 @@ def score_texts(predictions: Sequence[str], references: Sequence[str], resamples
         token_f1=np.array([token_f1(*pair) for pair in pairs], dtype=np.float64),
         bleu=corpus["bleu"],
         chrf=corpus["chrf"],
-        protocol={**rouge_protocol, **corpus_protocol, **_normalised_protocol()},
+        protocol={**rouge_protocol, **corpus_protocol, **_normalized_protocol()},
     )
 
 
 def _rouge(predictions: Sequence[str], references: Sequence[str]) -> tuple[dict[str, FloatArray], dict[str, str]]:
-    """ROUGE F1 by rouge-score's name for it, an array over records each, and the protocol."""
+    """ROUGE F1 by rouge-score's names, one array over records each, and the protocol."""
     from rouge_score.rouge_scorer import RougeScorer  # takes more than a second: nltk
 
     kinds = ("rouge1", "rouge2", "rougeL")
@@ -139,20 +137,20 @@ def _corpus(
     from sacrebleu.metrics.bleu import BLEU
     from sacrebleu.metrics.chrf import CHRF
 
-    # force: responses that end in a full stop set apart are no reason for a warning here.
+    # force: no warning if responses end in a full stop after a space.
     metrics = {"bleu": BLEU(force=True), "chrf": CHRF()}
     found = {name: _interval(metric, predictions, references, resamples, seed) for name, metric in metrics.items()}
-    # A signature counts the references, so it is complete only after the texts were looked at.
+    # A signature counts the references, so it is complete only after scoring.
     return found, {name: f"sacrebleu {metric.get_signature()}" for name, metric in metrics.items()}
 
 
 def _interval(
     metric: Any, predictions: Sequence[str], references: Sequence[str], resamples: int, seed: int
 ) -> Interval:
-    """A metric of sacrebleu's with its interval.
+    """A metric of sacrebleu with its interval.
 
-    Its own bootstrap ends in a TypeError where a resample scores 0 (2.6.0), so the counts of n-grams that it makes of
-    each record are summed here. They have no public name.
+    sacrebleu's own bootstrap raises a TypeError if a resample scores 0 (2.6.0). So this function sums
+    sacrebleu's counts of n-grams per record, which have no public name.
     """
 
     def score(of: npt.NDArray[np.int64]) -> float:
@@ -163,7 +161,7 @@ def _interval(
     return Interval(score(counts), low, high)
 
 
-def _normalised_protocol() -> dict[str, str]:
+def _normalized_protocol() -> dict[str, str]:
     rule = "NFC, case folded, punctuation and English articles removed, whitespace collapsed"
     return {
         "exact_match": f"{rule}, Unicode {unicodedata.unidata_version}",
