@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	$(BIN)/fedmide demo
 
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --doctest-modules src tests tools
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(PYTEST_WORKERS) --dist loadfile --no-loadscope-reorder --doctest-modules src tests tools
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check src tests bench examples tools

@@ -54,6 +54,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 """Architectures, with settings that make a small model show its special features on a few dozen tokens."""
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first: workers take whole files, and a long one at the end leaves the others idle."""
+    slow = {item.path for item in items if item.get_closest_marker("slow") or item.get_closest_marker("flower")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skips a test if something that it needs is missing; fails it where everything must be there."""
     for marker in item.iter_markers("needs"):
