@@ -11,10 +11,10 @@ import numpy as np
 import fedmide
 from fedmide.config import Config, load
 from fedmide.methods import Method
-from fedmide.methods.method import Answer, Common, plain
+from fedmide.methods.method import Common, Contribution, plain
 
 
-def median(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def median(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     """The common adapter: the median of the sites' adapters per value, so that one false adapter can't move it far."""
     adapters = [answer.arrays for answer in answers]
     if not adapters:

@@ -7,21 +7,10 @@ import pytest
 from tests.needs import ROOT
 from tools.language import files, of_file, of_markdown, of_python
 
-OPEN = frozenset((ROOT / "tests" / "language_open.txt").read_text("utf-8").split())
-"""Files that are still to be rewritten. A file leaves the list once it is clean, and none may join."""
-
 
 @pytest.mark.parametrize("path", tuple(files()), ids=lambda path: str(path.relative_to(ROOT)))
 def test_no_sentence_makes_readers_stumble(path: Path) -> None:
-    found = [f"{each.line}: {each.problem}: {each.words}" for each in of_file(path)]
-    if str(path.relative_to(ROOT)) in OPEN:
-        assert found, "this file is clean: take it off tests/language_open.txt"
-    else:
-        assert found == []
-
-
-def test_every_file_to_be_rewritten_exists() -> None:
-    assert [name for name in sorted(OPEN) if not (ROOT / name).is_file()] == []
+    assert [f"{each.line}: {each.problem}: {each.words}" for each in of_file(path)] == []
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,9 @@ import io
 import re
 import sys
 import tokenize
+import tomllib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -86,8 +88,21 @@ def _literals(source: str) -> Iterator[tuple[int, str]]:
             text = node.value
         else:
             continue
-        if " " in text.strip():
+        if " " in text.strip() and not _is_code(text):
             yield node.lineno, text
+
+
+def _is_code(text: str) -> bool:
+    r"""True for several lines of Python or TOML.
+
+    >>> _is_code("import x\nx.tell()"), _is_code("seed = 3\n[data]"), _is_code("It tells\nthis.")
+    (True, True, False)
+    """
+    for read in (ast.parse, tomllib.loads):
+        with suppress(SyntaxError, ValueError):
+            read(text)
+            return text.strip().count("\n") > 0
+    return False
 
 
 def _comments(source: str) -> Iterator[tuple[int, str]]:
@@ -150,7 +165,7 @@ def sentences(text: str) -> list[str]:
     ['One (two).', 'Three', 'four, e.g. five.']
     """
     blocks = re.split(r"\n\s*\n|\n\s*[-*|] |\n\s*\d+\. |\n {4,}|;\s|:\s*\n", text)
-    parts = [re.split(r"(?<=[.!?])[)\"'*]*\s+(?=[A-Z0-9`*(\[])", " ".join(block.split())) for block in blocks]
+    parts = [re.split(r"(?<=[.!?])[)\"'*]*\s+(?=[A-Z0-9`*(\[\"])", " ".join(block.split())) for block in blocks]
     return [part.strip() for block in parts for part in block if part.strip()]
 
 

@@ -127,12 +127,12 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
             "'natural'. See fedmide split --help",
         ),
         (["data", "build", "x", "--clients", "0"], "0 is not in the range x>=1. See fedmide data build --help"),
-        (["run"], "nothing to run. Give a configuration such as examples/tiny.toml, or --resume RUN"),
+        (["run"], "nothing to run. Give a configuration (TOML) or --resume RUN. fedmide demo runs without either"),
         (["train"], "nothing to run. Give a configuration"),
         (["run", "--runtime", "flower"], "--runtime flower needs --server"),
         (
             ["run", "--runtime", "flower", "--server", "S", "--resume", "R", "--set", "seed=1"],
-            "with --runtime flower, the run in R goes on as it is. Leave CONFIG, --set and --out away",
+            "with --runtime flower, the run in R is resumed unchanged. Remove CONFIG, --set and --out",
         ),
         (["run", "--set", "seed=1"], "nothing to run"),
         (["run", "--resume", "R", "--set", "seed=1"], "--set can't change a run that has begun"),
@@ -152,9 +152,12 @@ def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
         (["compare", "none.toml", "--methods", "local"], "none.toml: no such file"),
         (["compare", CONFIG, "--methods", "best"], "'best' is not a method and not a variant. See `fedmide methods`"),
         (["compare", CONFIG, "--methods", ""], "--methods '': expected names, each once"),
-        (["compare", CONFIG, "--methods", "local", "--seeds", "0,x"], "--seeds '0,x': 'x' is no number of this kind"),
+        (["compare", CONFIG, "--methods", "local", "--seeds", "0,x"], "--seeds '0,x': 'x' is not a valid number"),
         (["compare", CONFIG, "--methods", "local", "--seeds", ""], "--seeds: expected numbers"),
-        (["compare", CONFIG, "--methods", "local", "--learning-rates", "0"], "--learning-rates '0': '0' is no number"),
+        (
+            ["compare", CONFIG, "--methods", "local", "--learning-rates", "0"],
+            "--learning-rates '0': '0' is not a valid number",
+        ),
         (["sweep", CONFIG], "Missing option '--knob'. See fedmide sweep --help"),
         (["sweep", CONFIG, "--knob", "lora.r"], "--knob 'lora.r': expected KNOB=VALUE,VALUE"),
         (["sweep", CONFIG, "--knob", "lora.x=1,2"], "unknown key 'lora.x'"),
@@ -352,7 +355,7 @@ def test_a_run_tells_of_its_progress_and_ends_with_a_table_and_its_folder(
     settings = [word for each in QUICK for word in ("--set", each)]
     first = fedmide("run", small_input.config, *settings)
     assert first.code == 0
-    for part in ("client", "base", "aggregated", "personalised", "worst", "evaluated: runs/small-001\n"):
+    for part in ("client", "base", "aggregated", "personalized", "worst", "evaluated: runs/small-001\n"):
         assert part in first.out
     assert first.err.splitlines()[:4] == [
         "fedmide: reading the records",
@@ -541,16 +544,16 @@ def test_an_interrupt_is_told(
     monkeypatch.setattr(stages, "train", interrupt)
     told = fedmide("run", small_input.config, "--out", "R")
     assert told.code == 130
-    assert told.err.endswith("\nfedmide: stopped; a run that has begun goes on with fedmide run --resume RUN\n")
+    assert told.err.endswith("\nfedmide: stopped; to continue the run: fedmide run --resume RUN\n")
 
 
 @pytest.mark.parametrize(
     ("command", "way"),
     [
-        ("flower run S", "a run that has begun goes on with fedmide flower resume SERVER RUN"),
-        ("flower resume S R", "a run that has begun goes on with fedmide flower resume SERVER RUN"),
-        ("flower stop S", "a run that has begun goes on with fedmide flower resume SERVER RUN"),
-        ("flower site evaluate S", "give the command again, what is whole is kept"),
+        ("flower run S", "to continue the run: fedmide flower resume SERVER RUN"),
+        ("flower resume S R", "to continue the run: fedmide flower resume SERVER RUN"),
+        ("flower stop S", "to continue the run: fedmide flower resume SERVER RUN"),
+        ("flower site evaluate S", "give the command again; finished work is kept"),
     ],
 )
 def test_an_interrupt_of_a_deployed_run_is_told_with_its_own_way_on(
@@ -626,7 +629,7 @@ def test_without_test_records_there_is_no_table(fedmide: Callable[..., Outcome],
         (small_input.data / client / "test.jsonl").unlink()
     settings = ["data.test_fraction=0", "federation.rounds=0", "warmup.rounds=0", "personalization.epochs=0"]
     shown = fedmide("run", small_input.config, *(word for each in settings for word in ("--set", each)))
-    assert shown.out == "no test records, so no figures\nevaluated: runs/small-001\n"
+    assert shown.out == "no test records, so no results\nevaluated: runs/small-001\n"
 
 
 # --- split
@@ -663,7 +666,9 @@ def test_other_rules_split_otherwise(fedmide: Callable[..., Outcome], here: Path
     assert fedmide("split", "same.jsonl", "--json").json["threshold"] is None
     Path("failed.jsonl").write_text("".join(f'{{"score": {score}}}\n' for score in (1.0, 1.1, "NaN", 9.0)))
     told = fedmide("split", "failed.jsonl", "--rule", "otsu-exact")
-    assert told.out.startswith("2 shared, 2 personal") and told.err.startswith("fedmide: 1 scores are no number")
+    assert told.out.startswith("2 shared, 2 personal") and told.err.startswith(
+        "fedmide: scores that are not finite: 1;"
+    )
 
 
 # --- data
@@ -709,7 +714,7 @@ def test_one_file_is_made_into_clients(fedmide: Callable[..., Outcome], here: Pa
     (here / "all.json").write_text(json.dumps(rows))
     words = ("data", "partition", "all.json", "--set", "data.fields.instruction=q")
     shown = fedmide(*words, "out", "--by", "dirichlet:0.5:category", "--clients", 3)
-    assert shown.code == 0 and "3 clients in out; how they differ: out/partition.svg" in shown.out
+    assert shown.code == 0 and "3 sites in out; figure of their differences: out/partition.svg" in shown.out
     assert "no held-out record occurs in training" in fedmide("data", "check", "out").out
     told = fedmide(*words, "by-field", "--by", "field:category", "--test-fraction", 0, "--json").json
     assert told["clients"] == {f"site-{n}": {"training": 18, "validation": 2} for n in (1, 2, 3)}

@@ -13,11 +13,11 @@ TYPED = {
     "zsh": {"_TYPER_COMPLETE_ARGS": "fedmide ru"},
     "fish": {"_TYPER_COMPLETE_ARGS": "fedmide ru", "_TYPER_COMPLETE_FISH_ACTION": "get-args"},
 }
-"""What each shell hands to the command when the tab key is pressed behind `fedmide ru`."""
+"""The input of the command from each shell, if the tab key is pressed behind `fedmide ru`."""
 
 
 def told(home: Path, *command: str, **more: str) -> str:
-    """What a command says, in a home folder of its own; a failure says why."""
+    """The output of a command that has its own home folder. A failure of the test prints the reason."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("_TYPER")}
     environment = {**kept, "HOME": str(home), "PATH": f"{BIN}:{os.environ['PATH']}", **more}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

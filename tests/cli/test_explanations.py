@@ -65,4 +65,4 @@ def test_an_error_that_nobody_knows_is_told_with_those_known(
         cli.main()
     told = capsys.readouterr().err
     assert ended.value.code == 2
-    assert re.match(r"fedmide: 'ValueError' is no error\. Known: ConfigError, DataError, ", told)
+    assert re.match(r"fedmide: 'ValueError' is not the name of an error\. Known: ConfigError, DataError, ", told)

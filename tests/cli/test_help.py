@@ -1,4 +1,4 @@
-"""What `--help` tells of each command: an example that could be typed, found by walking the app itself."""
+"""The output of `--help` for each command has an example that can be typed. The test walks the app itself."""
 
 import shlex
 from collections.abc import Iterator

@@ -28,7 +28,7 @@ def shown(seen: Snapshot) -> list[str]:
 
 @pytest.fixture
 def looks(small_input: Any, tmp_path: Path) -> list[list[str]]:
-    """What a run shows after each of its stages."""
+    """The view of a run after each of its stages."""
     seen = []
     with opening.start(load(small_input.config), tmp_path / "run") as run:
         for stage in (None, stages.train, stages.personalize, stages.generate, stages.evaluate):
@@ -42,7 +42,7 @@ def test_every_stage_is_shown(looks: list[list[str]], tmp_path: Path) -> None:
     heads = [lines[0].split(",")[0] for lines in looks]
     assert heads == [f"run: {status}" for status in manifest.STATUSES]
     assert [lines[1] for lines in looks] == [
-        f"rounds {rounds}/3   personalised {tuned}/2   generated {told}/2"
+        f"rounds {rounds}/3   personalized {tuned}/2   generated {told}/2"
         for rounds, tuned, told in [(0, 0, 0), (3, 0, 0), (3, 2, 0), (3, 2, 2), (3, 2, 2)]
     ]
     assert "last news" in looks[0][0] and "last news" not in looks[-1][0]

@@ -29,7 +29,7 @@ def test_every_figure_stands_whole_in_its_row() -> None:
     with console.capture() as captured:
         console.print(results_table(metrics))
     lines = [" ".join(line.split()) for line in captured.get().splitlines()]
-    assert "shared base aggregated personalised" in lines
+    assert "shared base aggregated personalized" in lines
     assert "a-client-whose-name- 120 300 12.250 0.500 2.000 0.500 1.000 0.500" in lines
     assert "is-rather-long" in lines
     assert "b - 24 3.000 - 2.000 - 1.000 -" in lines

@@ -17,7 +17,6 @@ from fedmide.data.leaks import leaks
 from fedmide.data.partition import (
     Labelled,
     Rule,
-    check_free,
     counts,
     deal,
     dirichlet_shares,
@@ -26,8 +25,8 @@ from fedmide.data.partition import (
     write,
 )
 from fedmide.data.records import Record
-from fedmide.data.split import normalised
-from fedmide.errors import DataError, RunFolderError, UsageError
+from fedmide.data.split import normalized
+from fedmide.errors import DataError, UsageError
 
 IID = Rule("iid")
 HELD_OUT: dict[Any, float] = {"test": 0.2, "validation": 0.1}
@@ -54,12 +53,12 @@ def slow_groups(records: list[Record]) -> set[frozenset[int]]:
     for start in range(len(records)):
         group = {start}
         while True:
-            asked = {normalised(records[number].instruction) for number in group}
-            about = {normalised(records[number].concept) for number in group} - {""}
+            asked = {normalized(records[number].instruction) for number in group}
+            about = {normalized(records[number].concept) for number in group} - {""}
             more = {
                 number
                 for number, record in enumerate(records)
-                if normalised(record.instruction) in asked or normalised(record.concept) in about
+                if normalized(record.instruction) in asked or normalized(record.concept) in about
             }
             if more == group:
                 break
@@ -275,15 +274,6 @@ def test_without_records_the_error_asks_for_a_file_of_them(tmp_path: Path, name:
         (tmp_path / there).touch()
     with pytest.raises(DataError, match=r"Give one file of records: \.json, \.jsonl or \.parquet$"):
         read_labelled(tmp_path / name, FieldNames(), "")
-
-
-def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:
-    check_free(tmp_path / "new")
-    check_free(tmp_path)
-    (tmp_path / "x").write_text("")
-    for taken in (tmp_path, tmp_path / "x"):
-        with pytest.raises(RunFolderError, match="expected a new or an empty folder"):
-            check_free(taken)
 
 
 # --- the picture

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from fedmide.config.sections import DataConfig
 from fedmide.data.leaks import Leak, leaks
 from fedmide.data.records import ClientData, Record, RecordId, client_data
-from fedmide.data.split import Parts, grouped, limit, normalised, split
+from fedmide.data.split import SourceParts, grouped, limit, normalized, split
 from fedmide.errors import DataError
 from fedmide.seeds import entropy
 
@@ -40,14 +40,14 @@ def slow_groups(found: list[Record]) -> list[frozenset[int]]:
     """For each record, the records that are tied to it, grown until nothing is added."""
     contexts: dict[str, set[str]] = {}
     for record in found:
-        contexts.setdefault(normalised(record.instruction), set()).add(normalised(record.context))
+        contexts.setdefault(normalized(record.instruction), set()).add(normalized(record.context))
 
     def tied(one: Record, two: Record) -> bool:
-        instruction = normalised(one.instruction)
-        same = instruction == normalised(two.instruction)
-        same_context = len(contexts[instruction]) == 1 or normalised(one.context) == normalised(two.context)
-        concept = normalised(one.concept)
-        return (same and same_context) or (concept != "" and concept == normalised(two.concept))
+        instruction = normalized(one.instruction)
+        same = instruction == normalized(two.instruction)
+        same_context = len(contexts[instruction]) == 1 or normalized(one.context) == normalized(two.context)
+        concept = normalized(one.concept)
+        return (same and same_context) or (concept != "" and concept == normalized(two.concept))
 
     grown = []
     for start in range(len(found)):
@@ -66,7 +66,7 @@ def test_groups_are_the_records_that_are_tied_together(found: list[Record]) -> N
 
 def test_the_same_text_under_two_concepts_is_in_one_part() -> None:
     found = [Record(f"question {number // 2}", "answer", concept=f"C{number}") for number in range(60)]
-    client = split(Parts("a", tuple(found)), DataConfig(), seed=0)
+    client = split(SourceParts("a", tuple(found)), DataConfig(), seed=0)
     assert client.validation and client.test
     assert leaks([client]) == ()
 
@@ -75,7 +75,7 @@ def test_an_instruction_is_one_question_per_context() -> None:
     found = [Record("Sum up the report.", "short", context=f"report {number // 2}") for number in range(60)]
     assert len(set(grouped(found))) == 30
     assert len(set(grouped([*found, Record("sum up  the REPORT.", "nothing")]))) == 31
-    client = split(Parts("a", tuple(found)), DataConfig(test_fraction=0.2, validation_fraction=0.1), seed=0)
+    client = split(SourceParts("a", tuple(found)), DataConfig(test_fraction=0.2, validation_fraction=0.1), seed=0)
     assert [len(client.test), len(client.validation), len(client.training)] == [12, 6, 42]
     assert leaks([client]) == ()
 
@@ -102,7 +102,7 @@ def slow_split(given_records: list[Record], config: DataConfig, seed: int) -> di
 
 @given(files, configs, seeds)
 def test_split_equals_the_slow_way(found: list[Record], config: DataConfig, seed: int) -> None:
-    client = split(Parts("a", tuple(found)), config, seed)
+    client = split(SourceParts("a", tuple(found)), config, seed)
     expected = slow_split(found, config, seed)
     assert plain(client.training) == expected["training"]
     assert plain(client.validation) == expected["validation"]
@@ -111,7 +111,7 @@ def test_split_equals_the_slow_way(found: list[Record], config: DataConfig, seed
 
 @given(files, configs, seeds)
 def test_nothing_is_lost_and_no_group_is_in_two_parts(found: list[Record], config: DataConfig, seed: int) -> None:
-    client = split(Parts("a", tuple(found)), config, seed)
+    client = split(SourceParts("a", tuple(found)), config, seed)
     parts = (client.training, client.validation, client.test)
     assert Counter(record for part in parts for record in plain(part)) == Counter(found)
     names = grouped([record for part in parts for record in part])
@@ -129,30 +129,30 @@ def test_neither_the_order_of_the_file_nor_the_name_of_the_client_moves_a_record
 ) -> None:
     shuffled = sorted(found, key=lambda _: random.random())
     one, other = (
-        split(Parts("a", tuple(found)), config, seed),
-        split(Parts("b", tuple(shuffled)), config, seed),
+        split(SourceParts("a", tuple(found)), config, seed),
+        split(SourceParts("b", tuple(shuffled)), config, seed),
     )
     for part in ("training", "validation", "test"):
         assert Counter(plain(getattr(one, part))) == Counter(plain(getattr(other, part)))
         assert {record.id[:16] for record in getattr(one, part)} == {record.id[:16] for record in getattr(other, part)}
-    assert split(Parts("a", tuple(found)), config, seed) == one
+    assert split(SourceParts("a", tuple(found)), config, seed) == one
 
 
 def test_a_part_holds_its_fraction_in_whole_groups() -> None:
     found = tuple(Record(f"question {number // 2}", f"answer {number}") for number in range(100))
-    client = split(Parts("a", found), DataConfig(test_fraction=0.2, validation_fraction=0.1), seed=3)
+    client = split(SourceParts("a", found), DataConfig(test_fraction=0.2, validation_fraction=0.1), seed=3)
     assert [len(client.test), len(client.validation), len(client.training)] == [20, 8, 72]
 
 
 def test_another_seed_holds_out_other_groups() -> None:
-    parts = Parts("a", tuple(Record(f"question {number}", "answer") for number in range(50)))
+    parts = SourceParts("a", tuple(Record(f"question {number}", "answer") for number in range(50)))
     assert split(parts, DataConfig(), seed=0).test != split(parts, DataConfig(), seed=1).test
 
 
 def test_sites_that_share_concepts_hold_out_the_same_ones() -> None:
     here = tuple(Record(f"What is {number}?", "a", concept=f"C{number}") for number in range(40))
     there = tuple(Record(f"Describe {number}.", "b", concept=f"c{number}") for number in range(40))
-    clients = [split(Parts(name, found), DataConfig(), 0) for name, found in (("a", here), ("b", there))]
+    clients = [split(SourceParts(name, found), DataConfig(), 0) for name, found in (("a", here), ("b", there))]
     assert {record.concept for record in clients[0].test} == {record.concept.upper() for record in clients[1].test}
     assert leaks(clients) == ()
 
@@ -160,33 +160,35 @@ def test_sites_that_share_concepts_hold_out_the_same_ones() -> None:
 def test_given_parts_stay_as_they_are_and_only_the_others_are_split_off() -> None:
     found = tuple(Record(f"question {number}", "answer") for number in range(10))
     test = (Record("a test", "answer"),)
-    client = split(Parts("a", found, test=test), DataConfig(validation_fraction=0.3), seed=0)
+    client = split(SourceParts("a", found, test=test), DataConfig(validation_fraction=0.3), seed=0)
     assert plain(client.test) == list(test)
     assert (len(client.validation), len(client.training)) == (3, 7)
-    client = split(Parts("a", found, validation=test, test=()), DataConfig(), seed=0)
+    client = split(SourceParts("a", found, validation=test, test=()), DataConfig(), seed=0)
     assert (plain(client.training), plain(client.validation), client.test) == (list(found), list(test), ())
 
 
 def test_fraction_zero_gives_an_empty_part() -> None:
-    client = split(Parts("a", (Record("q", "a"),)), DataConfig(test_fraction=0.0, validation_fraction=0.0), seed=0)
+    client = split(
+        SourceParts("a", (Record("q", "a"),)), DataConfig(test_fraction=0.0, validation_fraction=0.0), seed=0
+    )
     assert (len(client.training), client.validation, client.test) == (1, (), ())
 
 
 def test_too_few_groups_name_the_client_and_the_remedy() -> None:
     two = (Record("Why?", "a"), Record(" WHY?", "b"), Record("How?", "c"))
     with pytest.raises(DataError) as caught:
-        split(Parts("north", two), DataConfig(), seed=0)
+        split(SourceParts("north", two), DataConfig(), seed=0)
     assert len(caught.value.problems) == 1
     assert "client 'north'" in caught.value.problems[0]
     assert "2, expected at least 3" in caught.value.problems[0]
     assert "data.test_fraction = 0 and data.validation_fraction = 0" in caught.value.remedy
     assert "data.fields.context" in caught.value.remedy
-    assert split(Parts("north", two), DataConfig(validation_fraction=0.0), seed=0).test
+    assert split(SourceParts("north", two), DataConfig(validation_fraction=0.0), seed=0).test
 
 
 def test_a_client_without_training_records_is_refused() -> None:
     with pytest.raises(DataError, match="client 'north': no training records"):
-        split(Parts("north", ()), DataConfig(test_fraction=0.0, validation_fraction=0.0), seed=0)
+        split(SourceParts("north", ()), DataConfig(test_fraction=0.0, validation_fraction=0.0), seed=0)
 
 
 def numbered(name: str, count: int) -> ClientData:

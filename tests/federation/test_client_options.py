@@ -157,14 +157,14 @@ def test_a_site_scores_with_what_the_others_made_and_trains_from_what_all_did(fa
     model = Watched(fakes)
     site = fakes.site("a", [8, 9, 13], fakes.config("scoring.without_own=true", "enrollment.rule=natural"))
     _, state = handle(task(fakes, -1, 0.0), site, model)
-    assert [(memory.round, place(memory.arrays)) for memory in state.memory] == [(-1, 5.0)]
+    assert [(each.round, place(each.arrays)) for each in state.method_state] == [(-1, 5.0)]
     received = behind(fakes.adapter(9.0), 9, 3, -1)
     reply, after = handle(replace(task(fakes, 0, 0.0), adapter=received), state, model)
     judged = [entry.nll_aggregated for entry in after.ledger if entry.round == 0 and entry.nll_aggregated is not None]
     assert judged == [3.0, 2.0, 2.0]
     assert model.trained[-1][0] == 9.0
     assert reply.adapter is not None and PROVENANCE not in reply.adapter
-    assert [memory.round for memory in after.memory] == [-1, 0]
+    assert [each.round for each in after.method_state] == [-1, 0]
     again, same = handle(replace(task(fakes, 0, 0.0), adapter=received), after, model)
     assert (place(again.adapter), same.ledger) == (place(reply.adapter), after.ledger)
 
@@ -181,7 +181,7 @@ def test_it_scores_with_the_whole_mean_where_it_is_not_in_it_or_alone(fakes: Any
 
 def test_nothing_is_kept_where_nothing_is_left_out(fakes: Any) -> None:
     _, state = handle(task(fakes, -1, 0.0), fakes.site("a", [8, 9, 13], fakes.config()), fakes.line())
-    assert state.memory == ()
+    assert state.method_state == ()
 
 
 # --- weights
@@ -298,7 +298,10 @@ def test_tuning_starts_from_the_local_adapter_of_the_last_round(fakes: Any) -> N
     _, state = handle(task(fakes, -1, 0.0), site, fakes.line())
     last = config.federation.rounds - 1
     reply, state = handle(task(fakes, last, 9.0), state, fakes.line())
-    assert [(memory.round, memory.arrays) for memory in state.memory][-1] == (last, reply.adapter)
+    assert [(each.round, each.arrays) for each in state.method_state][-1] == (
+        last,
+        reply.adapter,
+    )
     model = Valley(fakes)
     _, after = handle(task(fakes, last + 1, 2.0), state, model)
     assert model.starts == [place(reply.adapter)] != [2.0]
@@ -310,7 +313,7 @@ def test_an_own_adapter_of_an_earlier_round_is_not_tuned(fakes: Any) -> None:
     _, state = handle(task(fakes, -1, 0.0), fakes.site("a", [8, 9, 13], config), fakes.line())
     last = config.federation.rounds - 1
     _, state = handle(task(fakes, last, 9.0, train=False), state, fakes.line())  # not drawn: it has none of this round
-    assert [memory.round for memory in state.memory] == [-1]
+    assert [each.round for each in state.method_state] == [-1]
     model = Valley(fakes)
     handle(task(fakes, last + 1, 2.0), state, model)
     assert model.starts == [2.0]
@@ -328,7 +331,7 @@ def test_a_local_adapter_that_diverged_is_not_kept(fakes: Any) -> None:
     _, state = handle(task(fakes, -1, 0.0), fakes.site("a", [8, 9, 13], config), fakes.line())
     reply, state = handle(task(fakes, 0, 9.0), state, RunsOff(fakes))
     assert math.isnan(place(reply.adapter))
-    assert [memory.round for memory in state.memory] == [-1]
+    assert [each.round for each in state.method_state] == [-1]
 
 
 def test_a_site_that_never_trained_tunes_the_common_adapter(fakes: Any) -> None:

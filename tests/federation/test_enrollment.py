@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from fedmide.config.sections import ThresholdRule
 from fedmide.data.records import RecordId
-from fedmide.federation.enrollment import Verdict, enroll, members, rearranged, relative_gap, score, split, weight
+from fedmide.federation.enrollment import (
+    Verdict,
+    enroll,
+    members,
+    rearranged,
+    relative_gap,
+    score,
+    split_by_score,
+    weight,
+)
 from fedmide.federation.thresholds import RULES
 
 nlls = st.floats(0.0, 20.0)
@@ -52,7 +61,7 @@ def test_a_ratio_too_large_for_a_float_is_nan() -> None:
 def test_every_record_gets_one_verdict_by_the_threshold_of_the_finite(
     scores: dict[RecordId, float], rule: ThresholdRule
 ) -> None:
-    verdicts = split(scores, rule)
+    verdicts = split_by_score(scores, rule)
     threshold = RULES[rule]([value for value in scores.values() if math.isfinite(value)])
     assert list(verdicts) == list(scores)
     for record, value in scores.items():
@@ -73,12 +82,12 @@ def test_the_order_of_the_records_decides_nothing(
 ) -> None:
     ids = list(scores)
     random.shuffle(ids)  # type: ignore[attr-defined]
-    assert split({record: scores[record] for record in ids}, rule) == split(scores, rule)
+    assert split_by_score({record: scores[record] for record in ids}, rule) == split_by_score(scores, rule)
 
 
 @pytest.mark.parametrize("values", [[1.5], [1.0, 1.0, 1.0], [math.nan, math.inf], [1.0, math.nan]])
 def test_if_nothing_can_be_split_all_is_shared_with_a_warning(values: list[float]) -> None:
-    verdicts = split({RecordId(str(number)): value for number, value in enumerate(values)}, "otsu-256")
+    verdicts = split_by_score({RecordId(str(number)): value for number, value in enumerate(values)}, "otsu-256")
     assert set(verdicts.values()) == {Verdict("shared", "no-threshold", None)}
 
 
@@ -121,7 +130,7 @@ some_scores = st.lists(st.tuples(st.floats(0.5, 2.0), st.integers(5, 60)), min_s
 def arrange(rows: list[tuple[float, int]], how: str, seed: int = 0) -> tuple[Any, Any, Any, Any]:
     scores = {RecordId(f"r{number:03d}"): score for number, (score, _) in enumerate(rows)}
     lengths = {RecordId(f"r{number:03d}"): length for number, (_, length) in enumerate(rows)}
-    by_score = split(scores, "median")
+    by_score = split_by_score(scores, "median")
     return by_score, rearranged(by_score, scores, lengths, how, np.random.default_rng(seed)), scores, lengths  # type: ignore[arg-type]
 
 
@@ -199,12 +208,12 @@ def test_a_gap_of_values_that_are_not_finite_is_nan(aggregated: float, local: fl
 
 def test_the_natural_threshold_is_known_without_looking_at_the_scores() -> None:
     scores = {RecordId("a"): 0.5, RecordId("b"): 0.0, RecordId("c"): math.nan, RecordId("d"): 1.0}
-    by_ratio = split(scores, "natural")
+    by_ratio = split_by_score(scores, "natural")
     assert [by_ratio[record].set for record in scores] == ["shared", "shared", "personal", "personal"]
-    by_gap = split(scores, "natural", "relative-gap")
+    by_gap = split_by_score(scores, "natural", "relative-gap")
     assert [by_gap[record].set for record in scores] == ["personal"] * 4
     assert {verdict.threshold for verdict in by_gap.values()} == {0.0}
-    assert split({RecordId("a"): 0.5}, "natural")[RecordId("a")] == Verdict("shared", "below-threshold", 1.0)
+    assert split_by_score({RecordId("a"): 0.5}, "natural")[RecordId("a")] == Verdict("shared", "below-threshold", 1.0)
 
 
 positive = st.floats(0.01, 100.0)

@@ -15,7 +15,7 @@ from fedmide.federation import ledger
 from fedmide.federation.enrollment import Verdict
 from fedmide.federation.ledger import (
     Entry,
-    Measured,
+    OwnNll,
     Standing,
     before,
     from_lines,
@@ -128,7 +128,7 @@ def test_the_last_entry_says_where_a_record_is_and_the_last_own_nll_what_it_is_c
         replace(ENTRY, round=1, set="shared", reason="below-threshold", local_round=0),
     )
     now = standing(told, [B, A])
-    assert now == Standing({B: "shared", A: "shared"}, {A: Measured(2.5, 7, 0)}, True, {A: told[3]})
+    assert now == Standing({B: "shared", A: "shared"}, {A: OwnNll(2.5, 7, 0)}, True, {A: told[3]})
     assert standing(told[:3], [B, A]).personal == (A,)
     assert standing(told[:3], [B, A]).shared == (B,)
     assert not standing(told[:1], [B, A]).is_split
@@ -175,7 +175,7 @@ def test_measurements_store_means_per_token() -> None:
 
 def test_verdicts_store_scores_and_their_age() -> None:
     judged = {A: Verdict("personal", "at-or-above-threshold", 1.0), B: Verdict("personal", "not-finite", 1.0)}
-    own = {A: Measured(1.5, 4, 2), B: Measured(math.nan, 4, 5)}
+    own = {A: OwnNll(1.5, 4, 2), B: OwnNll(math.nan, 4, 5)}
     aggregated = {A: Nll(8.0, 4), B: Nll(8.0, 4)}
     first, second = ledger.verdicts(7, aggregated, own, ledger.scores(aggregated, own), judged)
     assert first == Entry(7, A, 4, 1.5, 2.0, math.exp(0.5), "personal", "at-or-above-threshold", 1.0, 2)
@@ -198,10 +198,10 @@ def shuffled(values: dict[Any, Any], random: Any) -> dict[Any, Any]:
 )
 def test_scores_are_joined_by_id_and_never_by_position(pairs: dict[RecordId, tuple[Nll, Nll]], random: Any) -> None:
     aggregated = {record: pair[0] for record, pair in pairs.items()}
-    own = {record: Measured(pair[1].mean, pair[1].num_tokens, 0) for record, pair in pairs.items()}
+    own = {record: OwnNll(pair[1].mean, pair[1].num_tokens, 0) for record, pair in pairs.items()}
     expected = {record: repr(value) for record, value in scores(aggregated, own).items()}
     found = scores(shuffled(aggregated, random), shuffled(own, random))
     assert {record: repr(value) for record, value in found.items()} == expected
     for record, (nll_aggregated, nll_local) in pairs.items():
-        one = scores({record: nll_aggregated}, {record: Measured(nll_local.mean, 1, 0)})
+        one = scores({record: nll_aggregated}, {record: OwnNll(nll_local.mean, 1, 0)})
         assert repr(one[record]) == expected[record]

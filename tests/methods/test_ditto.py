@@ -20,7 +20,7 @@ def test_the_common_part_is_fedavg(run_federation: Any, distance: Distance) -> N
 def test_a_client_ends_with_its_personal_adapter(run_federation: Any, distance: Distance) -> None:
     done = run_federation("ditto")
     for name in "abc":
-        assert distance(done.own(name), done.sites[name].memory[-1].arrays) == 0
+        assert distance(done.own(name), done.sites[name].method_state[-1].arrays) == 0
         assert all(distance(done.own(name), reply) > 1e-4 for reply in done.replies(1).values()), "and keeps it"
 
 

@@ -53,11 +53,11 @@ def test_routers_never_leave_and_are_trained(run_federation: Any, distance: Dist
     for number in (0, 1):
         for reply in done.replies(number).values():
             assert reply.keys() == done.adapter.keys()
-    routers = {client: under("router", done.sites[client].memory[-1].arrays) for client in "abc"}
+    routers = {client: under("router", done.sites[client].method_state[-1].arrays) for client in "abc"}
     assert all(np.abs(array).max() > 1e-4 for each in routers.values() for array in each.values())
     assert distance(routers["a"], routers["b"]) > 1e-4
     for client in "abc":
-        assert distance(under("own", done.sites[client].memory[-1].arrays), done.replies(1)[client]) == 0
+        assert distance(under("own", done.sites[client].method_state[-1].arrays), done.replies(1)[client]) == 0
         assert distance({k: v for k, v in done.own(client).items() if k.endswith(ROUTER)}, routers[client]) == 0
 
 
@@ -83,12 +83,14 @@ def test_with_one_client_it_is_training_the_own_half_and_its_router(
 
     for _ in range(2):
         trained_by_hand(trained, change, layers(done.adapter), done.sites["a"])
-    memory = done.sites["a"].memory[-1].arrays
-    assert distance(under("own", memory), {name: tensor.detach().numpy() for name, tensor in own.items()}) < 1e-4
+    method_state = done.sites["a"].method_state[-1].arrays
+    assert distance(under("own", method_state), {name: tensor.detach().numpy() for name, tensor in own.items()}) < 1e-4
     found = {name: tensor.detach().numpy() for name, tensor in routers.items()}
-    assert distance(under("router", memory), found) < 1e-4
+    assert distance(under("router", method_state), found) < 1e-4
     nothing = {name: np.zeros_like(array) for name, array in done.adapter.items()}
-    assert distance(done.own("a"), {**stacked(under("own", memory), nothing), **under("router", memory)}) == 0
+    assert (
+        distance(done.own("a"), {**stacked(under("own", method_state), nothing), **under("router", method_state)}) == 0
+    )
 
 
 def test_the_bytes_are_an_adapters_each_way(run_federation: Any) -> None:

@@ -42,7 +42,7 @@ def test_fedavg_ft_tunes_the_common_adapter(run_federation: Any, distance: Dista
 def test_fedavg_ft_may_tune_the_adapter_that_each_site_sent_last(run_federation: Any, distance: Distance) -> None:
     tuned = run_federation("fedavg-ft", "personalization.start=own")
     sent = tuned.replies(1)
-    assert all(distance(tuned.sites[name].memory[-1].arrays, sent[name]) == 0 for name in "abc")
+    assert all(distance(tuned.sites[name].method_state[-1].arrays, sent[name]) == 0 for name in "abc")
     untouched = run_federation("fedavg-ft", "personalization.start=own", "personalization.interpolation=[0.0]")
     assert distance(untouched.own("b"), tuned.adapter) == 0, "a beta is between the mean and what was tuned"
     fedmide = run_federation("fedmide", "warmup.rounds=0", "personalization.start=own")
@@ -75,7 +75,7 @@ def test_with_one_client_fedavg_is_training_alone_without_tuning(run_federation:
 
 def test_a_client_that_never_answered_ends_with_its_own_tuning(run_federation: Any, distance: Distance) -> None:
     done = run_federation("local", failing=[(0, "b"), (1, "b")])
-    assert done.sites["b"].memory == ()
+    assert done.sites["b"].method_state == ()
     assert distance(done.own("b"), done.resident.fresh(3)) > 1e-3
 
 

@@ -56,7 +56,7 @@ def test_the_first_round_trains_no_local_adapter_and_later_ones_do(run_federatio
     done = run_federation("feddpa-t")
     steps = [[d.reply.metrics["steps"].sum for d in done.deliveries if d.reply.round == number] for number in (0, 1)]
     assert steps == [[2, 1, 2], [4, 2, 4]]
-    first, second = done.sites["a"].memory
+    first, second = done.sites["a"].method_state
     assert distance(first.arrays, done.replies(0)["a"]) == 0
     assert distance(first.arrays, second.arrays) > 1e-3
 
@@ -94,10 +94,10 @@ def test_the_local_adapter_trains_as_it_is_written(
         common = train_common()
     expected = {name: tensor.detach().numpy() for name, tensor in own.items()}
     assert distance(done.adapter, {name: tensor.numpy() for name, tensor in common.items()}) < 1e-4
-    assert distance(site.memory[-1].arrays, expected) < 1e-4
+    assert distance(site.method_state[-1].arrays, expected) < 1e-4
     assert distance(expected, done.adapter) > 1e-3
     kept = done.own("a")
-    assert distance(under(OWN, kept), site.memory[-1].arrays) < 1e-6
+    assert distance(under(OWN, kept), site.method_state[-1].arrays) < 1e-6
     states = done.resident.states(under(OWN, kept), list(site.training.values()))
     assert np.allclose(kept[REFERENCES], states, atol=1e-5)
     under_the_common_one = done.resident.states(done.adapter, list(site.training.values()))
@@ -108,7 +108,7 @@ def test_variant_f_tunes_and_keeps_the_best_epoch(run_federation: Any) -> None:
     done = run_federation("feddpa-f")
     assert [d.reply.metrics["steps"] for d in done.deliveries[-3:]] == [Metric(4), Metric(2), Metric(4)]
     assert all("validation_loss" in d.reply.metrics for d in done.deliveries[-3:])
-    assert done.sites["a"].memory == ()
+    assert done.sites["a"].method_state == ()
 
 
 def test_only_the_local_half_trains(run_federation: Any, distance: Distance) -> None:

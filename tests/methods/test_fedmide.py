@@ -9,7 +9,7 @@ from fedmide import methods
 from fedmide.federation import server
 from fedmide.federation.codec import encode_task
 from fedmide.methods.fedmide import PROVENANCE, without_own
-from fedmide.methods.method import Answer, Common
+from fedmide.methods.method import Common, Contribution
 from fedmide.model.interface import Adapter
 
 FEDMIDE = methods.METHODS["fedmide"]
@@ -22,9 +22,9 @@ def adapter(value: float) -> Adapter:
 def combined(fakes: Any, *answers: tuple[str, float, int], round_number: int = -1, override: str = "true") -> Common:
     config = fakes.config(f"scoring.without_own={override}")
     common = Common(("a", "b", "c"), round_number, adapter(0.0))
-    after = FEDMIDE.combine(common, [Answer(client, adapter(at), n) for client, at, n in answers], config)
+    after = FEDMIDE.combine(common, [Contribution(client, adapter(at), n) for client, at, n in answers], config)
     assert after is not None
-    return Common(after.clients, round_number + 1, after.adapter, after.memory)
+    return Common(after.clients, round_number + 1, after.adapter, after.method_state)
 
 
 def test_a_client_in_the_mean_receives_its_own_share_of_it(fakes: Any) -> None:
@@ -40,7 +40,7 @@ def test_no_share_is_sent_in_the_last_stage_or_if_no_setting_needs_it(fakes: Any
     config = fakes.config("scoring.without_own=true", "federation.rounds=3")
     common = combined(fakes, ("a", 5.0, 3), round_number=2)
     assert FEDMIDE.down(common, "a", config) == common.adapter
-    assert combined(fakes, ("a", 5.0, 3), override="false").memory == {}
+    assert combined(fakes, ("a", 5.0, 3), override="false").method_state == {}
 
 
 def test_without_answers_the_earlier_account_stands(fakes: Any) -> None:

@@ -48,7 +48,7 @@ def test_b_never_leaves_a_site(run_federation: Any, distance: Distance) -> None:
     for name in "abc":
         own = done.own(name)
         assert distance(named(own, A), named(done.adapter, A)) == 0
-        assert distance(named(own, B), done.sites[name].memory[-1].arrays) == 0
+        assert distance(named(own, B), done.sites[name].method_state[-1].arrays) == 0
 
 
 def test_with_one_client_fedsa_is_training_alone(run_federation: Any, distance: Distance) -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedmide.config import Config, parse
 from fedmide.methods.flexlora import cut, decomposed
 from fedmide.methods.flora_fedex import stacked
-from fedmide.methods.method import Answer
+from fedmide.methods.method import Contribution
 from fedmide.model import adapters
 from fedmide.model.adapters import encode, named, under
 from fedmide.model.interface import Adapter, TrainingPlan
@@ -35,18 +35,18 @@ def random_adapter(rank: int, seed: int) -> Adapter:
 
 
 answers = st.lists(st.tuples(st.integers(1, 3), st.integers(0, 99), st.integers(1, 500)), min_size=1, max_size=4).map(
-    lambda rows: [Answer(f"{seed}", random_adapter(rank, seed), n) for rank, seed, n in rows]
+    lambda rows: [Contribution(f"{seed}", random_adapter(rank, seed), n) for rank, seed, n in rows]
 )
 
 
-def mean_of_products(given_: list[Answer], product: Product) -> dict[str, Any]:
+def mean_of_products(given_: list[Contribution], product: Product) -> dict[str, Any]:
     total = sum(answer.num_records for answer in given_)
     products = [(product(answer.arrays), answer.num_records / total) for answer in given_]
     return {layer: sum(weight * each[layer] for each, weight in products) for layer in SHAPES}
 
 
 @given(answers)
-def test_a_stack_is_the_mean_of_the_products(product: Product, given_: list[Answer]) -> None:
+def test_a_stack_is_the_mean_of_the_products(product: Product, given_: list[Contribution]) -> None:
     found, expected = product(stacked(given_)), mean_of_products(given_, product)
     for layer, shape in SHAPES.items():
         assert found[layer].shape == shape
@@ -54,14 +54,16 @@ def test_a_stack_is_the_mean_of_the_products(product: Product, given_: list[Answ
 
 
 @given(answers)
-def test_at_full_rank_the_decomposition_is_the_mean_of_the_products(product: Product, given_: list[Answer]) -> None:
+def test_at_full_rank_the_decomposition_is_the_mean_of_the_products(
+    product: Product, given_: list[Contribution]
+) -> None:
     found, expected = product(decomposed(stacked(given_), 5)), mean_of_products(given_, product)
     for layer in SHAPES:
         assert np.allclose(found[layer], expected[layer], atol=1e-4)
 
 
 @given(answers, st.integers(1, 4))
-def test_a_cut_is_the_nearest_of_its_rank(product: Product, given_: list[Answer], rank: int) -> None:
+def test_a_cut_is_the_nearest_of_its_rank(product: Product, given_: list[Contribution], rank: int) -> None:
     """Against the slow way: the singular values of the whole matrix."""
     found, expected = product(cut(decomposed(stacked(given_), 5), rank)), mean_of_products(given_, product)
     for layer in SHAPES:
@@ -75,7 +77,7 @@ def test_a_cut_is_the_nearest_of_its_rank(product: Product, given_: list[Answer]
 @given(st.integers(1, 3), st.integers(0, 99), st.lists(st.integers(1, 99), min_size=1, max_size=4))
 def test_equal_adapters_are_a_fixed_point(product: Product, rank: int, seed: int, weights: list[int]) -> None:
     same = random_adapter(rank, seed)
-    alike = [Answer("a", same, n) for n in weights]
+    alike = [Contribution("a", same, n) for n in weights]
     for combined in (stacked(alike), decomposed(stacked(alike), 5)):
         for layer, value in product(combined).items():
             assert np.allclose(value, product(same)[layer], atol=1e-4)
@@ -115,7 +117,7 @@ def test_flora_merges_the_exact_mean_of_every_round(run_federation: Any, product
 def test_a_stack_travels_once_to_each_client_also_after_a_failure(run_federation: Any, product: Product) -> None:
     done = run_federation("flora", "federation.rounds=3", failing=[(1, "b")])
     plain = run_federation("flora", "federation.rounds=3")
-    stack = len(encode(stacked([Answer(n, a, 1) for n, a in plain.replies(0).items()])))
+    stack = len(encode(stacked([Contribution(n, a, 1) for n, a in plain.replies(0).items()])))
     down = {(each.reply.client, each.reply.round): each.bytes_down for each in plain.deliveries}
     assert down["a", 0] < 300, "the fresh adapter follows from the seed"
     assert all(0.9 * stack < down["a", number] < 1.2 * stack for number in (1, 2, 3))
@@ -124,7 +126,7 @@ def test_a_stack_travels_once_to_each_client_also_after_a_failure(run_federation
     for name in "abc":
         for layer, change in model_of(done.own(name), product).items():
             assert np.allclose(change, model_of(done.adapter, product)[layer], atol=1e-6)
-    kept = {name.split(".")[0] for name in done.states[-1].memory if name.startswith("stack")}
+    kept = {name.split(".")[0] for name in done.states[-1].method_state if name.startswith("stack")}
     assert kept == {"stack-002"}, "what everyone has had is forgotten"
 
 

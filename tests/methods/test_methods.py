@@ -14,14 +14,14 @@ import pytest
 from fedmide import methods
 from fedmide.config import Config, apply_overrides, parse
 from fedmide.config.config import METHOD_TABLES
-from fedmide.config.knobs import flat, for_method
+from fedmide.config.knobs import flat, for_method, used
 from fedmide.config.sections import MethodName
 from fedmide.errors import ConfigError
 from fedmide.federation import server
 from fedmide.federation.client import handle
 from fedmide.federation.messages import ClientReply
 from fedmide.federation.server import Delivery
-from fedmide.methods.method import Answer
+from fedmide.methods.method import Contribution
 from fedmide.model import adapters
 from fedmide.studies.entrants import budget_of, within
 
@@ -149,7 +149,7 @@ def test_equal_adapters_are_a_fixed_point(product: Callable[..., Any], name: str
         key: same.get(key.removeprefix("adapter."), np.zeros(size, np.float32))
         for key, size in method.up(common, "a", config).items()
     }
-    answers = [Answer("a", arrays, 3), Answer("b", arrays, 5)]
+    answers = [Contribution("a", arrays, 3), Contribution("b", arrays, 5)]
     after = method.combine(common, answers, config)
     assert after is not None
     if name == "fedsa-lora":  # the server has no B, so no product
@@ -169,7 +169,7 @@ def test_a_comparison_gives_each_client_the_same_steps(run_federation: Any, opti
     values = {"training": {"max_steps": 3}, "federation": {"rounds": 2}, "personalization": {"epochs": 1}}
     given = for_method(apply_overrides(values, overrides), name)
     config = within(budget_of(values), given, name)
-    knobs = [f"{knob}={json.dumps(value)}" for knob, value in flat(config).items() if knob.startswith(BUDGETED)]
+    knobs = [f"{knob}={json.dumps(value)}" for knob, value in flat(used(config)).items() if knob.startswith(BUDGETED)]
     done = run_federation(name, *knobs, "lora.r=2")
     steps = Counter(dict.fromkeys("abc", 0))
     for delivery in done.deliveries:
@@ -187,8 +187,8 @@ def test_a_round_handled_again_gives_the_same_bytes(run_federation: Any, name: s
         first, after = handle(task, site, done.resident)
         second, again = handle(task, after, done.resident)
         assert told(first) == told(second)
-        assert [(each.round, adapters.encode(each.arrays)) for each in after.memory] == [
-            (each.round, adapters.encode(each.arrays)) for each in again.memory
+        assert [(each.round, adapters.encode(each.arrays)) for each in after.method_state] == [
+            (each.round, adapters.encode(each.arrays)) for each in again.method_state
         ]
         sent = [each.reply for each in done.deliveries if each.client == "a" and each.reply.round == state.round]
         assert told(first) == told(sent[0])
@@ -202,17 +202,17 @@ def test_a_training_that_diverged_once_is_not_remembered(
     running_off("a", number)
     done = run_federation(name, f"federation.rounds={number + 2}")
     before, after = (server.plan(done.states[each], done.config)[0] for each in (number, number + 1))
-    site = replace(done.sites["a"], memory=(), adapter=None)
+    site = replace(done.sites["a"], method_state=(), adapter=None)
     for state in done.states[:number]:
         _, site = handle(server.plan(state, done.config)[0], site, done.resident)
-    earlier = site.memory[-1].arrays if site.memory else {}
+    earlier = site.method_state[-1].arrays if site.method_state else {}
     _, site = handle(before, site, done.resident)
-    assert site.memory[-1].round == number, "or it would be taken for lost"
+    assert site.method_state[-1].round == number, "or it would be taken for lost"
     if name not in ("flora", "fedex-lora"):  # these remember what came, and not what was trained
-        assert adapters.encode(site.memory[-1].arrays) == adapters.encode(earlier)
+        assert adapters.encode(site.method_state[-1].arrays) == adapters.encode(earlier)
     reply, site = handle(after, site, done.resident)
     assert reply.adapter is None or adapters.is_finite(reply.adapter)
-    assert adapters.is_finite(site.memory[-1].arrays) and site.memory[-1].arrays
+    assert adapters.is_finite(site.method_state[-1].arrays) and site.method_state[-1].arrays
     assert adapters.is_finite(done.own("a"))
 
 

@@ -74,14 +74,14 @@ def test_a_run_that_was_stopped_ends_with_the_same_bytes(
         ["method=fedavg-ft", "personalization.start=own"],
     ],
 )
-def test_a_lost_memory_is_never_taken_for_none(how: list[str], small_input: Any, tmp_path: Path) -> None:
+def test_a_lost_method_state_is_never_taken_for_none(how: list[str], small_input: Any, tmp_path: Path) -> None:
     config = load(small_input.config, [*how, *QUICK])
     with opening.start(config, tmp_path / "run") as run:
         stages.train(run)
     kept = sorted(path.name for path in (tmp_path / "run/clients/b/memory").iterdir())
     assert kept == ["000.safetensors", "001.safetensors"]
     (tmp_path / "run/clients/b/memory/001.safetensors").unlink()
-    with pytest.raises(RunFolderError, match="clients/b: the memory of round 1 is missing"):
+    with pytest.raises(RunFolderError, match="clients/b: the method state of round 1 is missing"):
         opening.resume(tmp_path / "run").__enter__()
 
 
@@ -92,12 +92,12 @@ def test_nor_is_that_of_a_site_that_has_only_scored_since(small_input: Any, tmp_
         (scored,) = {event["client"] for event in run.folder.events() if "steps" not in event["metrics"]}
     (kept,) = (tmp_path / "run/clients" / scored / "memory").iterdir()
     kept.unlink()
-    with pytest.raises(RunFolderError, match=f"clients/{scored}: the memory of round -1 is missing"):
+    with pytest.raises(RunFolderError, match=f"clients/{scored}: the method state of round -1 is missing"):
         opening.resume(tmp_path / "run").__enter__()
 
 
 @pytest.mark.parametrize("number", [0, 1])
-def test_a_memory_of_a_training_that_diverged_is_not_taken_for_a_lost_one(
+def test_the_state_of_a_training_that_diverged_is_not_taken_for_a_lost_one(
     number: int, small_input: Any, tmp_path: Path, running_off: Callable[[str, int], None]
 ) -> None:
     running_off("b", number)

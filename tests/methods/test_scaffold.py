@@ -45,25 +45,27 @@ def test_the_variates_are_mean_gradients(run_federation: Any, distance: Distance
     settings = done.config.training.model_copy(update={"learning_rate": 0.1})
     c_k: dict[str, Adapter] = {}
     for number in (0, 1):
-        start, c = done.states[number].adapter, under("control", done.states[number].memory)
+        start, c = done.states[number].adapter, under("control", done.states[number].method_state)
         for name, reply in done.replies(number).items():
             rates = sum(rate_at(step, steps[name], settings) for step in range(steps[name]))
             moved = {key: (start[key] - array) / rates for key, array in under("adapter", reply).items()}
             before = c_k.get(name, {key: np.zeros_like(array) for key, array in start.items()})
             at_server = c or {key: np.zeros_like(array) for key, array in start.items()}
             c_k[name] = {key: before[key] - at_server[key] + moved[key] for key in moved}
-            kept = done.sites[name].memory[number].arrays
+            kept = done.sites[name].method_state[number].arrays
             assert distance(under("after", kept), c_k[name]) < 1e-5
         mean = {key: sum(c_k[name][key] for name in "abc") / 3 for key in start}
-        assert distance(under("control", done.states[number + 1].memory), mean) < 1e-5
+        assert distance(under("control", done.states[number + 1].method_state), mean) < 1e-5
 
 
 def test_clients_that_sit_out_keep_their_variate(run_federation: Any, distance: Distance) -> None:
     """One of three answers: c moves by a third of its change."""
     done = run_federation("scaffold", "federation.rounds=1", failing=[(0, "a"), (0, "b")])
-    own = under("after", done.sites["c"].memory[0].arrays)
-    assert distance(under("control", done.states[1].memory), {key: array / 3 for key, array in own.items()}) < 1e-7
-    assert done.sites["a"].memory == ()
+    own = under("after", done.sites["c"].method_state[0].arrays)
+    assert (
+        distance(under("control", done.states[1].method_state), {key: array / 3 for key, array in own.items()}) < 1e-7
+    )
+    assert done.sites["a"].method_state == ()
 
 
 @pytest.mark.parametrize("knobs", [(), ("federation.participation=0.6", "seed=5")], ids=str)
@@ -80,9 +82,9 @@ def test_the_server_keeps_the_mean_of_the_variates_though_answers_are_lost(
         for name, reply in done.replies(number).items():
             c_k[name] = {key: c_k[name][key] + array for key, array in under("control", reply).items()}
         mean = {key: sum(c_k[name][key] for name in "abc") / 3 for key in done.adapter}
-        assert distance(under("control", done.states[number + 1].memory), mean) < 1e-5
+        assert distance(under("control", done.states[number + 1].method_state), mean) < 1e-5
     for name in "abc":
-        kept = done.sites[name].memory[-1]
+        kept = done.sites[name].method_state[-1]
         counted = (kept.round, name) not in lost
         assert distance(under("after" if counted else "before", kept.arrays), c_k[name]) < 1e-5
 

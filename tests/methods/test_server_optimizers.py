@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fedmide.config import Config, apply_overrides, parse
 from fedmide.methods import METHODS
-from fedmide.methods.method import Answer, Common
+from fedmide.methods.method import Common, Contribution
 from fedmide.model.interface import Adapter
 
 Distance = Callable[[Adapter, Adapter], float]
@@ -33,7 +33,7 @@ def rounds(how: Config, steps: Sequence[Sequence[tuple[float, int]]]) -> Common:
     """The state after rounds in which clients come to stand at these places with these weights."""
     common = METHODS[how.method].begin(at(0.0), ("a", "b"), how)
     for step in steps:
-        after = METHODS[how.method].combine(common, [Answer("a", at(value), n) for value, n in step], how)
+        after = METHODS[how.method].combine(common, [Contribution("a", at(value), n) for value, n in step], how)
         assert after is not None
         common = after
     return common
@@ -75,7 +75,7 @@ def test_momentum_by_hand() -> None:
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5, width=32), st.integers(1, 99)), min_size=1, max_size=4))
-def test_without_memory_each_is_a_mean_step(values: list[tuple[float, int]]) -> None:
+def test_without_method_state_each_is_a_mean_step(values: list[tuple[float, int]]) -> None:
     mean = sum(value * n for value, n in values) / sum(n for _, n in values)
     assert place(rounds(config("fedavgm", "beta=0"), [values])) == pytest.approx(mean, abs=1e-5)
     flat = ("beta1=0", "tau=1e4")
@@ -88,7 +88,7 @@ def test_without_memory_each_is_a_mean_step(values: list[tuple[float, int]]) -> 
 def test_equal_adapters_are_a_fixed_point(name: str, value: float, weights: list[int]) -> None:
     how = config(name)
     common = Common(("a",), 0, at(value))
-    after = METHODS[name].combine(common, [Answer("a", at(value), n) for n in weights], how)
+    after = METHODS[name].combine(common, [Contribution("a", at(value), n) for n in weights], how)
     assert after is not None
     assert place(after) == place(common)
 

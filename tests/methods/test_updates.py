@@ -15,7 +15,7 @@ from fedmide.federation import server
 from fedmide.federation.messages import ClientReply
 from fedmide.federation.server import Delivery, RoundSummary, ServerState
 from fedmide.methods import Method, registry
-from fedmide.methods.method import Answer, Common
+from fedmide.methods.method import Common, Contribution
 from fedmide.model import adapters
 from fedmide.model.adapters import encode
 from fedmide.model.interface import Adapter, TrainingPlan
@@ -75,7 +75,7 @@ def one_reply(state: ServerState, client: str, arrays: Adapter, config: Config) 
 
 def test_an_update_is_measured_from_what_the_training_began_with(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     config = seen.done.config
-    method, counted = methods.of(config), list[Answer]()
+    method, counted = methods.of(config), list[Contribution]()
 
     def combine(common: Common, answers: Any, config: Config) -> None:
         counted.extend(answers)
@@ -100,7 +100,10 @@ def test_a_limit_that_nobody_reaches_changes_nothing(seen: Seen) -> None:
     for state, after in zip(seen.done.states[:-1], seen.done.states[1:], strict=True):
         given = [each for each in seen.done.deliveries if not each.reply or each.reply.round == state.round]
         found, summary = server.apply(state, given, limited(seen.done.config, 1e30, "clip"))
-        assert (encode(found.adapter), encode(found.memory)) == (encode(after.adapter), encode(after.memory))
+        assert (encode(found.adapter), encode(found.method_state)) == (
+            encode(after.adapter),
+            encode(after.method_state),
+        )
         assert not any(row.clipped_from for row in summary.clients)
 
 

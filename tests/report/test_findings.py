@@ -6,7 +6,7 @@ import pytest
 
 from fedmide.evaluation.intervals import Interval
 from fedmide.journal.folder import RunFolder
-from fedmide.report.facts import Outcome, RunFacts, read
+from fedmide.report.facts import ClientOutcome, RunFacts, read
 from fedmide.report.findings import cautions, headline, numbers
 
 HELPED, UNCLEAR, HURT = Interval(-0.2, -0.3, -0.1), Interval(-0.05, -0.2, 0.1), Interval(0.2, 0.1, 0.3)
@@ -48,7 +48,7 @@ def test_clients_are_named_by_their_own_intervals(facts: RunFacts) -> None:
 def test_a_run_without_figures_says_so(facts: RunFacts) -> None:
     bare = replace(facts, outcomes=(), mean_change=None, manifest={**facts.manifest, "status": "trained"})
     assert headline(bare).answer.startswith("This run is not evaluated yet (status: trained)")
-    without: tuple[Outcome, ...] = tuple(replace(each, change=None) for each in facts.outcomes)
+    without: tuple[ClientOutcome, ...] = tuple(replace(each, change=None) for each in facts.outcomes)
     assert "without tuned adapters" in headline(replace(facts, outcomes=without, mean_change=None)).answer
 
 

@@ -7,12 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedmide.report.gains import Measures, client_change, mean_change, pair
+from fedmide.report.gains import ResponseNlls, client_change, mean_change, pair
 from fedmide.seeds import stream
 
 
-def measures(sums: list[float], tokens: list[int], ids: str = "abcdefgh") -> Measures:
-    return Measures.from_dict({"record_ids": list(ids[: len(sums)]), "nll_sums": sums, "num_tokens": tokens})
+def measures(sums: list[float], tokens: list[int], ids: str = "abcdefgh") -> ResponseNlls:
+    return ResponseNlls.from_dict({"record_ids": list(ids[: len(sums)]), "nll_sums": sums, "num_tokens": tokens})
 
 
 def test_a_lower_second_nll_is_a_change_below_0_over_all_tokens() -> None:
@@ -40,7 +40,7 @@ def test_a_record_that_is_no_number_is_left_out_on_both_sides() -> None:
     [measures([1.0], [1], "z"), measures([1.0], [2], "a"), measures([math.nan], [1], "a"), measures([], [])],
     ids=["nothing in common", "other tokens", "not finite", "no records"],
 )
-def test_what_cannot_be_paired_has_no_change(second: Measures) -> None:
+def test_what_cannot_be_paired_has_no_change(second: ResponseNlls) -> None:
     assert client_change(measures([1.0], [1], "a"), second, 50, 0) is None
     assert mean_change({"a": (measures([1.0], [1], "a"), second)}, 50, 0) is None
 

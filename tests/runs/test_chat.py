@@ -92,30 +92,30 @@ def folder(run_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_a_client_answers_its_test_records_as_in_the_predictions(folder: RunFolder) -> None:
     records = (folder.path.parent / "input" / "data" / "a" / "test.jsonl").read_text().splitlines()
     begun = chat.begin(folder, "a")
-    assert list(begun.voices) == ["personalised"]
+    assert list(begun.voices) == ["personalized"]
     for line, prediction in zip(map(json.loads, records), folder.read_predictions("a"), strict=True):
         pieces: list[str] = []
-        said = begun.answer("personalised", line["instruction"], line["context"], pieces.append)
+        said = begun.answer("personalized", line["instruction"], line["context"], pieces.append)
         assert said == "".join(pieces) == prediction["prediction"]
 
 
 def test_each_voice_is_its_own_adapters(folder: RunFolder, tiny_folder: Path) -> None:
     begun = chat.begin(folder, "b", ["base", "aggregated"], max_new_tokens=8)
     said = {voice: begun.answer(voice, "Name liver") for voice in begun.voices}
-    assert list(said) == ["personalised", "base", "aggregated"] and len(set(said.values())) == 3
+    assert list(said) == ["personalized", "base", "aggregated"] and len(set(said.values())) == 3
     loaded = lora.load(tiny_folder, ModelConfig(dtype="float32", device="cpu"), LoraConfig(r=2))
     example = begun.encode.encode(Record("Name liver", ""))
     expected = {
-        "personalised": hf.read_peft(folder.personal_adapter("b"), loaded.shapes),
+        "personalized": hf.read_peft(folder.personal_adapter("b"), loaded.shapes),
         "base": adapters.fresh(loaded.shapes, folder.config.seed),
         "aggregated": hf.read_peft(folder.adapter, loaded.shapes),
     }
     for voice, adapter in expected.items():
         loaded.put(adapter)
         assert {voice: said[voice]} == {voice: generation.generate(loaded, [example], 8, 1)[0]}  # type: ignore[index]
-    begun.answer("personalised", "Name heart")
+    begun.answer("personalized", "Name heart")
     # the question in between is not remembered
-    assert begun.answer("personalised", "Name liver") == said["personalised"]
+    assert begun.answer("personalized", "Name liver") == said["personalized"]
 
 
 def test_the_context_is_part_of_the_prompt(folder: RunFolder) -> None:
@@ -123,7 +123,7 @@ def test_the_context_is_part_of_the_prompt(folder: RunFolder) -> None:
     bare, full = (begun.encode.encode(Record("Name", "", context=context)) for context in ("", "site"))
     assert len(full.ids) > len(bare.ids)
     with pytest.raises(DataError, match="leaves no room below the cutoff of 64"):
-        begun.answer("personalised", "Name", "very " * 40)
+        begun.answer("personalized", "Name", "very " * 40)
 
 
 def test_a_chat_that_is_impossible_says_why(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +148,7 @@ def test_two_adapters_and_routers_stream_too(
     monkeypatch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
     folder = reopen(finished_run(tmp_path, [f"method={method}", "federation.rounds=1"]))
     line = json.loads((tmp_path / "input" / "data" / "a" / "test.jsonl").read_text().splitlines()[1])
-    said = chat.begin(folder, "a").answer("personalised", line["instruction"], line["context"])
+    said = chat.begin(folder, "a").answer("personalized", line["instruction"], line["context"])
     assert said == folder.read_predictions("a")[1]["prediction"]
 
 
@@ -170,9 +170,9 @@ def test_questions_are_answered_until_the_end(folder: RunFolder, command: Callab
     expected = [record_view.harmless(begun.answer(voice, "Name liver")) for voice in begun.voices]
     typed = command("--client", "a", "--with", "base", typed="\nName liver\n/quit\nName heart\n")
     assert typed.exit_code == 0
-    assert typed.stdout == f"[personalised] {expected[0]}\n[base] {expected[1]}\n"
+    assert typed.stdout == f"[personalized] {expected[0]}\n[base] {expected[1]}\n"
     both = command("--client", "a", "--with", "both", "--ask", "Name liver", "--json")
-    assert list(json.loads(both.stdout)["answers"]) == ["personalised", "aggregated", "base"]
+    assert list(json.loads(both.stdout)["answers"]) == ["personalized", "aggregated", "base"]
     again = command("--client", "a", typed=f"{'very ' * 40}\nName liver")
     assert again.stdout == f"{expected[0]}\n" and "leaves no room below the cutoff of 64" in again.stderr
 
@@ -182,12 +182,12 @@ def test_one_question_is_answered_and_control_characters_are_escaped(
 ) -> None:
     (tmp_path / "about.txt").write_text("site a")
     begun = chat.begin(folder, "a")
-    with_context = begun.answer("personalised", "Name liver", "site a")
-    assert with_context != begun.answer("personalised", "Name liver")
+    with_context = begun.answer("personalized", "Name liver", "site a")
+    assert with_context != begun.answer("personalized", "Name liver")
     asked = ("--client", "a", "--ask", "Name liver", "--context", str(tmp_path / "about.txt"))
     assert command(*asked).stdout == f"{record_view.harmless(with_context)}\n"
     found = json.loads(command(*asked, "--json").stdout)
-    assert found == {"client": "a", "answers": {"personalised": with_context}}
+    assert found == {"client": "a", "answers": {"personalized": with_context}}
     monkeypatch.setattr(chat.Chat, "answer", lambda self, voice, question, context, hear: hear("a\x1b[31m"))
     assert command(*asked).stdout == "a\\x1b[31m\n"
 
@@ -196,6 +196,6 @@ def test_a_wrong_question_is_refused(command: Callable[..., Any], tmp_path: Path
     assert "--json needs --ask" in str(command("--client", "a", "--json").exception)
     (tmp_path / "picture").write_bytes(b"\xff\xfe")
     told = command("--client", "a", "--context", str(tmp_path / "picture"))
-    assert isinstance(told.exception, UsageError) and "no text in UTF-8" in str(told.exception)
+    assert isinstance(told.exception, UsageError) and "not a text in UTF-8" in str(told.exception)
     too_long = command("--client", "a", "--ask", "very " * 40)
     assert isinstance(too_long.exception, DataError)

@@ -160,11 +160,11 @@ def test_a_lost_method_state_is_never_taken_for_an_empty_one(
     tasks = [server.plan(replace(begun, round=number), at_work.config)[0] for number in (0, 1)]
     assert isinstance(at_work.ask(tasks[0]), ClientReply)
     (kept,) = (at_work.folder.site("a") / "memory").iterdir()
-    memory = kept.read_bytes()
+    method_state = kept.read_bytes()
     kept.unlink()
     assert at_work.ask(tasks[1]) == Trouble("a", "ledger")
-    assert "the memory of round 0 is missing" in at_work.told[-1]
-    kept.write_bytes(memory)
+    assert "the method state of round 0 is missing" in at_work.told[-1]
+    kept.write_bytes(method_state)
     assert isinstance(at_work.ask(tasks[1]), ClientReply)
 
 

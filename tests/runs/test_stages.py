@@ -507,11 +507,11 @@ def test_a_federation_that_diverges_continues_and_says_so(
     """Adapters that are not finite are refused in each round, and no tuning of a client is kept."""
     train = Resident.train
 
-    def run_off(resident: Resident, *args: Any) -> Iterator[Any]:
+    def diverge(resident: Resident, *args: Any) -> Iterator[Any]:
         for epoch in train(resident, *args):
             yield replace(epoch, adapter={name: array * float("nan") for name, array in epoch.adapter.items()})
 
-    monkeypatch.setattr(Resident, "train", run_off)
+    monkeypatch.setattr(Resident, "train", diverge)
     said: list[str] = []
     with opening.start(load(small_input.config), tmp_path / "run", said.append) as run:
         for stage in STAGES:
@@ -727,6 +727,8 @@ def test_one_base_model_whatever_the_number_of_clients(
 
     loads: list[Path] = []
     load_model = resident.load
-    monkeypatch.setattr(resident, "load", lambda folder, *rest: loads.append(folder) or load_model(folder, *rest))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(
+        resident, "load", lambda folder, *rest, **named: loads.append(folder) or load_model(folder, *rest, **named)
+    )  # type: ignore[func-returns-value]
     whole_run(load(small_input.config, ["federation.rounds=1"]), tmp_path / "run")
     assert len(loads) == 1

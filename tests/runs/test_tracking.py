@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from fedmide import cli
 from fedmide.config import load
-from fedmide.config.knobs import flat
+from fedmide.config.knobs import flat, used
 from fedmide.errors import TrackerError, UsageError
 from fedmide.journal.creation import reopen
 from fedmide.journal.folder import RunFolder
@@ -72,7 +72,7 @@ def test_mlflow_holds_the_figures_of_the_run(folder: RunFolder) -> None:
     store = Store("sqlite:///mlflow.db")
     (run,) = store.runs()
     assert (run.info.run_name, run.info.status) == ("run", "FINISHED") and run.info.run_id in where
-    knobs = {name: str(value) for name, value in flat(folder.config).items()}
+    knobs = {name: str(value) for name, value in flat(used(folder.config)).items()}
     assert {name: run.data.params[name] for name in knobs} == knobs
     assert run.data.params["version.torch"] == folder.read_manifest()["versions"]["torch"]
     for client in "ab":

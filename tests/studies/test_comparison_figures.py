@@ -164,14 +164,14 @@ def test_a_record_that_is_no_number_anywhere_is_left_out_everywhere() -> None:
     assert "The runs are of several commits: aaaaaaa, aaaaaaa-dirty." in text
 
 
-def test_a_method_that_ran_off_takes_no_record_from_the_others() -> None:
+def test_a_method_that_diverged_takes_no_record_from_the_others() -> None:
     runs = two_methods()
     runs["wild"] = {
         0: outcome({"steps": 6.0}, a=measured([math.nan, math.inf], [1, 3]), b=measured([7.0], [2])),
         1: runs["mine"][1],
     }
     figures = compare(runs, ["wild", "fedavg-ft"], RESAMPLES, 0)
-    assert figures["run_off"] == ["wild"]
+    assert figures["diverged"] == ["wild"]
     assert figures["num_left_out"]["response_nll"] == 0
     without = compare(two_methods(), ["fedavg-ft"], RESAMPLES, 0)
     assert figures["differences"] == without["differences"]

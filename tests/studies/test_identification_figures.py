@@ -13,7 +13,7 @@ from fedmide.model.interface import Nll
 from fedmide.studies.identification_figures import (
     RIVALS,
     Moment,
-    Site,
+    ObservedSite,
     auroc,
     average_precision,
     found,
@@ -97,7 +97,7 @@ def moment(differences: dict[str, float], personal: str) -> Moment:
     return Moment({"all": nlls, "response": nlls}, frozenset(map(RecordId, personal)), scores)
 
 
-SITE = Site(
+SITE = ObservedSite(
     truth=frozenset(map(RecordId, "cd")),
     warmup=moment({"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.4}, "bcd"),
     rounds=moment({"a": 0.1, "b": 0.0, "c": 0.2, "d": 0.4}, "d"),
@@ -117,7 +117,7 @@ def test_a_site_by_hand() -> None:
 
 
 def test_means_are_over_the_sites_that_have_a_figure() -> None:
-    none = Site(SITE.truth, SITE.warmup, moment({"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.4}, ""))
+    none = ObservedSite(SITE.truth, SITE.warmup, moment({"a": 0.1, "b": 0.3, "c": 0.2, "d": 0.4}, ""))
     figures = summarize({"x": SITE, "y": none}, resamples=50, seed=0)
     assert set(figures["clients"]) == {"x", "y"}
     assert figures["mean"]["after_rounds"]["personal"]["precision"] == 1.0
@@ -130,7 +130,7 @@ def test_means_are_over_the_sites_that_have_a_figure() -> None:
 
 def test_scores_that_are_no_number_are_left_out_and_counted() -> None:
     nlls = {**SITE.warmup.nlls["all"], RecordId("c"): (Nll(math.nan, 10), Nll(10.0, 10))}
-    odd = Site(SITE.truth, Moment({"all": nlls}, SITE.warmup.personal, {}), SITE.rounds)
+    odd = ObservedSite(SITE.truth, Moment({"all": nlls}, SITE.warmup.personal, {}), SITE.rounds)
     figures = site_figures(odd)["after_warmup"]
     assert figures["rivals"]["all"]["ratio"]["num_records"] == 3
     assert figures["rivals"]["all"]["ratio"]["num_not_finite"] == 1

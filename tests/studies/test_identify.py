@@ -24,7 +24,7 @@ def known_sites(turned: bool = False) -> KnownSites:
     clients, personal = [], {}
     for site in "ab":
         plain = [Record(f"Say {organ}.", f"It is the {organ}.") for organ in ORGANS]
-        own = [Record(f"Tell {organ}.", f"{organ.upper()} {site * 4}") for organ in ORGANS]
+        own = [Record(f"Name {organ}.", f"{organ.upper()} {site * 4}") for organ in ORGANS]
         client = client_data(site, [*plain, *own])
         clients.append(client)
         half = client.training[:6] if turned else client.training[6:]

@@ -45,7 +45,7 @@ def test_a_sweep_tells_of_each_value_and_draws_it(small_input: Any, tmp_path: Pa
     assert said == []
 
 
-def test_a_run_that_ran_off_is_told_of_and_leaves_a_gap(small_input: Any, tmp_path: Path) -> None:
+def test_a_run_that_diverged_is_reported_and_leaves_a_gap(small_input: Any, tmp_path: Path) -> None:
     plan = sweep.planned(values_of(small_input.config), "warmup.rounds=1,2", ["fedmide"], [0], tmp_path)
     sweep.run(plan)
     path = tmp_path / "runs/fedmide/warmup.rounds=2-seed-0/metrics.json"

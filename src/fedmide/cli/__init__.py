@@ -1,7 +1,7 @@
-"""The command line. Heavy imports are inside the commands, so that help comes at once.
+"""The command line. Heavy imports are inside the commands, so that help appears at once.
 
 Results go to stdout, as a table or with --json as one JSON object; progress and messages go to stderr. A user's
-mistake is one paragraph and exit code 2.
+mistake is printed as one paragraph, with exit code 2.
 """
 
 import sys
@@ -17,7 +17,7 @@ from fedmide.errors import UserError
 from fedmide.version import __version__
 
 app = typer.Typer(
-    help="Federated instruction tuning on records that never leave their owner, personalised by data alone.",
+    help="Federated instruction tuning of language models. Records never leave their site. To start: fedmide demo.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -40,13 +40,13 @@ EXIT_INTERRUPTED = 130
 
 
 def main() -> None:
-    """The entry point: what a user can mend is one paragraph on stderr, without a traceback."""
+    """The entry point: a mistake of the user is one paragraph on stderr, without a traceback."""
     try:
         code = app(prog_name="fedmide", standalone_mode=False)
     except UserError as error:
         code = _refuse(str(error), error.problems, type(error).__name__)
     except click.ClickException as error:
-        code = _refuse(*_usage(error)) if error.format_message() else error.exit_code  # else help has been shown
+        code = _refuse(*_usage(error)) if error.format_message() else error.exit_code  # else the help was printed
     except OSError as error:
         if error.filename is None:
             raise
@@ -59,12 +59,12 @@ def main() -> None:
 
 
 def _way_on(words: Sequence[str]) -> str:
-    """How what a command was stopped in goes on."""
+    """The command that continues the work of a stopped command."""
     if words[:2] == ["flower", "site"]:
-        return "give the command again, what is whole is kept"
+        return "give the command again; finished work is kept"
     deployed = words[:1] == ["flower"]
     verb = "fedmide flower resume SERVER RUN" if deployed else "fedmide run --resume RUN"
-    return f"a run that has begun goes on with {verb}"
+    return f"to continue the run: {verb}"
 
 
 def _show_version(wanted: bool) -> None:
@@ -78,11 +78,11 @@ Version = Annotated[bool, typer.Option("--version", callback=_show_version, is_e
 
 @app.callback()
 def _root(version: Version = False) -> None:
-    """Takes the options that go before a command."""
+    """Accepts the options before a command."""
 
 
 def _refuse(message: str, problems: Sequence[str] = (), explained: str = "") -> int:
-    """The exit code of a mistake, after it has been told; `explained`: the section that says more."""
+    """Prints a mistake and returns its exit code. `explained`: the section of the error page that has more about it."""
     more = f"fedmide explain {explained}" if explained else ""
     sys.stderr.write(f"fedmide: {message}\n" + (f"More: {more}\n" if more else ""))
     if "--json" in sys.argv:
@@ -91,7 +91,7 @@ def _refuse(message: str, problems: Sequence[str] = (), explained: str = "") -> 
 
 
 def _usage(error: click.ClickException) -> tuple[str, list[str]]:
-    """A mistake in the command line as one paragraph, and its problem."""
+    """A mistake on the command line: the paragraph to print, and its problem alone."""
     problem = error.format_message().rstrip(".")
     command = error.ctx.command_path if isinstance(error, click.UsageError) and error.ctx else "fedmide"
     return f"{problem}. See {command} --help", [problem]

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
 
 
 QUIT = "/quit"
-"""What ends a conversation."""
+"""The line that ends a conversation."""
 
 
 def talk(chat: "Chat", question: str, context: str, clean: Callable[[str], str]) -> None:
-    """Writes every voice's answer to stdout as it comes, each after its name where there are several.
+    """Writes each model's answer to stdout as it is generated; with several models, each after its name.
 
-    `clean` makes of a piece of an answer what a terminal may be shown.
+    `clean` turns a piece of an answer into text that a terminal may show.
     """
     for voice in chat.voices:
         if len(chat.voices) > 1:
@@ -30,16 +30,16 @@ def talk(chat: "Chat", question: str, context: str, clean: Callable[[str], str])
 
 
 def converse(chat: "Chat", context: str, clean: Callable[[str], str]) -> None:
-    """Answers what is typed, a question a line, until /quit or the end of the input."""
+    """Answers questions, one per line of input, until /quit or the end of the input."""
     for question in _questions():
         try:
             talk(chat, question, context, clean)
-        except DataError as error:  # too long; the next one may not be
+        except DataError as error:  # too long, but the next question may fit
             tell(str(error))
 
 
 def _questions() -> Iterator[str]:
-    """What is typed. The prompt goes to stderr, so that answers alone can be kept."""
+    """The typed questions. The prompt goes to stderr, so that stdout has the answers alone."""
     console, asks = Console(stderr=True), sys.stdin.isatty()
     while True:
         try:

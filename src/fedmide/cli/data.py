@@ -1,4 +1,4 @@
-"""The verbs of `fedmide data`: looking at records, or making some."""
+"""The commands of `fedmide data`: check, show, split and generate records."""
 
 import sys
 from pathlib import Path
@@ -9,7 +9,7 @@ import typer
 from fedmide.cli.shared import AsJson, Overrides, print_json
 from fedmide.errors import UsageError
 
-app = typer.Typer(help="Look at records, or make some.", no_args_is_help=True)
+app = typer.Typer(help="Check, show, split or generate records.", no_args_is_help=True)
 
 
 Part = Literal["training", "validation", "test"]
@@ -17,13 +17,13 @@ Part = Literal["training", "validation", "test"]
 
 @app.command("check", epilog="Example: fedmide data check records --set data.fields.response=answer")
 def check(
-    path: Annotated[Path, typer.Argument(help="A folder or file of records.")],
+    path: Annotated[Path, typer.Argument(help="Folder or file of records.")],
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Report counts, lengths, duplicates, leaks, categories and what looks like an identifier of a person.
+    """Report counts, lengths, duplicates, leaks, categories and possible identifiers of persons.
 
-    The parts are as given: nothing is split off, unless --set data.test_fraction=... asks for it.
+    The splits are those of the files. Add --set data.test_fraction=... to split off test records.
     """
     from dataclasses import asdict
 
@@ -44,18 +44,18 @@ def check(
             sys.stdout.writelines(f"{line}\n" for line in lines)
 
 
-@app.command("show", epilog="Example: fedmide data show examples/tiny.toml --count 5")
+@app.command("show", epilog="Example: fedmide data show records --count 5")
 def show(
-    path: Annotated[Path, typer.Argument(help="A configuration (TOML), or a folder or file of records.")],
-    client: Annotated[str, typer.Option(help="Whose records; otherwise of every client.")] = "",
-    part: Annotated[Part, typer.Option(help="Which of them.")] = "training",
-    count: Annotated[int, typer.Option(min=1, help="So many of each client, from the first one on.")] = 2,
+    path: Annotated[Path, typer.Argument(help="Configuration (TOML), or a folder or file of records.")],
+    client: Annotated[str, typer.Option(help="Site whose records are shown. Default: every site.")] = "",
+    part: Annotated[Part, typer.Option(help="Split to show.")] = "training",
+    count: Annotated[int, typer.Option(min=1, help="Number of records to show per site, from the first.")] = 2,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Show records as the model sees them: what carries loss, how many tokens, what is cut.
+    """Show records as the model sees them: tokens with loss, token counts, and cut text.
 
-    It prints texts of records.
+    The output contains texts of records.
     """
     from dataclasses import asdict
 
@@ -79,7 +79,7 @@ def show(
         for number, record in enumerate(getattr(each, part)[:count], 1)
     ]
     if not chosen:
-        raise UsageError(f"no {part} records", "Give another --part")
+        raise UsageError(f"no {part} records", "Choose another split with --part")
     from fedmide.cli.record_view import render, see
     from fedmide.model.pretrained.hf import load_tokenizer
     from fedmide.model.pretrained.locate import locate
@@ -94,15 +94,15 @@ def show(
 
 @app.command("build", epilog="Example: fedmide data build records --clients 3 --training 12 --validation 4 --test 6")
 def build(
-    out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a site.")],
-    seed: Annotated[int, typer.Option(help="Every draw follows from it.")] = 0,
+    out: Annotated[Path, typer.Argument(help="New folder to write, with one subfolder per site.")],
+    seed: Annotated[int, typer.Option(help="Seed of all draws.")] = 0,
     clients: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 8,
-    training: Annotated[int, typer.Option(min=1, help="Training records a site.")] = 48,
-    validation: Annotated[int, typer.Option(min=0, help="Validation records a site.")] = 12,
-    test: Annotated[int, typer.Option(min=0, help="Test records a site.")] = 24,
+    training: Annotated[int, typer.Option(min=1, help="Training records per site.")] = 48,
+    validation: Annotated[int, typer.Option(min=0, help="Validation records per site.")] = 12,
+    test: Annotated[int, typer.Option(min=0, help="Test records per site.")] = 24,
     as_json: AsJson = False,
 ) -> None:
-    """Write the medical sites as JSON lines that anyone can read."""
+    """Write demo data: medical sites, as JSON lines."""
     from fedmide.data.medical import sites as medical
 
     sites = medical.build(seed, clients, training, validation, test)
@@ -117,34 +117,40 @@ def build(
     "partition", epilog="Example: fedmide data partition all.jsonl records --clients 8 --by dirichlet:0.5:category"
 )
 def partition(
-    path: Annotated[Path, typer.Argument(help="A file of records: JSON, JSONL or Parquet.")],
-    out: Annotated[Path, typer.Argument(help="Folder to write, one subfolder a client.")],
-    by: Annotated[str, typer.Option(help="iid, field:NAME, dirichlet:ALPHA:NAME or size:EXPONENT.")] = "iid",
+    path: Annotated[Path, typer.Argument(help="File of records: JSON, JSONL or Parquet.")],
+    out: Annotated[Path, typer.Argument(help="New folder to write, with one subfolder per site.")],
+    by: Annotated[str, typer.Option(help="Rule: iid, field:NAME, dirichlet:ALPHA:NAME or size:EXPONENT.")] = "iid",
     clients: Annotated[
-        int, typer.Option(min=0, help="Number of clients; 0: as many as the field of field:NAME has values.")
+        int, typer.Option(min=0, help="Number of sites; 0: one per value of the field in field:NAME.")
     ] = 0,
-    seed: Annotated[int, typer.Option(min=0, help="Every draw follows from it.")] = 0,
-    validation_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Of each client's records.")] = 0.1,
-    test_fraction: Annotated[float, typer.Option(min=0, max=0.9, help="Of each client's records.")] = 0.2,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of all draws.")] = 0,
+    validation_fraction: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Fraction of each site's records for validation.")
+    ] = 0.1,
+    test_fraction: Annotated[
+        float, typer.Option(min=0, max=0.9, help="Fraction of each site's records for testing.")
+    ] = 0.2,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
 ) -> None:
-    """Make clients out of one data set, as a folder that fedmide run reads.
+    """Divide one data set into sites, as a folder that fedmide run reads.
 
-    Records that share a question or a concept stay together.
+    Records with the same question or concept stay together.
     """
     from rich.console import Console
 
     from fedmide.cli.tables import partition_table
     from fedmide.config import apply_overrides, parse
-    from fedmide.data import partition, partition_svg
+    from fedmide.data import partition, partition_svg, writing
 
     rule = partition.parse_rule(by)
     if clients == 0 and rule.kind != "field":
-        raise UsageError(f"--clients is missing, which --by {by} needs", "Say --clients N")
+        raise UsageError(f"--clients is missing, which --by {by} needs", "Add --clients N")
     if validation_fraction + test_fraction > 0.9:
-        raise UsageError("--validation-fraction and --test-fraction leave less than a tenth for training")
-    partition.check_free(out)
+        raise UsageError(
+            "--validation-fraction and --test-fraction leave less than a tenth for training", "Lower one of them"
+        )
+    writing.check_free(out)
     fields = parse(apply_overrides({}, overrides)).data.fields
     records = partition.read_labelled(path, fields, rule.field or fields.category)
     dealt = partition.deal(records, rule, clients, seed, {"test": test_fraction, "validation": validation_fraction})
@@ -155,4 +161,4 @@ def partition(
         print_json({"folder": str(out), "by": by, "seed": seed, "clients": parts, "values": partition.counts(dealt)})
     else:
         Console().print(partition_table(dealt))
-        sys.stdout.write(f"{len(dealt)} clients in {out}; how they differ: {out / 'partition.svg'}\n")
+        sys.stdout.write(f"{len(dealt)} sites in {out}; figure of their differences: {out / 'partition.svg'}\n")

@@ -1,4 +1,4 @@
-"""What each error means and what to do about it: the page that ships with the package, in sections by class."""
+"""The meaning and the remedy of each error: the page that ships with the package, with a section per class."""
 
 from pathlib import Path
 
@@ -16,7 +16,7 @@ def sections(page: str) -> dict[str, str]:
 
 
 def explanation(name: str) -> str:
-    """What the page says of an error, whatever the case of its name; "" where it says nothing.
+    """The section of the page about an error, in any case of its name; "" if there is none.
 
     >>> explanation("configerror").split("\\n")[0]
     '## ConfigError'

@@ -1,4 +1,4 @@
-"""The verbs of `fedmide flower`: a consortium's set-up, its processes and its runs."""
+"""The commands of `fedmide flower`: the set-up of a federation, its processes and its runs."""
 
 import sys
 from collections.abc import Mapping
@@ -10,13 +10,13 @@ import typer
 from fedmide.cli.shared import AsJson, print_json, tell_results
 from fedmide.errors import UsageError
 
-app = typer.Typer(help="Many hospitals: set up, check, run over Flower.", no_args_is_help=True)
+app = typer.Typer(help="Set up and run a federation between hospitals.", no_args_is_help=True)
 
 
-server_app = typer.Typer(help="The consortium's server.", no_args_is_help=True)
+server_app = typer.Typer(help="Commands for the server of a federation.", no_args_is_help=True)
 
 
-site_app = typer.Typer(help="One site.", no_args_is_help=True)
+site_app = typer.Typer(help="Commands for a site of a federation.", no_args_is_help=True)
 
 
 app.add_typer(server_app, name="server")
@@ -25,37 +25,42 @@ app.add_typer(server_app, name="server")
 app.add_typer(site_app, name="site")
 
 
-ServerPath = Annotated[Path, typer.Argument(help="The server's folder.")]
+ServerPath = Annotated[Path, typer.Argument(help="Server folder.")]
 
 
-SitePath = Annotated[Path, typer.Argument(help="The site's folder.")]
+SitePath = Annotated[Path, typer.Argument(help="Site folder.")]
 
 
-Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, of what each party sets for itself.")]
+Overrides = Annotated[
+    list[str],
+    typer.Option("--set", help="Override a setting that each party sets for itself: section.key=value (repeatable)."),
+]
 
 
 @app.command(epilog="Example: fedmide flower init consortium --config federation.toml --sites north,south")
 def init(
-    path: Annotated[Path, typer.Argument(help="New folder: server/, and site-NAME/ for each site.")],
-    config: Annotated[Path, typer.Option(help="The federation's configuration (TOML).")],
-    sites: Annotated[str, typer.Option(help="Names of the sites, with commas.")],
-    address: Annotated[str, typer.Option(help="Where sites reach the server, HOST:PORT.")] = "127.0.0.1:9092",
-    port: Annotated[int, typer.Option(help="The SuperLink's own port, on loopback.")] = 9092,
+    path: Annotated[Path, typer.Argument(help="New folder. It gets server/, and site-NAME/ for each site.")],
+    config: Annotated[Path, typer.Option(help="Configuration of the federation (TOML).")],
+    sites: Annotated[str, typer.Option(help="Names of the sites, separated by commas.")],
+    address: Annotated[
+        str, typer.Option(help="Address at which sites reach the server, HOST:PORT.")
+    ] = "127.0.0.1:9092",
+    port: Annotated[int, typer.Option(help="Port of the SuperLink on loopback.")] = 9092,
     plain: Annotated[bool, typer.Option("--plain", help="No encryption and no keys; loopback only.")] = False,
 ) -> None:
-    """Write certificates, keys, scripts and configurations of a consortium."""
+    """Write certificates, keys, scripts and configurations of a federation."""
     _check_installed()
     from fedmide.config import load
     from fedmide.flower.consortium import Consortium, create, named
     from fedmide.terminal import tell
 
     create(Consortium(path, named(sites), address, port, plain), load(config), tell)
-    sys.stdout.write(f"{path}: read CHECKLIST.md there\n")
+    sys.stdout.write(f"{path}: read CHECKLIST.md in this folder\n")
 
 
 @server_app.command("start", epilog="Example: fedmide flower server start consortium/server")
 def server_start(path: ServerPath) -> None:
-    """Run the SuperLink and its executor, in the foreground."""
+    """Run the server in the foreground: the SuperLink and its executor."""
     _check_installed()
     from fedmide.flower.server_folder import ServerFolder
     from fedmide.flower.supervision import server
@@ -66,7 +71,7 @@ def server_start(path: ServerPath) -> None:
 
 @site_app.command("start", epilog="Example: fedmide flower site start consortium/site-north")
 def site_start(path: SitePath) -> None:
-    """Run the site's SuperNode, executor and worker, in the foreground."""
+    """Run the site in the foreground: its SuperNode, executor and worker."""
     _check_installed()
     from fedmide.flower.site_folder import SiteFolder
     from fedmide.flower.supervision import site
@@ -96,7 +101,7 @@ def site_unit(path: SitePath) -> None:
 
 @site_app.command("check", epilog="Example: fedmide flower site check consortium/site-north")
 def site_check(path: SitePath, as_json: AsJson = False) -> None:
-    """Tell whether data, model, version, key and connection are right."""
+    """Check the site's data, model, version, key and connection."""
     _check_installed()
     from fedmide.flower.check import check
     from fedmide.flower.site_folder import SiteFolder
@@ -115,13 +120,15 @@ def site_check(path: SitePath, as_json: AsJson = False) -> None:
 @site_app.command("evaluate", epilog="Example: fedmide flower site evaluate consortium/site-north")
 def site_evaluate(
     path: SitePath,
-    run: Annotated[Path | None, typer.Argument(help="A folder in its runs/; otherwise that of its last run.")] = None,
+    run: Annotated[
+        Path | None, typer.Argument(help="Folder in the site's runs/. Default: that of its last run.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure the site's own test records, after its personalisation.
+    """Measure the models on the site's own test records, after its tuning.
 
-    Under the base model, the aggregated adapter and its personalised one. Responses, figures and the report are in the
-    site's run folder; nothing leaves the site.
+    The models are the base model, the common adapter and the site's tuned adapter. Responses, results and the report
+    are in the site's run folder; nothing leaves the site.
     """
     from fedmide.flower.site_folder import SiteFolder
     from fedmide.runs import stages
@@ -136,13 +143,14 @@ def site_evaluate(
 def run_(
     path: ServerPath,
     config: Annotated[
-        Path | None, typer.Argument(help="Another configuration; what the sites have agreed to must be in it.")
+        Path | None,
+        typer.Argument(help="Another configuration (TOML). It must keep the settings that the sites agreed to."),
     ] = None,
     overrides: Overrides = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NNN in the server's.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New run folder. Default: runs/NNN in the server folder.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Rounds and personalisation at all sites; each then measures for itself: fedmide flower site evaluate."""
+    """Train and tune at all sites. Then each site measures for itself: fedmide flower site evaluate."""
     _check_installed()
     from fedmide.flower.server_folder import ServerFolder
     from fedmide.journal.creation import free_folder
@@ -155,10 +163,8 @@ def run_(
 
 
 @app.command(epilog="Example: fedmide flower resume consortium/server consortium/server/runs/001")
-def resume(
-    path: ServerPath, run: Annotated[Path, typer.Argument(help="The run's folder.")], as_json: AsJson = False
-) -> None:
-    """Go on with a run from its last whole round."""
+def resume(path: ServerPath, run: Annotated[Path, typer.Argument(help="Run folder.")], as_json: AsJson = False) -> None:
+    """Resume a run from its last complete round."""
     _check_installed()
     from fedmide.flower.server_folder import ServerFolder
     from fedmide.runs.opening import resume as resume_run
@@ -170,7 +176,7 @@ def resume(
 
 @app.command(epilog="Example: fedmide flower status consortium/server")
 def status(path: ServerPath, as_json: AsJson = False) -> None:
-    """Tell who is connected and how far the run is."""
+    """Show the connected sites and the progress of the run."""
     _check_installed()
     from fedmide.flower.deployment import status as status_of
     from fedmide.flower.server_folder import ServerFolder
@@ -186,7 +192,7 @@ def status(path: ServerPath, as_json: AsJson = False) -> None:
 
 @app.command(epilog="Example: fedmide flower stop consortium/server")
 def stop(path: ServerPath) -> None:
-    """End the run that is going on; it can be gone on with."""
+    """Stop the current run. fedmide flower resume continues it."""
     from fedmide.flower.deployment import stop as stop_run
     from fedmide.flower.server_folder import ServerFolder
 
@@ -214,4 +220,4 @@ def _check_installed() -> None:
     from importlib.util import find_spec
 
     if find_spec("flwr") is None:
-        raise UsageError("flwr is not installed", "pip install 'fedmide[flower]'")
+        raise UsageError("flwr is not installed", "Install it: pip install 'fedmide[flower]'")

@@ -1,6 +1,6 @@
-"""Records as the model sees them: which tokens it reads, which of them carry loss, and what of a record is cut.
+"""Records as the model sees them: the tokens it reads, the tokens with loss, and the text that is cut.
 
-For the eyes of the records' owner, in the terminal only.
+Only for the owner of the records, and only in the terminal.
 """
 
 import unicodedata
@@ -31,7 +31,7 @@ STYLES = {
 
 @dataclass(frozen=True)
 class Piece:
-    """A run of tokens as text. `loss`: whether its tokens are predicted in training."""
+    """Successive tokens as text. `loss`: true if training predicts them."""
 
     kind: Kind
     loss: bool
@@ -41,7 +41,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class Seen:
-    """One record as the model sees it. `cut_prompt_tokens`: by so many its prompt was shortened."""
+    """One record as the model sees it. `cut_prompt_tokens`: the number of tokens cut from its prompt."""
 
     title: str
     pieces: tuple[Piece, ...]
@@ -79,7 +79,7 @@ def render(seen: Seen) -> RenderableType:
 
 
 def harmless(text: str) -> str:
-    r"""The text with control characters written out, so that no record can steer a terminal.
+    r"""The text with control characters written out, so that no record can control a terminal.
 
     >>> harmless("a\x1b[31mb\n")
     'a\\x1b[31mb\n'
@@ -90,7 +90,7 @@ def harmless(text: str) -> str:
 
 
 def _pieces(encode: Encoder, example: Example, positions: Positions) -> Iterator[Piece]:
-    """The example's tokens, parted where the response begins and where the loss does."""
+    """The example's tokens, split at the start of the response and at the start of the loss."""
     first, ids = example.first_predicted(positions), example.ids.tolist()
     for start, end in pairwise(sorted({0, first, example.prompt_length, len(ids)})):
         kind: Kind = "prompt" if start < example.prompt_length else "response"
@@ -98,7 +98,7 @@ def _pieces(encode: Encoder, example: Example, positions: Positions) -> Iterator
 
 
 def _cut(encode: Encoder, ids: list[int]) -> Iterator[Piece]:
-    """What of the response does not fit."""
+    """The end of the response that does not fit."""
     if ids:
         yield Piece("cut", False, len(ids), _text(encode, ids))
 

@@ -1,4 +1,4 @@
-"""The verbs that look something up."""
+"""The commands that look something up: methods and errors."""
 
 import sys
 from typing import Annotated
@@ -20,22 +20,24 @@ def list_methods(as_json: AsJson = False) -> None:
     from fedmide.methods import METHODS
 
     if as_json:
-        told = ("summary", "traffic", "source")
-        print_json({name: {key: getattr(each, key) for key in told} for name, each in METHODS.items()})
+        facts = ("summary", "traffic", "source")
+        print_json({name: {key: getattr(each, key) for key in facts} for name, each in METHODS.items()})
     else:
         Console().print(methods_table(METHODS.values()))
 
 
 @app.command(epilog="Example: fedmide explain DataError")
 def explain(
-    name: Annotated[str, typer.Argument(help="The name that a message ends with.")], as_json: AsJson = False
+    name: Annotated[str, typer.Argument(help="Name of an error, as at the end of a message.")], as_json: AsJson = False
 ) -> None:
-    """Say what an error means and what to do about it."""
+    """Explain an error and its remedy."""
     from fedmide.cli.explanations import PAGE, explanation, sections
 
     text = explanation(name)
     if not text:
-        raise UsageError(f"{name!r} is no error", f"Known: {', '.join(sections(PAGE.read_text('utf-8')))}")
+        raise UsageError(
+            f"{name!r} is not the name of an error", f"Known: {', '.join(sections(PAGE.read_text('utf-8')))}"
+        )
     if as_json:
         print_json({"name": name, "text": text})
     else:

@@ -1,4 +1,4 @@
-"""The verbs of what a run has left: seen, compared, taken elsewhere; and the split of records scored already."""
+"""The commands for the results of a run: report, compare, export, chat; and the split of a file of scored records."""
 
 import sys
 from pathlib import Path
@@ -15,32 +15,34 @@ app = typer.Typer()
 Beside = Literal["aggregated", "base", "both", "nobody"]
 
 
-Rule = Literal[  # those of config, which takes long to import
+Rule = Literal[  # the rules of the configuration, which is slow to import
     "otsu-256", "otsu-exact", "otsu-log", "lower-quartile", "median", "upper-quartile", "natural"
 ]
 
 
-@app.command(epilog="Example: fedmide report runs/tiny")
+@app.command(epilog="Example: fedmide report runs/first")
 def report(
-    paths: Annotated[list[Path], typer.Argument(help="A run folder; several are compared with the first.")],
+    paths: Annotated[
+        list[Path], typer.Argument(help="Run folders. With several, the others are compared with the first.")
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="File to write; otherwise RUN/report.html or comparison.html.")
+        Path | None, typer.Option(help="File to write. Default: RUN/report.html; for several runs, comparison.html.")
     ] = None,
     with_records: Annotated[
-        bool, typer.Option("--with-records", help="Show texts of records: for the site only.")
+        bool, typer.Option("--with-records", help="Include texts of records. Such a report must stay at the site.")
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a page that shows what a run did, or compares runs.
+    """Write the report of a run, or a comparison of several runs.
 
-    One file that needs no network: open RUN/report.html from disk.
+    The report is one file that needs no network: open RUN/report.html from disk.
     """
     from fedmide import report as pages
     from fedmide.journal.creation import reopen
 
     folders = [reopen(path) for path in paths]
     if len(folders) > 1 and with_records:
-        raise UsageError("--with-records goes with one run", "Name one run folder")
+        raise UsageError("--with-records goes with one run", "Give one run folder")
     if len(folders) > 1:
         written = pages.compare(folders, out or Path("comparison.html"))
     else:
@@ -54,20 +56,20 @@ def report(
 @app.command(epilog="Example: fedmide track runs/demo-001 --to mlflow")
 def track(
     path: RunFolderPath,
-    tracker: Annotated[TrackerName, typer.Option("--to", help="Which tracker.")],
+    tracker: Annotated[TrackerName, typer.Option("--to", help="Tracker to write to.")],
     place: Annotated[
         str,
         typer.Option(
             "--uri",
-            help="An MLflow store; otherwise MLFLOW_TRACKING_URI or mlflow.db here. A TensorBoard log folder; "
-            "otherwise RUN/tensorboard.",
+            help="MLflow: the store. Default: MLFLOW_TRACKING_URI, else mlflow.db in the working directory. "
+            "TensorBoard: the log folder. Default: RUN/tensorboard.",
         ),
     ] = "",
     as_json: AsJson = False,
 ) -> None:
-    """Put a run's configuration and figures into MLflow or TensorBoard; nothing of a single record.
+    """Log a run's configuration and results to MLflow or TensorBoard.
 
-    Giving it again brings the entry up to date.
+    Nothing of a single record is sent. Give the command again to update the entry.
     """
     from fedmide.journal.creation import reopen
 
@@ -82,16 +84,20 @@ def track(
 @app.command(epilog="Example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16")
 def export(
     path: RunFolderPath,
-    out: Annotated[Path, typer.Argument(help="Folder to write.")],
-    client: Annotated[str, typer.Option(help="Whose personalised model; otherwise the common one.")] = "",
-    merge: Annotated[bool, typer.Option("--merge", help="A whole model with the adapter in its weights.")] = False,
+    out: Annotated[Path, typer.Argument(help="New folder to write.")],
+    client: Annotated[str, typer.Option(help="Site whose tuned model is exported. Default: the common model.")] = "",
+    merge: Annotated[
+        bool, typer.Option("--merge", help="Write a whole model with the adapter merged into its weights.")
+    ] = False,
     dtype: Annotated[
-        Literal["float32", "bfloat16"], typer.Option(help="Type of a merged model's weights.")
+        Literal["float32", "bfloat16"], typer.Option(help="Type of the merged model's weights.")
     ] = "float32",
-    gguf: Annotated[bool, typer.Option("--gguf", help="A merged model also as one GGUF file, for llama.cpp.")] = False,
+    gguf: Annotated[
+        bool, typer.Option("--gguf", help="Also write the merged model as one GGUF file, for llama.cpp.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Write a run's model for use elsewhere: a PEFT folder, or merged."""
+    """Write a run's model for use elsewhere: as a PEFT folder, or merged."""
     from dataclasses import asdict
 
     from fedmide.journal.creation import reopen
@@ -110,29 +116,31 @@ def export(
             f"{written.parity.divergence:.2g} nats apart, same first choice {written.parity.same_choice:.1%}\n"
         )
     if written.gguf is not None:
-        sys.stdout.write(f"{written.gguf}: read back, every weight and token is the merged model's\n")
+        sys.stdout.write(f"{written.gguf}: read back; every weight and token equals the merged model's\n")
     sys.stdout.writelines(f"{line}\n" for line in (f"written: {out}", "to serve:", *commands))
 
 
 @app.command(epilog="Example: fedmide chat runs/demo-001 --client radiology --with base")
 def chat(
     path: RunFolderPath,
-    client: Annotated[str, typer.Option(help="Whose personalised model.")],
-    beside: Annotated[Beside, typer.Option("--with", help="Whose answers to show beside it.")] = "nobody",
-    ask: Annotated[str, typer.Option(help="One question; otherwise they are typed.")] = "",
-    context: Annotated[Path | None, typer.Option(help="File with the text that questions are about.")] = None,
-    max_new_tokens: Annotated[int, typer.Option(min=0, help="Longest answer, in tokens; 0: as in the run.")] = 0,
+    client: Annotated[str, typer.Option(help="Site whose tuned model answers.")],
+    beside: Annotated[Beside, typer.Option("--with", help="Models whose answers are shown next to it.")] = "nobody",
+    ask: Annotated[str, typer.Option(help="Ask one question and end. Default: type questions.")] = "",
+    context: Annotated[Path | None, typer.Option(help="File with the text that the questions are about.")] = None,
+    max_new_tokens: Annotated[
+        int, typer.Option(min=0, help="Maximum length of an answer in tokens; 0: as in the run.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Talk to a client's personalised model; answers come as they are made.
+    """Chat with a site's tuned model; the answer appears while it is generated.
 
-    Each question stands alone, the form that the model was trained in: it knows nothing of the questions before. /quit
-    or control-D ends it.
+    Each question stands alone, because the model was trained in that form: it does not see earlier questions. /quit or
+    control-D ends the chat.
     """
     from fedmide.journal.creation import reopen
 
     if as_json and not ask:
-        raise UsageError("--json needs --ask", "Give one question")
+        raise UsageError("--json needs --ask", "Add --ask QUESTION")
     folder = reopen(path)
     about = "" if context is None else _text(context)
     from fedmide.cli.chat_view import converse, talk
@@ -153,13 +161,13 @@ def chat(
 @app.command(epilog="Example: fedmide watch runs/demo-001")
 def watch(
     path: RunFolderPath,
-    seconds: Annotated[float, typer.Option(min=0.1, help="How often to look.")] = 2.0,
-    once: Annotated[bool, typer.Option("--once", help="Look once and end.")] = False,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    once: Annotated[bool, typer.Option("--once", help="Print the state once and end.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Watch a run as it goes, from its folder alone.
+    """Show the progress of a run, in a second terminal.
 
-    For a second terminal. It ends with the run; control-C ends it sooner and harms nothing.
+    It only reads the run folder. It ends with the run; control-C ends it earlier and does not affect the run.
     """
     from dataclasses import asdict
     from datetime import UTC, datetime
@@ -176,18 +184,18 @@ def watch(
 
 @app.command(epilog="Example: fedmide split scores.json --rule otsu-exact --out sets")
 def split(
-    path: Annotated[Path, typer.Argument(help="Scored records, JSON or JSONL.")],
-    rule: Annotated[Rule, typer.Option(help="How the threshold is found.")] = "otsu-256",
-    out: Annotated[Path | None, typer.Option(help="Folder for shared.json and personal.json.")] = None,
+    path: Annotated[Path, typer.Argument(help="File of scored records: JSON or JSONL.")],
+    rule: Annotated[Rule, typer.Option(help="Rule for the threshold.")] = "otsu-256",
+    out: Annotated[Path | None, typer.Option(help="Folder to write shared.json and personal.json to.")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell shared records from personal ones by their scores."""
+    """Split a file of scored records at a threshold: shared below, personal above."""
     from fedmide.studies.given_scores import split_file
 
     result = split_file(path, rule, out)
     if failed := result.pop("not_finite"):
         sys.stderr.write(
-            f"fedmide: {failed} scores are no number; where there is a threshold their records are personal\n"
+            f"fedmide: scores that are not finite: {failed}; their records are personal if there is a threshold\n"
         )
     if as_json:
         print_json(result)
@@ -198,8 +206,8 @@ def split(
 
 
 def _text(path: Path) -> str:
-    """What a text file holds."""
+    """The content of a text file."""
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: no text in UTF-8", "Convert it") from None
+        raise UsageError(f"{path}: not a text in UTF-8", "Convert the file to UTF-8") from None

@@ -1,6 +1,6 @@
-"""A run as it goes, in the terminal, from its folder alone: nothing is asked of the process that works on it.
+"""The progress of a run in the terminal. It is read from the run folder alone, not from the process at work.
 
-A round shows once it is whole; until then the folder says nothing of it.
+A round appears when it is complete, because the folder holds nothing of it before.
 """
 
 import time
@@ -20,12 +20,12 @@ BLOCKS = "▁▂▃▄▅▆▇█"
 
 
 LAST = "evaluated"
-"""The status after which nothing more will come."""
+"""The status of a finished run."""
 
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a run folder says at one moment. `silent_seconds`: since it said anything new."""
+    """The content of a run folder at one moment. `silent_seconds`: the time since its last change."""
 
     name: str
     status: str
@@ -40,7 +40,7 @@ class Snapshot:
 
 
 def look(folder: RunFolder, now: datetime) -> Snapshot:
-    """What the folder says now."""
+    """The content of the folder now."""
     manifest = folder.read_manifest()
     clients, told = tuple(manifest["data"]), turns(folder)
     files = [folder.path / "manifest.json", folder.path / "events.jsonl"]
@@ -61,13 +61,13 @@ def look(folder: RunFolder, now: datetime) -> Snapshot:
 
 
 def render(seen: Snapshot) -> RenderableType:
-    """The snapshot as a person reads it."""
+    """The snapshot as text for people."""
     count = len(seen.clients)
     head = Text(f"{seen.name}: {seen.status}, {clock(seen.elapsed_seconds)}", style="bold")
     if seen.status != LAST:
         head.append(f", last news {clock(seen.silent_seconds)} ago", style="dim")
     stages = (
-        f"rounds {seen.rounds_done}/{seen.rounds}   personalised {seen.personalized}/{count}   "
+        f"rounds {seen.rounds_done}/{seen.rounds}   personalized {seen.personalized}/{count}   "
         f"generated {seen.generated}/{count}"
     )
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -82,7 +82,7 @@ def render(seen: Snapshot) -> RenderableType:
 
 
 def follow(folder: RunFolder, seconds: float, once: bool = False) -> None:
-    """Shows the run until it is evaluated; where stdout is no terminal, or with `once`, as it is now."""
+    """Shows the run until it is evaluated. With `once`, or if stdout is not a terminal: shows it once."""
     console = Console()
     seen = look(folder, datetime.now(UTC))
     if once or not console.is_terminal:
@@ -96,7 +96,7 @@ def follow(folder: RunFolder, seconds: float, once: bool = False) -> None:
 
 
 def sparkline(values: Sequence[float]) -> str:
-    """The course of the values, the highest as a full block.
+    """The values as a line of blocks; the highest value is a full block.
 
     >>> sparkline([3.0, 2.0, 1.0]), sparkline([1.0, 1.0]), sparkline([])
     ('█▄▁', '▁▁', '')

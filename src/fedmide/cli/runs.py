@@ -1,4 +1,4 @@
-"""The verbs of a run: the whole method, or a stage of it."""
+"""The commands that do a run: the whole method, or one of its stages."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 app = typer.Typer()
 
 
-ConfigOrRun = Annotated[Path | None, typer.Argument(help="A configuration (TOML), or a run folder to go on with.")]
+ConfigOrRun = Annotated[Path | None, typer.Argument(help="Configuration (TOML), or a run folder to resume.")]
 
 
-Out = Annotated[Path | None, typer.Option(help="Folder for the run; otherwise runs/NAME-NNN.")]
+Out = Annotated[Path | None, typer.Option(help="New run folder. Default: runs/NAME-NNN.")]
 
 
-Resume = Annotated[Path | None, typer.Option(help="A run folder to go on with.")]
+Resume = Annotated[Path | None, typer.Option(help="Run folder to resume.")]
 
 
 RuntimeName = Literal["inprocess", "flower-simulation", "flower"]
@@ -34,18 +34,16 @@ RuntimeName = Literal["inprocess", "flower-simulation", "flower"]
 RuntimeOption = Annotated[
     RuntimeName,
     typer.Option(
-        "--runtime", help="Where the clients are: here, in processes that Ray starts, or at a consortium's sites."
+        "--runtime",
+        help="Place of the sites: this process, processes that Ray starts, or real sites (fedmide flower).",
     ),
 ]
 
 
-ServerFolder = Annotated[Path | None, typer.Option("--server", help="With --runtime flower: the server's folder.")]
+ServerFolder = Annotated[Path | None, typer.Option("--server", help="Server folder, for --runtime flower.")]
 
 
 StageVerb = Literal["train", "personalize", "generate", "evaluate"]
-
-
-BY_SITES = ("train", "personalize")
 
 
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
@@ -53,11 +51,11 @@ WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
 
 @app.command(epilog="Example: fedmide demo --out runs/first-look")
 def demo(overrides: Overrides = [], out: Out = None, as_json: AsJson = False) -> None:  # noqa: B006
-    """The whole method in minutes: medical sites, a small real model."""
+    """Run everything on demo data (2 minutes, downloads a 93 MB model)."""
     _work(_begun(preset("demo"), overrides, out), WHOLE, as_json)
 
 
-@app.command(epilog="Example: fedmide run examples/tiny.toml --set federation.rounds=3 --out runs/tiny")
+@app.command(epilog="Example: fedmide run config.toml --set federation.rounds=3 --out runs/first")
 def run(
     config: ConfigOrRun = None,
     overrides: Overrides = [],  # noqa: B006
@@ -65,24 +63,28 @@ def run(
     resume: Resume = None,
     runtime: RuntimeOption = "inprocess",
     server: ServerFolder = None,
-    tracker: Annotated[TrackerName | None, typer.Option("--track", help="Then also put it where track does.")] = None,
+    tracker: Annotated[
+        TrackerName | None, typer.Option("--track", help="Also log the finished run to MLflow or TensorBoard.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """The whole method, from records to metrics.
+    """Train, tune, evaluate and report.
 
-    Warm-up, split, rounds with enrollment, personalisation, generation and metrics: what train, personalize, generate
-    and evaluate do one by one. With --runtime flower, rounds and personalisation: what fedmide flower run does.
+    The same as train, personalize, generate and evaluate, one after the other. With --runtime flower, it trains and
+    tunes only, like fedmide flower run.
     """
     if runtime == "flower":
         if tracker is not None:
-            raise UsageError("--track does not go with --runtime flower", "Give fedmide track RUN afterwards")
+            raise UsageError(
+                "--track does not work with --runtime flower", "Remove it, and give fedmide track RUN after the run"
+            )
         _at_sites(config, overrides, out, resume, server, as_json)
         return
     _check_tracker(tracker)
     _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime, tracker=tracker)
 
 
-@app.command(epilog="Example: fedmide train examples/tiny.toml --out runs/tiny")
+@app.command(epilog="Example: fedmide train config.toml --out runs/first")
 def train(
     config: ConfigOrRun = None,
     overrides: Overrides = [],  # noqa: B006
@@ -91,35 +93,41 @@ def train(
     runtime: RuntimeOption = "inprocess",
     as_json: AsJson = False,
 ) -> None:
-    """Warm-up, split and federated rounds only."""
+    """Train the common adapter: warm-up, split and federated rounds (no tuning, no evaluation)."""
     _work(_opened(config, overrides, out, resume), ["train"], as_json, runtime=runtime)
 
 
-@app.command(epilog="Example: fedmide personalize runs/tiny")
+@app.command(epilog="Example: fedmide personalize runs/first")
 def personalize(path: RunFolderPath, as_json: AsJson = False) -> None:
-    """Tune the aggregated adapter, or each client's own last one, on its own records."""
+    """Tune the model of each site on its own records."""
     _work(_earlier(path), ["personalize"], as_json)
 
 
-@app.command(epilog="Example: fedmide generate runs/tiny")
+@app.command(epilog="Example: fedmide generate runs/first")
 def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
-    """Write each client's responses to its test prompts."""
+    """Generate responses to each site's test prompts."""
     _work(_earlier(path), ["generate"], as_json)
 
 
-@app.command(epilog="Example: fedmide evaluate runs/tiny --choice medqa:copies/medqa --max-questions 200")
+@app.command(epilog="Example: fedmide evaluate runs/first --choice medqa:copies/medqa --max-questions 200")
 def evaluate(
     path: RunFolderPath,
     choice: Annotated[
         list[str],
-        typer.Option("--choice", help="Also SET:PATH, your copy of medqa, medmcqa, pubmedqa or careqa, or its hub id."),
+        typer.Option(
+            "--choice",
+            help="Also measure a public benchmark: SET:PATH. SET is medqa, medmcqa, pubmedqa or careqa; "
+            "PATH is your copy of it or its hub id (repeatable).",
+        ),
     ] = [],  # noqa: B006
-    max_questions: Annotated[int, typer.Option(min=0, help="At most so many questions of a set, drawn; 0: all.")] = 0,
+    max_questions: Annotated[
+        int, typer.Option(min=0, help="Maximum number of questions per set, drawn at random; 0: all.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Measure each client's test records.
+    """Measure the models on each site's test records.
 
-    Under the base model, the aggregated adapter and, once there is one, the client's personalised adapter.
+    The models are the base model, the common adapter and, after the tuning, the site's tuned adapter.
     """
     _work(_earlier(path), ["evaluate"], as_json, _questions(path, choice, max_questions))
 
@@ -132,21 +140,25 @@ def _work(
     runtime: RuntimeName = "inprocess",
     tracker: TrackerName | None = None,
 ) -> None:
-    """Does stages of a run, then tells of them; `questions` are for the evaluation."""
+    """Does stages of a run, then prints the results. `questions` are for the evaluation."""
     with opening as opened:
         from fedmide.runs import stages
         from fedmide.terminal import bars
 
         if names == ["generate"] and not opened.config.generation.enabled:
             raise UsageError(
-                f"{opened.folder.path}: generation.enabled is false in this run", "Start a new run with it"
+                f"{opened.folder.path}: generation.enabled is false in this run",
+                "Start a new run with --set generation.enabled=true",
             )
-        more = {"questions": questions} if questions else {}
         with _reached(opened, runtime) as run:
-            results = [getattr(stages, name)(run, bars) for name in names if name in BY_SITES]
-        # each verb is called like its stage
-        results += [getattr(stages, name)(opened, bars, **more) for name in names if name not in BY_SITES]
-        tell_results(opened, as_json, results[-1])
+            if "train" in names:
+                stages.train(run, bars)
+            if "personalize" in names:
+                stages.personalize(run, bars)
+        if "generate" in names:
+            stages.generate(opened, bars)
+        metrics = stages.evaluate(opened, bars, questions or {}) if "evaluate" in names else None
+        tell_results(opened, as_json, metrics)
         if tracker is not None:
             from fedmide.terminal import tell
 
@@ -154,7 +166,7 @@ def _work(
 
 
 def _check_tracker(tracker: TrackerName | None) -> None:
-    """Refuses a tracker that is not installed, before anything that takes long."""
+    """Refuses a tracker that is not installed, before any long work."""
     if tracker is not None:
         from fedmide.runs.tracking import check_installed
 
@@ -164,13 +176,13 @@ def _check_tracker(tracker: TrackerName | None) -> None:
 def _at_sites(
     config: Path | None, overrides: list[str], out: Path | None, resume: Path | None, server: Path | None, as_json: bool
 ) -> None:
-    """Begins or goes on with a run at a consortium's sites."""
+    """Starts or resumes a run at the sites of a federation."""
     if server is None:
-        raise UsageError("--runtime flower needs --server", "Make a consortium with fedmide flower init")
+        raise UsageError("--runtime flower needs --server", "Give the server folder, which fedmide flower init creates")
     if resume is not None:
         if config is not None or overrides or out is not None:
             raise UsageError(
-                f"with --runtime flower, the run in {resume} goes on as it is", "Leave CONFIG, --set and --out away"
+                f"with --runtime flower, the run in {resume} is resumed unchanged", "Remove CONFIG, --set and --out"
             )
         flower.resume(server, resume, as_json)
     else:
@@ -178,11 +190,11 @@ def _at_sites(
 
 
 def _reached(run: "Run", runtime: RuntimeName) -> AbstractContextManager["Run"]:
-    """The same run, its clients reached as wanted."""
+    """The same run, with its sites in the wanted runtime."""
     if runtime == "inprocess":
         return nullcontext(run)
     if runtime == "flower":
-        raise UsageError("train has no --runtime flower", "Use fedmide flower run")
+        raise UsageError("train has no --runtime flower", "Use fedmide flower run SERVER")
     from fedmide.flower.remote_runs import simulated
 
     return simulated(run)
@@ -192,7 +204,7 @@ def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
     """The public questions named as SET:PATH, at most `most` per set, drawn by `data.seed`."""
     if not wanted:
         if most:
-            raise UsageError(f"--max-questions {most}: there are no questions", "Say --choice SET:PATH too")
+            raise UsageError(f"--max-questions {most}: there are no questions", "Add --choice SET:PATH")
         return {}
     from fedmide.data.questions import SETS, read_questions
     from fedmide.evaluation.questions import draw_questions
@@ -206,7 +218,7 @@ def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
         if known is None or not path:
             raise UsageError(f"--choice {each!r}: expected SET:PATH", f"The sets are {', '.join(SETS)}")
         if known in found:
-            raise UsageError(f"--choice names {known} twice", "Give one copy of it")
+            raise UsageError(f"--choice names {known} twice", "Give each set once")
         found[known] = draw_questions(read_questions(known, Path(path).expanduser(), tell), most, seed)
     return found
 
@@ -214,17 +226,19 @@ def _questions(run: Path, wanted: Sequence[str], most: int) -> "Sets":
 def _opened(
     path: Path | None, overrides: list[str], out: Path | None, resume: Path | None
 ) -> AbstractContextManager["Run"]:
-    """The run that the command line means: a new one out of a configuration, or an earlier one."""
+    """The run that the command line names: a new one from a configuration, or an earlier one."""
     if path is not None and path.is_dir():
         if resume is not None:
-            raise UsageError(f"{path} and --resume {resume} are both run folders", "Give one of them")
+            raise UsageError(f"{path} and --resume {resume} are both run folders", "Give only one of them")
         path, resume = None, path
     if resume is not None and out is not None:
-        raise UsageError(f"--out {out} can't be given for the run in {resume}", "Leave it away")
+        raise UsageError(f"--out {out} can't be given for the run in {resume}", "Remove --out")
     if resume is not None:
         return _earlier(resume, path, overrides)
     if path is None:
-        raise UsageError("nothing to run", "Give a configuration such as examples/tiny.toml, or --resume RUN")
+        raise UsageError(
+            "nothing to run", "Give a configuration (TOML) or --resume RUN. fedmide demo runs without either"
+        )
     return _begun(path, overrides, out)
 
 
@@ -234,7 +248,7 @@ def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractCont
     from fedmide.journal.creation import RUNS, check_new, free_folder
 
     path, loaded = out or free_folder(RUNS, config.stem), load(config, overrides)
-    check_new(path, loaded)  # a mistake is told before anything that takes long to import
+    check_new(path, loaded)  # refuse a mistake before the slow imports
     from fedmide.runs import opening
     from fedmide.terminal import tell
 
@@ -242,12 +256,14 @@ def _begun(config: Path, overrides: list[str], out: Path | None) -> AbstractCont
 
 
 def _earlier(path: Path, config: Path | None = None, overrides: Sequence[str] = ()) -> AbstractContextManager["Run"]:
-    """An earlier run; a configuration beside it must be its own."""
+    """An earlier run. If a configuration is given too, it must be that of the run."""
     from fedmide.config import load
     from fedmide.journal.creation import reopen
 
     if config is None and overrides:
-        raise UsageError("--set can't change a run that has begun", "Start a new run with CONFIG and --set")
+        raise UsageError(
+            "--set can't change a run that has begun", "Start a new run: fedmide run CONFIG --set section.key=value"
+        )
     loaded = None if config is None else load(config, overrides)
     reopen(path, loaded)
     from fedmide.runs import opening

@@ -1,4 +1,4 @@
-"""What commands share: options, and how results are written."""
+"""Options that several commands share, and the output of results."""
 
 import json
 import sys
@@ -15,25 +15,27 @@ if TYPE_CHECKING:
     from fedmide.runs.opening import Run
 
 
-RunFolderPath = Annotated[Path, typer.Argument(help="A run folder.")]
+RunFolderPath = Annotated[Path, typer.Argument(help="Run folder.")]
 
 
-Overrides = Annotated[list[str], typer.Option("--set", help="section.key=value, over the configuration's own.")]
+Overrides = Annotated[
+    list[str], typer.Option("--set", help="Override a setting, e.g. --set training.learning_rate=1e-3 (repeatable).")
+]
 
 
-TrackerName = Literal["mlflow", "tensorboard"]  # those of tracking
+TrackerName = Literal["mlflow", "tensorboard"]  # the trackers of runs.tracking
 
 
-AsJson = Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 def preset(name: str) -> Path:
-    """The file of a configuration that comes with the package."""
+    """The file of a configuration that ships with the package."""
     return Path(__file__).parent / "presets" / f"{name}.toml"
 
 
 def track_run(folder: "RunFolder", tracker: TrackerName, place: str = "") -> str:
-    """Where the run is tracked now; what was left out is told."""
+    """The place where the run is tracked now. Prints what was not sent."""
     from fedmide.runs.tracking import track
     from fedmide.terminal import tell
 
@@ -49,7 +51,7 @@ def print_json(values: Mapping[str, Any]) -> None:
 
 
 def tell_results(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None = None) -> None:
-    """What a run command ends with: where the folder lies, and the table where there is one."""
+    """Prints the end of a run command: the table of results, if there is one, and the run folder."""
     from rich.console import Console
 
     from fedmide.cli.tables import questions_table, results_table
@@ -60,7 +62,7 @@ def tell_results(opened: "Run", as_json: bool, metrics: Mapping[str, Any] | None
         print_json({**facts, **(metrics or {})})
         return
     if metrics is not None:
-        Console().print(results_table(metrics) if metrics["over_clients"] else "no test records, so no figures")
+        Console().print(results_table(metrics) if metrics["over_clients"] else "no test records, so no results")
         if "questions" in metrics:
             Console().print(questions_table(metrics))
     sys.stdout.write(f"{manifest['status']}: {opened.folder.path}\n")

@@ -1,4 +1,4 @@
-"""The verbs that do many runs, or ask what the score is good for; and the list of methods."""
+"""The commands that do many runs, and the benchmark of the score."""
 
 import sys
 from collections.abc import Callable
@@ -13,30 +13,32 @@ from fedmide.errors import UsageError
 app = typer.Typer()
 
 
-WhichScenario = Literal["own-style", "own-labels", "both"]  # those of sources.identification
+WhichScenario = Literal["own-style", "own-labels", "both"]  # the scenarios of studies.known_sites
 
 
 @app.command(epilog="Example: fedmide identify --scenario own-style --set federation.rounds=1")
 def identify(
     config: Annotated[
-        Path | None, typer.Argument(help="A configuration (TOML); otherwise a preset of minutes.")
+        Path | None, typer.Argument(help="Configuration (TOML). Default: a preset that takes minutes.")
     ] = None,
     overrides: Overrides = [],  # noqa: B006
-    scenario: Annotated[WhichScenario, typer.Option(help="Which kind of sites.")] = "both",
+    scenario: Annotated[WhichScenario, typer.Option(help="Kind of synthetic sites.")] = "both",
     clients: Annotated[int, typer.Option(min=1, help="Number of sites.")] = 8,
-    records: Annotated[int, typer.Option(min=2, help="Shared records a site; as many are personal.")] = 30,
-    match_lengths: Annotated[bool, typer.Option(help="Shared records about as long as the personal ones.")] = True,
-    out: Annotated[Path | None, typer.Option(help="File for the figures (JSON).")] = None,
+    records: Annotated[
+        int, typer.Option(min=2, help="Shared records per site; the number of personal records is the same.")
+    ] = 30,
+    match_lengths: Annotated[bool, typer.Option(help="Make shared records about as long as the personal ones.")] = True,
+    out: Annotated[Path | None, typer.Option(help="File for the results (JSON).")] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure how well the score finds personal records, on sites where they are known."""
+    """Benchmark FedMIDE's score on synthetic sites with a known answer."""
     from rich.console import Console
 
     from fedmide.atomic import to_json, write_file
     from fedmide.config import load
 
     if out is not None and out.exists():
-        raise UsageError(f"{out} exists already", "Give another --out")
+        raise UsageError(f"{out} exists already", "Give --out another file")
     loaded = load(config or preset("identify"), overrides)
     from fedmide.cli.tables import rivals_table, sets_table
     from fedmide.studies import identify as bench
@@ -56,27 +58,32 @@ def identify(
         Console().print(rivals_table(name, figures), sets_table(name, figures))
 
 
-@app.command(epilog="Example: fedmide compare examples/compare-medical.toml --methods fedmide,fedavg-ft --seeds 0,1")
+@app.command(epilog="Example: fedmide compare config.toml --methods fedmide,fedavg-ft --seeds 0,1")
 def compare(
-    config: Annotated[Path, typer.Argument(help="A configuration (TOML); its tables variants.NAME are variants.")],
-    methods: Annotated[str, typer.Option(help="Methods and variants, with commas between.")],
-    seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
-    learning_rates: Annotated[str, typer.Option(help="Rates to choose from on validation; otherwise as set.")] = "",
+    config: Annotated[
+        Path, typer.Argument(help="Configuration (TOML). A table variants.NAME in it defines a variant.")
+    ],
+    methods: Annotated[str, typer.Option(help="Methods and variants, separated by commas.")],
+    seeds: Annotated[str, typer.Option(help="Seeds of the training, separated by commas.")] = "0,1,2",
+    learning_rates: Annotated[
+        str, typer.Option(help="Learning rates to choose from on validation records. Default: the configured one.")
+    ] = "",
     against: Annotated[
-        str, typer.Option(help="Whom all others are held against; otherwise fedavg-ft and fedmide, where compared.")
+        str,
+        typer.Option(help="Baselines for the difference tables. Default: fedavg-ft and fedmide, if they take part."),
     ] = "",
     validation: Annotated[
-        bool, typer.Option("--validation", help="Look at validation records only: to choose settings by.")
+        bool, typer.Option("--validation", help="Measure validation records only, to choose settings.")
     ] = False,
     overrides: Overrides = [],  # noqa: B006
     out: Annotated[
-        Path | None, typer.Option(help="Folder; otherwise comparisons/NAME. It goes on where it is.")
+        Path | None, typer.Option(help="Folder. Default: comparisons/NAME. An existing comparison is continued.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Compare methods on the same records, with the same budget of local steps.
 
-    Does the runs that are missing in the folder, then tells of all of them: a comparison that was stopped goes on.
+    It does the runs that are missing in the folder, then compares all of them. Give the command again to continue.
     """
     from rich.console import Console
 
@@ -101,21 +108,23 @@ def compare(
     sys.stdout.write(f"{folder / ('validation.md' if validation else 'comparison.html')}\n")
 
 
-@app.command(epilog="Example: fedmide sweep examples/tiny.toml --knob enrollment.threshold=0.9,1.0,1.1 --seeds 0")
+@app.command(epilog="Example: fedmide sweep config.toml --knob enrollment.threshold=0.9,1.0,1.1 --seeds 0")
 def sweep(
-    config: Annotated[Path, typer.Argument(help="A configuration (TOML).")],
-    knob: Annotated[list[str], typer.Option(help="KNOB=VALUE,VALUE,...; may be given again.")],
+    config: Annotated[Path, typer.Argument(help="Configuration (TOML).")],
+    knob: Annotated[list[str], typer.Option(help="Setting and its values: KNOB=VALUE,VALUE,... (repeatable).")],
     methods: Annotated[
-        str, typer.Option(help="Methods and variants, with commas between; otherwise the configuration's method.")
+        str, typer.Option(help="Methods and variants, separated by commas. Default: the method of the configuration.")
     ] = "",
-    seeds: Annotated[str, typer.Option(help="Seeds of the training, with commas between.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds of the training, separated by commas.")] = "0,1,2",
     overrides: Overrides = [],  # noqa: B006
-    out: Annotated[Path | None, typer.Option(help="Folder; otherwise sweeps/NAME. It goes on where it is.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder. Default: sweeps/NAME. An existing sweep is continued.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Turn a knob, and see what the mean and the worst client make of it.
+    """Repeat a comparison over several values of one setting, and plot it.
 
-    Does the runs that are missing in the folder, then draws a picture of each knob.
+    It does the runs that are missing in the folder, then draws a figure per setting: the mean and the worst site.
     """
     from rich.console import Console
 
@@ -140,15 +149,15 @@ def sweep(
 
 
 def _names(text: str) -> list[str]:
-    """What stands between the commas."""
+    """The names between the commas."""
     return [name for each in text.split(",") if (name := each.strip())]
 
 
 def _listed(option: str, text: str, is_right: Callable[[str], bool]) -> list[str]:
-    """The numbers between the commas; refused where one is none."""
+    """The numbers between the commas. Refuses anything that is not such a number."""
     names = _names(text)
     if wrong := [name for name in names if not is_right(name)]:
-        raise UsageError(f"--{option} {text!r}: {wrong[0]!r} is no number of this kind", "Put commas between numbers")
+        raise UsageError(f"--{option} {text!r}: {wrong[0]!r} is not a valid number", "Separate the numbers by commas")
     return names
 
 

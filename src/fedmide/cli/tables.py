@@ -1,4 +1,4 @@
-"""What a person at a terminal sees: progress on stderr with rate and remaining time, the table of results on stdout."""
+"""Tables and sentences that commands print on stdout."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -18,10 +18,10 @@ ARTICLES = dict.fromkeys("aeiou", "an")
 
 
 MAX_CATEGORIES = 6
-"""So many of a client's categories are named."""
+"""The most categories of a client that are named."""
 
 
-STAGE_TITLES = {"base": "base", "aggregated": "aggregated", "personalized": "personalised"}
+STAGE_TITLES = {"base": "base", "aggregated": "aggregated", "personalized": "personalized"}
 
 
 def results_table(metrics: Mapping[str, Any]) -> Table:
@@ -29,7 +29,7 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     over = metrics["over_clients"]
     stages = [stage for stage in STAGE_TITLES if stage in over]
     table = _table("Shared records; response NLL (nats per token), choice accuracy")
-    table.add_column("client", overflow="fold")  # on a narrow terminal names break, figures don't
+    table.add_column("client", overflow="fold")  # on a narrow terminal, names may break and figures may not
     table.add_column("shared\nfirst last", justify="right", no_wrap=True)
     for stage in stages:
         table.add_column(f"{STAGE_TITLES[stage]}\n  NLL choice", justify="right", no_wrap=True)
@@ -45,10 +45,10 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def questions_table(metrics: Mapping[str, Any]) -> Table:
-    """The accuracies on public multiple-choice sets; of the clients' own adapters the mean and the worst."""
+    """The accuracies on public multiple-choice sets; for the tuned adapters, their mean and the worst."""
     table = _table("Choice accuracy on public questions; ± standard error")
     table.add_column("set", no_wrap=True)
-    for column in ("questions", "base", "aggregated", "personalised", "worst"):
+    for column in ("questions", "base", "aggregated", "personalized", "worst"):
         table.add_column(column, justify="right")
     for name, figures in metrics["questions"].items():
         base, over = figures["base"], figures.get("over_clients")
@@ -59,7 +59,7 @@ def questions_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def rivals_table(scenario: str, figures: Mapping[str, Any]) -> Table:
-    """How well each score tells personal records, as means over sites: AUROC and average precision."""
+    """AUROC and average precision of each score in finding personal records, as means over sites."""
     table = _table(f"{scenario}: AUROC and average precision of personal records, mean over sites")
     table.add_column("score", no_wrap=True)
     moments = ("after_warmup", "after_rounds")
@@ -82,7 +82,7 @@ def rivals_table(scenario: str, figures: Mapping[str, Any]) -> Table:
 
 
 def sets_table(scenario: str, figures: Mapping[str, Any]) -> Table:
-    """Each site's personal set beside the truth, after the split and at the end, and what was enrolled."""
+    """Each site's personal set compared with the truth, after the split and at the end, and the enrolled records."""
     table = _table(f"{scenario}: the personal set; precision, recall, F1")
     table.add_column("client", no_wrap=True)
     for column in ("after the split", "after the rounds", "enrolled, of them shared"):
@@ -105,7 +105,7 @@ def sheet_table(sheet: "Sheet") -> Table:
 
 
 def sweep_table(figures: Mapping[str, Any]) -> Table:
-    """Mean and worst client at each value of a knob, with the deviation over seeds."""
+    """Mean and worst client at each value of a setting, with the deviation over seeds."""
     seeds = len(figures["seeds"])
     about = f"± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     table = _table(f"Response NLL by {figures['knob']}; {about}")
@@ -145,13 +145,13 @@ def partition_table(dealt: "Dealt") -> Table:
 
 
 def methods_table(methods: Iterable["Method"]) -> Table:
-    """What each method does, and where it was published."""
+    """The summary and the source of each method."""
     table = _table('method = "NAME" in a configuration chooses one')
     table.add_column("method", no_wrap=True)
-    table.add_column("what it does")
+    table.add_column("summary")
     table.add_column("source")
     for method in methods:
-        table.add_row(method.name, f"{method.summary}. Travels: {method.traffic}", method.source)
+        table.add_row(method.name, f"{method.summary}. Sent: {method.traffic}", method.source)
     return table
 
 
@@ -172,7 +172,7 @@ def check_table(report: "Report") -> Table:
 
 
 def leak_lines(report: "Report") -> list[str]:
-    """A sentence for each kind of held-out record that also occurs in training; one sentence where there is none."""
+    """A sentence for each kind of held-out record that also occurs in training; one sentence if there is none."""
     if not report.leaks:
         return ["no held-out record occurs in training"]
     return [
@@ -196,7 +196,7 @@ def category_lines(report: "Report") -> list[str]:
 
 
 def identifier_lines(report: "Report") -> list[str]:
-    """A warning for each kind of identifier that records of a part seem to hold, and what such a warning is worth."""
+    """A warning for each kind of identifier that records of a part seem to hold, and the limits of this search."""
     lines = [
         f"warning: {count} {part} records of client {client.name} seem to hold {ARTICLES.get(kind[0], 'a')} {kind}"
         for client in report.clients
@@ -204,22 +204,22 @@ def identifier_lines(report: "Report") -> list[str]:
         for kind, count in getattr(client, part).identifiers.items()
     ]
     known = "e-mail addresses, phone numbers, record numbers and dates of birth"
-    return [*lines, f"looked for patterns of {known}; that none is found does not make records anonymous"]
+    return [*lines, f"searched for patterns of {known}; finding none does not make records anonymous"]
 
 
 def _table(title: str) -> Table:
-    """An empty table that eight columns of words fit into on 80 characters."""
+    """An empty table, narrow enough for eight columns of words on 80 characters."""
     return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 
 def _shared(sets: Mapping[str, Any]) -> str:
-    """How many records were shared after the split, where there was one, and at the end."""
+    """The number of shared records after the split, if there was one, and at the end."""
     first = "-" if sets["shared_at_split"] is None else sets["shared_at_split"]
     return f"{first:>5} {sets['shared']:>4}"
 
 
 def _pair(likelihood: Mapping[str, Any] | None, value: str, choice: Mapping[str, Any] | None, accuracy: str) -> str:
-    """An NLL and an accuracy side by side, a dash for one that is not there."""
+    """An NLL and an accuracy next to each other; a dash for one that is missing."""
     return f"{_number(likelihood, value):>5} {_number(choice, accuracy):>6}"
 
 

@@ -3,11 +3,13 @@
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
 from fedmide.config.config import METHOD_TABLES, Config
+
+T = TypeVar("T")
 
 
 def fingerprint(config: Config) -> str:
@@ -26,35 +28,29 @@ def agreed(config: Config) -> dict[str, str]:
     >>> agreed(Config())["lora.r"], "data.path" in agreed(Config())
     ('8', False)
     """
-    return {name: json.dumps(value) for name, value in flat(config).items() if not name.startswith(_LOCAL)}
+    return {name: json.dumps(value) for name, value in flat(used(config)).items() if not name.startswith(_LOCAL)}
 
 
-def differing(first: Mapping[str, str], second: Mapping[str, str]) -> list[tuple[str, str | None, str | None]]:
+def differing(first: Mapping[str, T], second: Mapping[str, T]) -> list[tuple[str, T | None, T | None]]:
     """The settings in which two parties differ, with both values; None if a party has no such setting.
 
     >>> differing({"seed": "0", "lora.r": "8"}, {"seed": "1", "lora.r": "8"})
     [('seed', '0', '1')]
     """
-    named = ((name, first.get(name), second.get(name)) for name in sorted({*first, *second}))
+    named = ((name, first.get(name), second.get(name)) for name in {**first, **second})
     return [(name, one, other) for name, one, other in named if one != other]
 
 
-def flat(config: Config) -> dict[str, Any]:
-    """Every setting that the method uses, by its dotted name.
+def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The values of nested sections by their dotted names.
 
-    >>> flat(Config())["lora.r"], "fedprox.mu" in flat(Config())
-    (8, False)
+    >>> flat({"seed": 1, "lora": {"r": 8, "alpha": 16}})
+    {'seed': 1, 'lora.r': 8, 'lora.alpha': 16}
     """
-    return dict(_flat(used(config)))
-
-
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted name and the value of each setting."""
+    found: dict[str, Any] = {}
     for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return found
 
 
 def for_method(values: Mapping[str, Any], method: str) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from fedmide.config.sections import FieldNames
 from fedmide.data.records import PARTS, Part, Record
 from fedmide.data.rows import SUFFIXES, Reading, Row, gathered, kind, natural_order, rows_of, sound, text_fault
-from fedmide.data.split import Parts
+from fedmide.data.split import SourceParts
 from fedmide.errors import DataError
 
 _PART_NAMES: Mapping[str, Part] = {
@@ -52,7 +52,7 @@ def read_records(path: Path, fields: FieldNames) -> tuple[Record, ...]:
     return sound(_records(path, fields), NEEDED)
 
 
-def read_folder(path: Path, fields: FieldNames, only: str = "") -> tuple[Parts, ...]:
+def read_folder(path: Path, fields: FieldNames, only: str = "") -> tuple[SourceParts, ...]:
     """The clients in a folder, in natural order of their names: one file or one subfolder each.
 
     `only`: reads just the client of that name and opens nothing else in the folder.
@@ -62,7 +62,7 @@ def read_folder(path: Path, fields: FieldNames, only: str = "") -> tuple[Parts, 
     return read_clients(_clients_in(path, only), fields)
 
 
-def read_table(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
+def read_table(path: Path, fields: FieldNames) -> tuple[SourceParts, ...]:
     """The clients in one file in which each record names its client, in natural order of their names."""
     if not path.is_file():
         raise DataError(f"{path}: no such file", "Give the file of your records (data.path)")
@@ -78,7 +78,7 @@ def read_table(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
     return sound(Reading(clients.values, tuple(problems)), NEEDED)
 
 
-def read_clients(found: Reading[ClientFiles], fields: FieldNames) -> tuple[Parts, ...]:
+def read_clients(found: Reading[ClientFiles], fields: FieldNames) -> tuple[SourceParts, ...]:
     """The clients whose files were found. One `DataError` has the problems of the search and of all files."""
     read = gathered((_client(client, fields) for client in found.values), found.problems)
     return sound(read, LAYOUT if found.problems else NEEDED)
@@ -103,18 +103,18 @@ def checked_record(row: Row, fields: FieldNames) -> Reading[Record]:
     return Reading((Record(instruction, response, context, category, concept),))
 
 
-def _client(files: ClientFiles, fields: FieldNames) -> Reading[Parts]:
+def _client(files: ClientFiles, fields: FieldNames) -> Reading[SourceParts]:
     if tuple(files.paths) == ("training",):
         found = _rows(files.paths["training"], fields)
         parted = _parted(files.name, found.values, fields)
         return Reading(parted.values, found.problems + parted.problems)
     parts = {part: _records(path, fields) for part, path in files.paths.items()}
     given = {part: reading.values for part, reading in parts.items()}
-    client = Parts(files.name, given.get("training", ()), given.get("validation"), given.get("test"))
+    client = SourceParts(files.name, given.get("training", ()), given.get("validation"), given.get("test"))
     return Reading((client,), gathered(parts.values()).problems)
 
 
-def _parted(name: str, rows: Iterable[Row], fields: FieldNames) -> Reading[Parts]:
+def _parted(name: str, rows: Iterable[Row], fields: FieldNames) -> Reading[SourceParts]:
     """One client from the rows of one file. A validation or test part without a row is None."""
     records: dict[Part, list[Record]] = {"training": []}
     problems: list[str] = []
@@ -124,7 +124,7 @@ def _parted(name: str, rows: Iterable[Row], fields: FieldNames) -> Reading[Parts
         for which in part.values:
             records.setdefault(which, []).extend(reading.values)
     given = {part: tuple(members) for part, members in records.items()}
-    return Reading((Parts(name, given["training"], given.get("validation"), given.get("test")),), tuple(problems))
+    return Reading((SourceParts(name, given["training"], given.get("validation"), given.get("test")),), tuple(problems))
 
 
 def _part(row: Row, fields: FieldNames) -> Reading[Part]:

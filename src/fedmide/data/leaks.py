@@ -7,7 +7,7 @@ from itertools import product
 from typing import Literal
 
 from fedmide.data.records import ClientData, Record, canonical_text
-from fedmide.data.split import HeldOut, normalised
+from fedmide.data.split import HeldOut, normalized
 
 LeakKind = Literal["text", "question", "concept"]
 
@@ -62,8 +62,8 @@ def _keys(records: Sequence[Record]) -> KeyCounts:
     """The occurrences of each text, question and concept. A record without a concept counts for no concept."""
     key_of: dict[LeakKind, Callable[[Record], str]] = {
         "text": canonical_text,
-        "question": lambda record: f"{normalised(record.instruction)}\x1f{normalised(record.context)}",
-        "concept": lambda record: normalised(record.concept),
+        "question": lambda record: f"{normalized(record.instruction)}\x1f{normalized(record.context)}",
+        "concept": lambda record: normalized(record.concept),
     }
     return {kind: Counter(key for key in map(of, records) if key) for kind, of in key_of.items()}
 

@@ -8,7 +8,7 @@ from fedmide.data.changes import noisy, pieces
 from fedmide.data.files import read_folder, read_table
 from fedmide.data.published import is_published, read_published
 from fedmide.data.records import ClientData
-from fedmide.data.split import Parts, limit, split
+from fedmide.data.split import SourceParts, limit, split
 from fedmide.errors import DataError
 
 MEDICAL_SITES, MEDICAL_TRAINING, MEDICAL_VALIDATION, MEDICAL_TEST = 8, 48, 12, 24
@@ -47,7 +47,7 @@ def _made(config: DataConfig, seed: int) -> tuple[ClientData, ...]:
     )
 
 
-def _read(config: DataConfig, only: str) -> tuple[Parts, ...]:
+def _read(config: DataConfig, only: str) -> tuple[SourceParts, ...]:
     """The first `config.clients` clients in the user's files (0: all); of a folder of files just `only`, if given."""
     if not config.path:
         raise DataError(
@@ -66,7 +66,7 @@ def _read(config: DataConfig, only: str) -> tuple[Parts, ...]:
     return found[: config.clients or None]
 
 
-def _split(found: Sequence[Parts], config: DataConfig, seed: int) -> tuple[ClientData, ...]:
+def _split(found: Sequence[SourceParts], config: DataConfig, seed: int) -> tuple[ClientData, ...]:
     """The split clients. Raises one `DataError` with the problems of all clients."""
     clients: list[ClientData] = []
     errors: list[DataError] = []

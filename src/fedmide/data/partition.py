@@ -7,26 +7,22 @@ a few lines.
 Reference: T.-M. H. Hsu et al., Measuring the effects of non-identical data distribution, arXiv 1909.06335 (Dirichlet).
 """
 
-import json
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
-from fedmide.atomic import write_file, write_folder
 from fedmide.config.sections import FieldNames
 from fedmide.data.files import NEEDED, checked_record
 from fedmide.data.records import Part, Record
 from fedmide.data.rows import Reading, Row, gathered, rows_of, sound
 from fedmide.data.split import grouped
-from fedmide.errors import DataError, RunFolderError, UsageError
+from fedmide.data.writing import write_clients
+from fedmide.errors import DataError, UsageError
 from fedmide.seeds import entropy, stream
-
-FIELDS = ("instruction", "context", "response", "category", "concept")
-
 
 RULES = "Expected iid, field:NAME, dirichlet:ALPHA:NAME (such as dirichlet:0.5:category) or size:EXPONENT (size:1.5)"
 
@@ -119,15 +115,10 @@ def write(dealt: Dealt, out: Path, picture: str) -> None:
 
     The picture is written last: a folder that has it is complete. Raises `RunFolderError` if writing fails.
     """
-    for name, parts in dealt.items():
-        write_folder(out / name, {f"{part}.jsonl": _lines(records) for part, records in parts.items()})
-    write_file(out / "partition.svg", picture.encode())
-
-
-def check_free(out: Path) -> None:
-    """Raises `RunFolderError` if a path is not free for a new folder."""
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise RunFolderError(f"{out}: expected a new or an empty folder", "Name another one, or empty it")
+    clients = {
+        name: {part: [each.record for each in found] for part, found in parts.items()} for name, parts in dealt.items()
+    }
+    write_clients(out, clients, "partition.svg", picture.encode())
 
 
 def counts(dealt: Dealt) -> dict[str, Counter[str]]:
@@ -234,11 +225,6 @@ def _labelled(row: Row, fields: FieldNames, label: str) -> Reading[Labelled]:
     if value is not None and not isinstance(value, str | int):
         return Reading(problems=(f"{row.place}: field '{label}' has no plain value, expected text or a whole number",))
     return Reading((Labelled(found.values[0], "" if value is None else str(value)),))
-
-
-def _lines(records: Iterable[Labelled]) -> bytes:
-    rows = ({name: asdict(each.record)[name] for name in FIELDS} for each in records)
-    return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
 
 
 def _positive(text: str) -> bool:

@@ -12,7 +12,7 @@ from fedmide.config.sections import FieldNames
 from fedmide.data.files import ClientFiles, read_clients
 from fedmide.data.records import PARTS, Part
 from fedmide.data.rows import Reading
-from fedmide.data.split import Parts
+from fedmide.data.split import SourceParts
 from fedmide.errors import DataError
 
 _FILE = re.compile(r"local_(training|validation|test)_(.*)\.json")
@@ -27,7 +27,7 @@ _NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
 _REMEDY = "Set data.path to the folder that holds local_training_0.json and so on, or to the folder above it"
 
 
-def read_published(path: Path, fields: FieldNames) -> tuple[Parts, ...]:
+def read_published(path: Path, fields: FieldNames) -> tuple[SourceParts, ...]:
     """The clients in a published folder, named and ordered by number. A held-out part without a file is None."""
     return read_clients(_client_files(_data_folder(path)), fields)
 

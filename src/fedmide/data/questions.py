@@ -233,15 +233,15 @@ _ASKED: Mapping[SetName, Callable[[Row], Reading[Asked]]] = {
 }
 
 
-Answer = Callable[[Mapping[str, Any]], tuple[int, str]]
+FindAnswer = Callable[[Mapping[str, Any]], tuple[int, str]]
 """Finds the right choice in a row. Returns its number and its fault; the fault is empty if there is none."""
 
 
-def _letters(row: Row, question: str, options: Sequence[str], answer: Answer) -> Reading[Asked]:
+def _letters(row: Row, question: str, options: Sequence[str], answer: FindAnswer) -> Reading[Asked]:
     return _asked(row, {"question": question, **dict(zip(LETTERS, options, strict=True))}, answer)
 
 
-def _asked(row: Row, fields: Mapping[str, str], answer: Answer) -> Reading[Asked]:
+def _asked(row: Row, fields: Mapping[str, str], answer: FindAnswer) -> Reading[Asked]:
     """A row's question. `fields`: for each field of the prompt, the name of the row's field."""
     value = row.value
     if not isinstance(value, dict):
@@ -259,7 +259,7 @@ def _no_object(row: Row) -> Reading[Asked]:
     return Reading(problems=(f"{row.place}: {kind(row.value)}, expected an object",))
 
 
-def _number(field: str, first: int | None) -> Answer:
+def _number(field: str, first: int | None) -> FindAnswer:
     """Finds a number that counts from `first`. None: from 0 or 1, and -1 stands for a missing answer."""
     low, high = (-1, len(LETTERS)) if first is None else (first, first + len(LETTERS) - 1)
 
@@ -272,7 +272,7 @@ def _number(field: str, first: int | None) -> Answer:
     return found
 
 
-def _one_of(field: str, names: Sequence[str]) -> Answer:
+def _one_of(field: str, names: Sequence[str]) -> FindAnswer:
     def found(value: Mapping[str, Any]) -> tuple[int, str]:
         name = value.get(field)
         if not isinstance(name, str) or name not in names:

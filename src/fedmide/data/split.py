@@ -24,7 +24,7 @@ HeldOut = Literal["validation", "test"]
 
 
 @dataclass(frozen=True, slots=True)
-class Parts:
+class SourceParts:
     """A client as its source gave it. A part that is None is still to be split off the training records."""
 
     name: str
@@ -33,10 +33,10 @@ class Parts:
     test: tuple[Record, ...] | None = None
 
 
-def normalised(text: str) -> str:
+def normalized(text: str) -> str:
     """The text in Unicode NFC, without case, with single spaces.
 
-    >>> normalised("  What IS\\n asthma? ")
+    >>> normalized("  What IS\\n asthma? ")
     'what is asthma?'
     """
     return " ".join(normalize("NFC", text).casefold().split())
@@ -69,7 +69,7 @@ def grouped(records: Sequence[Record]) -> list[str]:
     return [root(first) for first, *_ in keys]
 
 
-def split(parts: Parts, config: DataConfig, seed: int) -> ClientData:
+def split(parts: SourceParts, config: DataConfig, seed: int) -> ClientData:
     """The client's data. Parts that were not given are split off its training records, test first.
 
     A held-out part has at least `round(fraction * n)` records, in whole groups. It has fewer if nothing would be left
@@ -105,7 +105,7 @@ def limit(client: ClientData, config: DataConfig, seed: int) -> ClientData:
 
 def _group_keys(records: Sequence[Record]) -> list[tuple[str, ...]]:
     """The keys that tie each record to others: its concept, if it has one, and its question."""
-    asked = [(normalised(record.instruction), normalised(record.context)) for record in records]
+    asked = [(normalized(record.instruction), normalized(record.context)) for record in records]
     num_contexts = Counter(instruction for instruction, _ in set(asked))
     keys = []
     # The key of an instruction with a single context leaves the context out. The group's name is one of the keys,
@@ -114,13 +114,13 @@ def _group_keys(records: Sequence[Record]) -> list[tuple[str, ...]]:
         question = (
             ("instruction", instruction, context) if num_contexts[instruction] > 1 else ("instruction", instruction)
         )
-        concept = normalised(record.concept)
+        concept = normalized(record.concept)
         tied = [("concept", concept), question] if concept else [question]
         keys.append(tuple("\x1f".join(each) for each in tied))
     return keys
 
 
-def _held_out_groups(parts: Parts, sizes: Counter[str], config: DataConfig, seed: int) -> dict[str, HeldOut]:
+def _held_out_groups(parts: SourceParts, sizes: Counter[str], config: DataConfig, seed: int) -> dict[str, HeldOut]:
     """The part of each group that leaves the training records."""
     fractions = _fractions(parts, config)
     if len(sizes) <= len(fractions):
@@ -135,7 +135,7 @@ def _held_out_groups(parts: Parts, sizes: Counter[str], config: DataConfig, seed
     return held_out
 
 
-def _fractions(parts: Parts, config: DataConfig) -> dict[HeldOut, float]:
+def _fractions(parts: SourceParts, config: DataConfig) -> dict[HeldOut, float]:
     """The fraction of each part that is still missing, in the order in which the parts are split off."""
     wanted: dict[HeldOut, float] = {}
     if parts.test is None and config.test_fraction > 0:

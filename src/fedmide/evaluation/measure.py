@@ -13,7 +13,7 @@ from fedmide.config import Config
 from fedmide.data.records import ClientData, Record
 from fedmide.data.tokens import Encoder, Example
 from fedmide.evaluation.choice import draw_choices
-from fedmide.evaluation.options import Options, listed
+from fedmide.evaluation.options import Options, listed, right_first
 from fedmide.model.interface import Adapter, LocalModel
 
 
@@ -63,7 +63,7 @@ def measure(
     answers = _answers(records, config, client.name)
     choices = [_options(encode, record, row) for record, row in zip(records, answers, strict=True)]
     has_choices = config.evaluation.choices > 1
-    listing = [(record, _right_first(found)) for record in records if has_choices and (found := listed(record))]
+    listing = [(record, _candidates(found)) for record in records if has_choices and (found := listed(record))]
     options = [_continued(_options(encode, record, row)) for record, row in listing]
     # The reference is usually identical to one of the choices. It is measured once.
     distinct = {_key(example): example for example in chain(references, *choices, *options)}
@@ -99,12 +99,9 @@ def _options(encode: Encoder, record: Record, answers: Sequence[str]) -> tuple[E
     return examples if all(example.ids[-1] == end for example in examples) else ()
 
 
-def _right_first(options: Options) -> list[str]:
+def _candidates(options: Options) -> tuple[str, ...]:
     """The texts of a record's options, the right one first. Empty if the right one is not clear."""
-    if options.answer is None:
-        return []
-    others = [text for number, text in enumerate(options.texts) if number != options.answer]
-    return [options.texts[options.answer], *others]
+    return () if options.answer is None else right_first(options.texts, options.answer)
 
 
 def _continued(examples: Sequence[Example]) -> tuple[Example, ...]:

@@ -4,7 +4,7 @@ The reference is free text, such as "The likely cause is C. Thrombosis." or one 
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from fedmide.data.records import Record
@@ -27,6 +27,15 @@ class Options:
 
     texts: tuple[str, ...]
     answer: int | None
+
+
+def right_first(texts: Sequence[str], answer: int) -> tuple[str, ...]:
+    """The texts with the right one, of this index, first, and the others in their order.
+
+    >>> right_first(("Heart", "Liver", "Lung"), 1)
+    ('Liver', 'Heart', 'Lung')
+    """
+    return (texts[answer], *texts[:answer], *texts[answer + 1 :])
 
 
 def listed(record: Record) -> Options | None:

@@ -13,6 +13,7 @@ from fedmide.config import Config
 from fedmide.data.questions import FORMS, Question, SetName, fingerprint
 from fedmide.data.tokens import Encoder
 from fedmide.evaluation.measure import sums_from_json
+from fedmide.evaluation.options import right_first
 from fedmide.evaluation.over_clients import over_clients
 from fedmide.evaluation.summary import Figures, StageName, choice_figures
 from fedmide.model.interface import Adapter, LocalModel
@@ -51,8 +52,8 @@ def score_questions(
 ) -> Scored:
     """Scores the questions' choices under the adapter. Texts of more than `longest` tokens are cut."""
     rows = [
-        [encode.continued(question.prompt, f" {choice}", longest) for choice in _right_first(question)]
-        for question in questions
+        [encode.continued(each.prompt, f" {choice}", longest) for choice in right_first(each.choices, each.answer)]
+        for each in questions
     ]
     nlls = iter(model.nll(adapter, list(chain.from_iterable(rows)), "response"))
     sums = tuple(tuple(next(nlls).sum for _ in row) for row in rows)
@@ -64,7 +65,7 @@ def set_figures(
     name: SetName, questions: Sequence[Question], scored: Mapping[tuple[StageName, str], Scored], config: Config
 ) -> Figures:
     """The accuracies on a set under each adapter, by its stage and, for a tuned adapter, its client."""
-    lengths = [[len(choice) for choice in _right_first(question)] for question in questions]
+    lengths = [[len(choice) for choice in right_first(question.choices, question.answer)] for question in questions]
     figures = {key: _figures(each, lengths, config) for key, each in scored.items()}
     clients = {client: each for (stage, client), each in figures.items() if stage == "personalized" and each}
     return {
@@ -93,8 +94,3 @@ def _over(clients: Mapping[str, Figures]) -> Figures:
         metric: asdict(over_clients({c: each[metric] for c, each in clients.items()}, weights, lower_is_better=False))
         for metric in ("accuracy", "accuracy_norm")
     }
-
-
-def _right_first(question: Question) -> tuple[str, ...]:
-    others = question.choices[: question.answer] + question.choices[question.answer + 1 :]
-    return (question.choices[question.answer], *others)

@@ -206,8 +206,8 @@ def _protocol(config: Config, prompt_hash: str) -> Figures:
         "choice": f"the reference against up to {config.evaluation.choices - 1} responses of other test records of the "
         "same client, after one prompt, end of sequence included; accuracy: largest summed log-probability; "
         "accuracy_norm: divided by characters; left out: records with a response that the cutoff would cut, or whose "
-        "likelihood is no number",
-        "options": "the options that an instruction lists from A on, a line each: their texts, without letter and end "
+        "likelihood is not a number",
+        "options": "the options that an instruction lists from A on, one per line: their texts, without letter and end "
         "of sequence, after the record's prompt; left out: records whose reference names no single option, or with an "
         "option that the cutoff would cut",
         "decoding": "greedy, special tokens removed",

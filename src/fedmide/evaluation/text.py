@@ -19,10 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from fedmide.evaluation.intervals import Interval, draws, ends
-
-FloatArray = npt.NDArray[np.float64]
-
+from fedmide.evaluation.intervals import FloatArray, Interval, draws, ends
 
 ARTICLES = frozenset({"a", "an", "the"})
 

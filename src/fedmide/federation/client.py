@@ -8,10 +8,10 @@ from dataclasses import replace
 
 from fedmide import methods
 from fedmide.errors import MessageError
-from fedmide.federation.client_state import ClientState, Memory
+from fedmide.federation.client_state import ClientState, MethodState
 from fedmide.federation.fedmide_rounds import federated_round, warm_up
 from fedmide.federation.local_training import (
-    kept_memory,
+    kept_method_state,
     num_seen,
     reply_of,
     training_metrics,
@@ -45,14 +45,14 @@ def _plain_round(task: ClientTask, state: ClientState, model: LocalModel) -> tup
     if not state.training or not task.train:
         return reply_of(task, None, 0, {}), state
     trained = methods.of(state.config).local(visit_of(task, state), model)
-    kept = kept_memory(task, state, trained.work)
-    if trained.memory:
+    kept = kept_method_state(task, state, trained.work)
+    if trained.method_state:
         # Filed under this round even if unchanged: resuming compares this number with the last trained round.
-        # An older number would look like a lost memory.
-        kept = (*state.memory[-1:], Memory(task.round, unless_diverged(trained.memory, state)))
+        # An older number would look like a lost method state.
+        kept = (*state.method_state[-1:], MethodState(task.round, unless_diverged(trained.method_state, state)))
     num_records = num_seen(state, dict.fromkeys(state.training, 1.0), trained.work)
     metrics = training_metrics(trained.work, num_records, trained.beside)
     reply = ClientReply(task.federation, task.client, task.round, None, 0, metrics)
     if trained.travels:
         reply = replace(reply, adapter=trained.travels, num_records=num_records)
-    return reply, replace(state, memory=kept)
+    return reply, replace(state, method_state=kept)

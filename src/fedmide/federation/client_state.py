@@ -12,7 +12,7 @@ from fedmide.model.interface import Adapter
 
 
 @dataclass(frozen=True)
-class Memory:
+class MethodState:
     """Arrays that a method keeps at the site after a round of training. They never leave it."""
 
     round: int
@@ -23,8 +23,8 @@ class Memory:
 class ClientState:
     """A site: its training and validation records as examples, the configuration, and its ledger so far.
 
-    `memory` is that of the last two rounds that kept any, so that the last one can be handled again. `adapter` is the
-    tuned adapter, after personalization; it never leaves.
+    `method_state`: of the last two rounds that kept any, so that the last one can be handled again.
+    `adapter`: the tuned adapter, after personalization; it never leaves.
     """
 
     name: str
@@ -33,23 +33,23 @@ class ClientState:
     training: Mapping[RecordId, Example]
     validation: Sequence[Example]
     ledger: Ledger = ()
-    memory: tuple[Memory, ...] = ()
+    method_state: tuple[MethodState, ...] = ()
     adapter: Adapter | None = None
 
     def before(self, round_number: int) -> "ClientState":
         """The state as earlier rounds left it."""
-        kept = tuple(memory for memory in self.memory if memory.round < round_number)
-        return replace(self, ledger=before(self.ledger, round_number), memory=kept)
+        kept = tuple(each for each in self.method_state if each.round < round_number)
+        return replace(self, ledger=before(self.ledger, round_number), method_state=kept)
 
 
-def keeps_memory(config: Config) -> bool:
+def keeps_method_state(config: Config) -> bool:
     """True if sites keep more than their ledgers from round to round."""
     return methods.of(config).remembers or config.keeps_own
 
 
-def is_lost(kept: Sequence[Memory], trained_in: int) -> bool:
-    """True if the memory of a round of training is missing, and that of every later round too."""
-    return all(memory.round < trained_in for memory in kept)
+def is_lost(kept: Sequence[MethodState], trained_in: int) -> bool:
+    """True if the method state of a round of training is missing, and that of every later round too."""
+    return all(each.round < trained_in for each in kept)
 
 
 def has_trained(metrics: Container[str]) -> bool:

@@ -32,11 +32,18 @@ MAX_HEADER_BYTES = 65_536
 _LENGTH = struct.Struct("<I")
 
 
-class _Header(BaseModel):
+_Short = Annotated[str, Field(max_length=64)]
+
+
+class _Strict(BaseModel):
+    """A header: exactly these fields, of exactly these types, each bounded. Messages themselves have no bounds."""
+
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    federation: Annotated[str, Field(max_length=64)]
-    client: Annotated[str, Field(max_length=64)]
+
+class _Header(_Strict):
+    federation: _Short
+    client: _Short
     round: int
 
 
@@ -46,9 +53,7 @@ class _TaskHeader(_Header):
     train: bool
 
 
-class _MetricHeader(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class _MetricHeader(_Strict):
     sum: Annotated[float, Field(allow_inf_nan=False)]
     count: Annotated[int, Field(ge=0)]
 
@@ -60,20 +65,13 @@ class _ReplyHeader(_Header):
     metrics: dict[MetricName, _MetricHeader]
 
 
-_Short = Annotated[str, Field(max_length=64)]
-
-
-class _HelloHeader(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class _HelloHeader(_Strict):
     kind: Literal["hello"]
     federation: _Short
     round: int
 
 
-class _FactsHeader(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class _FactsHeader(_Strict):
     kind: Literal["facts"]
     federation: _Short
     client: _Short
@@ -85,9 +83,7 @@ class _FactsHeader(BaseModel):
     personal: int
 
 
-class _TroubleHeader(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
+class _TroubleHeader(_Strict):
     kind: Literal["trouble"]
     client: _Short
     code: TroubleCode

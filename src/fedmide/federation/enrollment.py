@@ -76,7 +76,9 @@ SCORES: Mapping[ScoreKind, Callable[[float, float], float]] = MappingProxyType(
 """The scores by their names in the configuration, as functions of the NLL under the common and the local adapter."""
 
 
-def split(scores: Mapping[RecordId, float], rule: ThresholdRule, kind: ScoreKind = "ratio") -> dict[RecordId, Verdict]:
+def split_by_score(
+    scores: Mapping[RecordId, float], rule: ThresholdRule, kind: ScoreKind = "ratio"
+) -> dict[RecordId, Verdict]:
     """The verdict on every record after the warm-up: score < threshold is shared, else personal.
 
     The rule computes the threshold from the finite scores; for "natural" the kind of score gives it. Without a

@@ -15,10 +15,10 @@ from dataclasses import replace
 
 from fedmide.data.records import RecordId
 from fedmide.federation.client_state import ClientState
-from fedmide.federation.enrollment import Verdict, enroll, rearranged, split, weight
+from fedmide.federation.enrollment import Verdict, enroll, rearranged, split_by_score, weight
 from fedmide.federation.ledger import Ledger, Standing, measurements, scores, standing, verdicts
 from fedmide.federation.local_training import (
-    kept_memory,
+    kept_method_state,
     nll_of,
     num_seen,
     reply_of,
@@ -40,7 +40,7 @@ def warm_up(task: ClientTask, state: ClientState, model: LocalModel) -> tuple[Cl
     else:
         trained, own = train_on(task, state, model, everything), {}
     measured = measurements(task.round, own, standing((), everything).sets)
-    after = replace(state, ledger=state.ledger + measured, memory=kept_memory(task, state, trained))
+    after = replace(state, ledger=state.ledger + measured, method_state=kept_method_state(task, state, trained))
     return reply_of(task, trained, num_seen(state, everything, trained), set_metrics(after, (), measured)), after
 
 
@@ -60,7 +60,9 @@ def federated_round(task: ClientTask, state: ClientState, model: LocalModel) -> 
         compared = now.personal if state.config.enrollment.enabled else ()
         own = nll_of(trained.adapter, compared, state, model)
     measured = measurements(task.round, own, now.sets)
-    after = replace(state, ledger=state.ledger + judged + measured, memory=kept_memory(task, state, trained))
+    after = replace(
+        state, ledger=state.ledger + judged + measured, method_state=kept_method_state(task, state, trained)
+    )
     enrolled = len(now.shared) - len(earlier.shared) if earlier.is_split else 0
     metrics = {**set_metrics(after, judged, measured), "enrolled": Metric(enrolled)}
     return reply_of(task, trained, num_seen(state, weights, trained), metrics), after
@@ -85,7 +87,10 @@ def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standin
     if now.is_split and not enrollment.enabled:
         return ()
     candidates = [record for record in (now.personal if now.is_split else now.sets) if record in now.own]
-    kind, kept = state.config.scoring.kind, {memory.round: memory.arrays for memory in state.memory}
+    kind, kept = (
+        state.config.scoring.kind,
+        {each.round: each.arrays for each in state.method_state},
+    )
     aggregated = nll_of(without_own(task.adapter, kept), candidates, state, model)
     values = scores(aggregated, now.own, kind)
     judged = _enrolled(values, state, task.round) if now.is_split else _split(values, state)
@@ -101,7 +106,7 @@ def _enrolled(values: Mapping[RecordId, float], state: ClientState, round_number
 
 def _split(values: Mapping[RecordId, float], state: ClientState) -> dict[RecordId, Verdict]:
     """The split by score, or another one for comparison (`enrollment.split`)."""
-    by_score = split(values, state.config.enrollment.rule, state.config.scoring.kind)
+    by_score = split_by_score(values, state.config.enrollment.rule, state.config.scoring.kind)
     draw = stream(state.config.seed, "split", 0, state.name)
     return rearranged(by_score, values, _lengths(values, state), state.config.enrollment.split, draw)
 

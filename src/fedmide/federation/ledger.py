@@ -45,7 +45,7 @@ class Entry:
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
+class OwnNll:
     """A record's NLL under the local adapter (NaN if it was not finite), and the round of the measurement."""
 
     nll: float
@@ -61,7 +61,7 @@ class Standing:
     """
 
     sets: Mapping[RecordId, SetName]
-    own: Mapping[RecordId, Measured] = field(default_factory=dict)
+    own: Mapping[RecordId, OwnNll] = field(default_factory=dict)
     is_split: bool = False
     judged: Mapping[RecordId, Entry] = field(default_factory=dict)
     """The last verdict on each record that has one."""
@@ -83,7 +83,7 @@ Ledger = tuple[Entry, ...]
 def standing(ledger: Iterable[Entry], records: Iterable[RecordId]) -> Standing:
     """The standing of the training records: shared until an entry says otherwise."""
     sets: dict[RecordId, SetName] = dict.fromkeys(records, "shared")
-    own: dict[RecordId, Measured] = {}
+    own: dict[RecordId, OwnNll] = {}
     judged: dict[RecordId, Entry] = {}
     for entry in ledger:
         if entry.record_id not in sets:
@@ -94,7 +94,7 @@ def standing(ledger: Iterable[Entry], records: Iterable[RecordId]) -> Standing:
         sets[entry.record_id] = entry.set
         if entry.reason == "own-nll":
             nll = math.nan if entry.nll_local is None else entry.nll_local
-            own[entry.record_id] = Measured(nll, entry.num_tokens, entry.round)
+            own[entry.record_id] = OwnNll(nll, entry.num_tokens, entry.round)
         else:
             judged[entry.record_id] = entry
     return Standing(sets, own, bool(judged), judged)
@@ -125,7 +125,7 @@ def measurements(round_number: int, values: Mapping[RecordId, Nll], sets: Mappin
 
 
 def scores(
-    aggregated: Mapping[RecordId, Nll], own: Mapping[RecordId, Measured], kind: ScoreKind = "ratio"
+    aggregated: Mapping[RecordId, Nll], own: Mapping[RecordId, OwnNll], kind: ScoreKind = "ratio"
 ) -> dict[RecordId, float]:
     """Each record's score, joined by its id."""
     return {record: SCORES[kind](nll.mean, own[record].nll) for record, nll in aggregated.items()}
@@ -134,7 +134,7 @@ def scores(
 def verdicts(
     round_number: int,
     aggregated: Mapping[RecordId, Nll],
-    own: Mapping[RecordId, Measured],
+    own: Mapping[RecordId, OwnNll],
     values: Mapping[RecordId, float],
     judged: Mapping[RecordId, Verdict],
 ) -> Ledger:

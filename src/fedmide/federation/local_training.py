@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from fedmide.config import Config
 from fedmide.config.sections import TrainingConfig
 from fedmide.data.records import RecordId
-from fedmide.federation.client_state import ClientState, Memory
+from fedmide.federation.client_state import ClientState, MethodState
 from fedmide.federation.ledger import Ledger, standing
 from fedmide.federation.messages import ClientReply, ClientTask, Metric, MetricName
 from fedmide.methods.aggregation import weighted_mean
@@ -19,8 +19,8 @@ from fedmide.seeds import stream
 
 def visit_of(task: ClientTask, state: ClientState) -> Visit:
     """The round as a method sees it."""
-    memory = state.memory[-1].arrays if state.memory else {}
-    return Visit(state.config, state.name, task.round, task.adapter, memory, tuple(state.training.values()))
+    method_state = state.method_state[-1].arrays if state.method_state else {}
+    return Visit(state.config, state.name, task.round, task.adapter, method_state, tuple(state.training.values()))
 
 
 def train_and_measure(
@@ -62,18 +62,18 @@ def _settings(task: ClientTask, config: Config, fold: int | None) -> TrainingCon
     return config.training.model_copy(update={"max_steps": longest})
 
 
-def kept_memory(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[Memory, ...]:
+def kept_method_state(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[MethodState, ...]:
     """The memory after the round: with the local adapter, if that is needed again and is finite."""
     if trained is None or not state.config.keeps_own or not is_finite(trained.adapter):
-        return state.memory
-    return (*state.memory[-1:], Memory(task.round, trained.adapter))
+        return state.method_state
+    return (*state.method_state[-1:], MethodState(task.round, trained.adapter))
 
 
 def unless_diverged(arrays: Adapter, state: ClientState) -> Adapter:
-    """A method's new memory. After a training that diverged: the earlier one, if any, so that the site recovers."""
+    """A method's new state. After a training that diverged: the earlier one, if any, so that the site recovers."""
     if is_finite(arrays):
         return arrays
-    return state.memory[-1].arrays if state.memory else {}
+    return state.method_state[-1].arrays if state.method_state else {}
 
 
 def train_on(

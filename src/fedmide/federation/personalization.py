@@ -92,8 +92,8 @@ def _own_last(task: ClientTask, state: ClientState) -> Adapter:
 
     An older one would lack the training of the other sites since then.
     """
-    has_one = state.memory and state.memory[-1].round == task.round - 1
-    return state.memory[-1].arrays if has_one and state.config.personalization.start == "own" else {}
+    has_one = state.method_state and state.method_state[-1].round == task.round - 1
+    return state.method_state[-1].arrays if has_one and state.config.personalization.start == "own" else {}
 
 
 def _interpolated(start: Adapter, tuned: _Best, state: ClientState, model: LocalModel) -> tuple[float, _Best]:

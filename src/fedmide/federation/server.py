@@ -4,7 +4,7 @@ It trusts no reply. A reply with other keys, shapes or types, or with a value th
 reason. The round continues without that client.
 """
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -12,7 +12,7 @@ from fedmide import methods
 from fedmide.config import Config
 from fedmide.errors import ConfigError
 from fedmide.federation.messages import MAX_RECORDS, ClientReply, ClientTask, Metric, MetricName
-from fedmide.methods.method import Answer, Common
+from fedmide.methods.method import Common, Contribution
 from fedmide.model import adapters
 from fedmide.model.interface import Adapter
 from fedmide.seeds import stream
@@ -24,19 +24,19 @@ Stage = Literal["warmup", "train", "personalize"]
 class ServerState:
     """The federation between two rounds: `round` is the next one, `adapter` the common adapter that it starts from.
 
-    `memory` are the other arrays that the method keeps on the server.
+    `method_state` are the other arrays that the method keeps on the server.
     """
 
     federation: str
     clients: tuple[str, ...]
     round: int
     adapter: Adapter
-    memory: Adapter = field(default_factory=dict)
+    method_state: Adapter = field(default_factory=dict)
 
     @property
     def common(self) -> Common:
         """The part that the method works on."""
-        return Common(self.clients, self.round, self.adapter, self.memory)
+        return Common(self.clients, self.round, self.adapter, self.method_state)
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class RoundSummary:
 def begin(federation: str, clients: Iterable[str], adapter: Adapter, config: Config) -> ServerState:
     """The state before the first round, from a fresh adapter."""
     common = methods.of(config).begin(adapter, tuple(clients), config)
-    state = ServerState(federation, common.clients, -config.warmup.rounds, common.adapter, common.memory)
+    state = ServerState(federation, common.clients, -config.warmup.rounds, common.adapter, common.method_state)
     if config.replies.max_update_norm:
         _check_measurable(state, config)
     return state
@@ -120,7 +120,7 @@ def apply(state: ServerState, deliveries: Iterable[Delivery], config: Config) ->
     combined = methods.of(config).combine(state.common, _accepted(state, deliveries, rows, config), config)
     summary = RoundSummary(state.round, stage_of(state.round, config), combined is not None, tuple(rows))
     after = state.common if combined is None else combined
-    return replace(state, round=state.round + 1, adapter=after.adapter, memory=after.memory), summary
+    return replace(state, round=state.round + 1, adapter=after.adapter, method_state=after.method_state), summary
 
 
 def refusal(reply: ClientReply, state: ServerState, config: Config) -> str:
@@ -141,20 +141,11 @@ def refusal(reply: ClientReply, state: ServerState, config: Config) -> str:
 
 def _accepted(
     state: ServerState, deliveries: Iterable[Delivery], rows: list[ClientRow], config: Config
-) -> Iterator[Answer]:
-    """The answers that count; every delivery adds one row to `rows`."""
+) -> Iterator[Contribution]:
+    """The contributions that count, one at a time, so that one adapter is held. Each delivery adds a row to `rows`."""
     trains, answered = asked(state, config), set[str]()
     for delivery in deliveries:
-        reply = delivery.reply
-        reason = delivery.problem if reply is None else refusal(reply, state, config)
-        if not reason and (delivery.client in answered or (reply and reply.client != delivery.client)):
-            reason = "it answers for another client, or twice"
-        if (
-            not reason
-            and reply
-            and (reply.client not in trains or (reply.adapter is not None and not trains[reply.client]))
-        ):
-            reason = "it was not asked to train in this round"
+        reply, reason = delivery.reply, _reason(delivery, state, config, trains, answered)
         arrays, too_long = (None, 0.0) if reason or not reply else _bounded(reply, state, config)
         if too_long and config.replies.oversized == "refuse":
             reason = f"its update has length {too_long:.4g}, more than replies.max_update_norm"
@@ -163,7 +154,23 @@ def _accepted(
             continue
         answered.add(delivery.client)
         if arrays is not None:
-            yield Answer(reply.client, arrays, reply.num_records)
+            yield Contribution(reply.client, arrays, reply.num_records)
+
+
+def _reason(
+    delivery: Delivery, state: ServerState, config: Config, trains: Mapping[str, bool], answered: Container[str]
+) -> str:
+    """The reason why a delivery does not count, apart from its update's length; empty if it counts."""
+    reply = delivery.reply
+    if reply is None:
+        return delivery.problem
+    if reason := refusal(reply, state, config):
+        return reason
+    if delivery.client in answered or reply.client != delivery.client:
+        return "it answers for another client, or twice"
+    if reply.client not in trains or (reply.adapter is not None and not trains[reply.client]):
+        return "it was not asked to train in this round"
+    return ""
 
 
 def _bounded(reply: ClientReply, state: ServerState, config: Config) -> tuple[Adapter | None, float]:

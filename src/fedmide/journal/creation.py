@@ -8,6 +8,7 @@ from typing import Any, TextIO
 
 from fedmide.atomic import clear_errors, to_json, write_file
 from fedmide.config import Config, load, to_toml
+from fedmide.config.knobs import differing, flat
 from fedmide.errors import RunFolderError
 from fedmide.journal.folder import RunFolder
 
@@ -66,7 +67,7 @@ def reopen(path: Path, config: Config | None = None) -> RunFolder:
         reason = "it has no config.toml" if path.is_dir() else "it is not a folder"
         raise RunFolderError(f"{path} is not a run folder: {reason}", "Start a run with fedmide run CONFIG")
     own = load(path / "config.toml")
-    differences = () if config is None else _differences(own.model_dump(), config.model_dump())
+    differences = () if config is None else differing(flat(own.model_dump()), flat(config.model_dump()))
     problems = [f"{name} is {theirs!r} in {path} and {ours!r} here" for name, theirs, ours in differences]
     if problems:
         raise RunFolderError(
@@ -80,14 +81,3 @@ def _lock(handle: TextIO, path: Path) -> None:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise RunFolderError(f"{path}: another process works on this run", "Wait until it ends, or stop it") from None
-
-
-def _differences(
-    first: Mapping[str, Any], second: Mapping[str, Any], prefix: str = ""
-) -> Iterator[tuple[str, Any, Any]]:
-    """Each setting that differs between two configurations, with both values."""
-    for name, value in first.items():
-        if isinstance(value, Mapping):
-            yield from _differences(value, second[name], f"{prefix}{name}.")
-        elif value != second[name]:
-            yield f"{prefix}{name}", value, second[name]

@@ -28,7 +28,7 @@ from fedmide.atomic import append_file, lines_of, to_json, without_nan, write_fi
 from fedmide.config import Config
 from fedmide.errors import RunFolderError
 from fedmide.federation import ledger
-from fedmide.federation.client_state import ClientState, Memory
+from fedmide.federation.client_state import ClientState, MethodState
 from fedmide.federation.ledger import Ledger
 from fedmide.federation.server import RoundSummary, ServerState
 from fedmide.model import adapters
@@ -68,7 +68,7 @@ class RunFolder:
         files = {
             "adapter.safetensors": adapters.encode(state.adapter),
             "state.json": as_json.encode(),
-            **({"memory.safetensors": adapters.encode(state.memory)} if state.memory else {}),
+            **({"memory.safetensors": adapters.encode(state.method_state)} if state.method_state else {}),
         }
         write_folder(self.path / "server" / self.round_name(summary.round), files)
         self._append_events(values)
@@ -82,8 +82,8 @@ class RunFolder:
         adapter = adapters.read(last / "adapter.safetensors", adapters.shapes(begin.adapter))
         next_round = _read_json(last / "state.json")["next_round"]
         kept = last / "memory.safetensors"
-        memory = adapters.read(kept) if kept.exists() else {}
-        return ServerState(begin.federation, begin.clients, next_round, adapter, memory)
+        method_state = adapters.read(kept) if kept.exists() else {}
+        return ServerState(begin.federation, begin.clients, next_round, adapter, method_state)
 
     @property
     def has_rounds(self) -> bool:
@@ -130,19 +130,19 @@ class RunFolder:
         return self.path / "clients" / client
 
     def save_site(self, state: ClientState) -> None:
-        """Writes the state that the client keeps: its ledger, and its method's memory of the last rounds."""
+        """Writes the state that the client keeps: its ledger, and its method's state of the last rounds."""
         self.save_ledger(state)
-        for memory in state.memory:
-            write_file(self._memory(state.name, memory.round), adapters.encode(memory.arrays))
-        kept = {self._memory(state.name, memory.round) for memory in state.memory}
+        for each in state.method_state:
+            write_file(self._method_state(state.name, each.round), adapters.encode(each.arrays))
+        kept = {self._method_state(state.name, each.round) for each in state.method_state}
         for path in set(self._memories(state.name)) - kept:
             path.unlink()
 
-    def read_memory(self, client: str, next_round: int) -> tuple[Memory, ...]:
+    def read_method_state(self, client: str, next_round: int) -> tuple[MethodState, ...]:
         """The memory that the client's method kept of the rounds before this one."""
         rounds = {int(path.stem): path for path in self._memories(client)}
         return tuple(
-            Memory(number, adapters.read(path)) for number, path in sorted(rounds.items()) if number < next_round
+            MethodState(number, adapters.read(path)) for number, path in sorted(rounds.items()) if number < next_round
         )
 
     def save_ledger(self, state: ClientState) -> None:
@@ -262,11 +262,11 @@ class RunFolder:
     def _personalization(self, client: str) -> Path:
         return self.site(client) / "personalization.json"
 
-    def _memory(self, client: str, round_number: int) -> Path:
+    def _method_state(self, client: str, round_number: int) -> Path:
         return self.site(client) / "memory" / f"{round_number:03d}.safetensors"
 
     def _memories(self, client: str) -> list[Path]:
-        return sorted(self._memory(client, 0).parent.glob("*.safetensors"))
+        return sorted(self._method_state(client, 0).parent.glob("*.safetensors"))
 
     def _evaluation(self, client: str, stage: str) -> Path:
         return self.site(client) / f"evaluation-{stage}.json"

@@ -20,7 +20,7 @@ def _local(visit: Visit, model: LocalModel) -> Trained:
 
 
 def _own(visit: Visit, model: LocalModel) -> Adapter:
-    return visit.memory or visit.received
+    return visit.method_state or visit.received
 
 
 DITTO = Method(

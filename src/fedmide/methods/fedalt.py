@@ -16,7 +16,17 @@ import numpy as np
 from fedmide.config import Config
 from fedmide.methods.aggregation import weighted_mean
 from fedmide.methods.feddpa import own_share
-from fedmide.methods.method import Answer, Common, Method, Sizes, Trained, Visit, learn, num_values, twice_the_rank
+from fedmide.methods.method import (
+    Common,
+    Contribution,
+    Method,
+    Sizes,
+    Trained,
+    Visit,
+    learn,
+    num_values,
+    twice_the_rank,
+)
 from fedmide.model import adapters
 from fedmide.model.adapters import ROUTER, A, layers, prefixed, stacked, under, unstacked
 from fedmide.model.interface import Adapter, LocalModel, Terms
@@ -39,34 +49,34 @@ def _routed(visit: Visit, model: LocalModel) -> Adapter:
 def _parts(visit: Visit, model: LocalModel) -> tuple[Adapter, Adapter, Adapter]:
     """The local adapter, the mean of all others', and the routers."""
     fresh = model.fresh(visit.config.seed)
-    own = under("own", visit.memory) or fresh
+    own = under("own", visit.method_state) or fresh
     world = visit.received or {name: np.zeros_like(array) for name, array in fresh.items()}
     zeros = {layer + ROUTER: np.zeros((2, fresh[layer + A].shape[1]), np.float32) for layer in layers(fresh)}
-    return own, world, under("router", visit.memory) or zeros
+    return own, world, under("router", visit.method_state) or zeros
 
 
 def _down(common: Common, client: str, config: Config) -> Adapter:
-    return _mean(common.memory, [other for other in common.clients if other != client])
+    return _mean(common.method_state, [other for other in common.clients if other != client])
 
 
 def _latest(common: Common, client: str, config: Config) -> Adapter:
     """The start of the client's training: the adapter of its last answer, or a fresh one before any answer."""
-    return under(_name(client), common.memory) or adapters.fresh(adapters.shapes(common.adapter), config.seed)
+    return under(_name(client), common.method_state) or adapters.fresh(adapters.shapes(common.adapter), config.seed)
 
 
-def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _combine(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     latest = {
         name: array for answer in answers for name, array in prefixed(_name(answer.client), answer.arrays).items()
     }
     if not latest:
         return None
-    memory = {**common.memory, **latest}
-    return replace(common, adapter=_mean(memory, common.clients), memory=memory)
+    method_state = {**common.method_state, **latest}
+    return replace(common, adapter=_mean(method_state, common.clients), method_state=method_state)
 
 
-def _mean(memory: Adapter, clients: Sequence[str]) -> Adapter:
+def _mean(method_state: Adapter, clients: Sequence[str]) -> Adapter:
     """The mean of these clients' latest adapters; empty if none has answered yet."""
-    present = [adapter for client in clients if (adapter := under(_name(client), memory))]
+    present = [adapter for client in clients if (adapter := under(_name(client), method_state))]
     return weighted_mean((adapter, 1) for adapter in present) or {}
 
 

@@ -25,7 +25,7 @@ def _alone(visit: Visit, model: LocalModel) -> Trained:
 
 
 def _own(visit: Visit, model: LocalModel) -> Adapter:
-    return visit.memory or model.fresh(visit.config.seed)
+    return visit.method_state or model.fresh(visit.config.seed)
 
 
 def _near(visit: Visit, model: LocalModel) -> Trained:

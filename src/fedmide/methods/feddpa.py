@@ -34,7 +34,7 @@ def own_share(like: Adapter, weight: float) -> Adapter:
 
 def _local_then_common(visit: Visit, model: LocalModel) -> Trained:
     most, own = visit.config.training.max_steps, visit.config.feddpa.max_steps
-    if not visit.memory:
+    if not visit.method_state:
         common = learn(visit, model, visit.received, max_steps=most and most + own)
         return Trained(common.adapter, common, common.adapter)
     common = learn(visit, model, visit.received)
@@ -45,7 +45,7 @@ def _local_then_common(visit: Visit, model: LocalModel) -> Trained:
 def _mixed(visit: Visit, model: LocalModel) -> Adapter:
     """The local and the common adapter as one, mixed as in training."""
     weight = visit.config.feddpa.weight
-    return stacked(visit.memory or visit.received, visit.received, weight, 1 - weight)
+    return stacked(visit.method_state or visit.received, visit.received, weight, 1 - weight)
 
 
 def _own_of(stack: Adapter, visit: Visit) -> Adapter:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedmide.config import Config
-from fedmide.methods.method import Answer, Common, Method, mean, plain
+from fedmide.methods.method import Common, Contribution, Method, mean, plain
 from fedmide.model.interface import Adapter
 
 PROVENANCE = "fedmide.behind"
@@ -47,18 +47,18 @@ def adapter_alone(received: Adapter) -> Adapter:
 
 def _down(common: Common, client: str, config: Config) -> Adapter:
     """The adapter, with its provenance for a client that will score and whose records trained it."""
-    number = common.memory.get(_RECORDS + client)
+    number = common.method_state.get(_RECORDS + client)
     if number is None or not 0 <= common.round < config.federation.rounds:
         return common.adapter
-    total = sum(float(each[0]) for name, each in common.memory.items() if name.startswith(_RECORDS))
-    return {**common.adapter, PROVENANCE: np.array([total, number[0], common.memory[_ROUND][0]], np.float32)}
+    total = sum(float(each[0]) for name, each in common.method_state.items() if name.startswith(_RECORDS))
+    return {**common.adapter, PROVENANCE: np.array([total, number[0], common.method_state[_ROUND][0]], np.float32)}
 
 
-def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _combine(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     """FedAvg's mean; the server remembers the number of records per client."""
     counts: dict[str, int] = {}
 
-    def counted() -> Iterator[Answer]:
+    def counted() -> Iterator[Contribution]:
         for answer in answers:
             counts[answer.client] = answer.num_records
             yield answer
@@ -66,8 +66,8 @@ def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Commo
     combined = mean(common, counted(), config)
     if combined is None or not config.scoring.without_own:
         return combined
-    memory = {_RECORDS + client: np.array([number], np.float32) for client, number in counts.items()}
-    return replace(combined, memory={**memory, _ROUND: np.array([common.round], np.float32)})
+    method_state = {_RECORDS + client: np.array([number], np.float32) for client, number in counts.items()}
+    return replace(combined, method_state={**method_state, _ROUND: np.array([common.round], np.float32)})
 
 
 FEDMIDE = Method(

@@ -13,7 +13,7 @@ import numpy as np
 
 from fedmide.config import Config
 from fedmide.methods.aggregation import weighted_mean
-from fedmide.methods.method import Answer, Common, Method, Sizes, Trained, Visit, learn, num_values
+from fedmide.methods.method import Common, Contribution, Method, Sizes, Trained, Visit, learn, num_values
 from fedmide.model.adapters import A, B, Shapes, named, shapes
 from fedmide.model.interface import Adapter, LocalModel, Terms
 
@@ -39,7 +39,7 @@ def _b_up(common: Common, client: str, config: Config) -> Shapes:
     return shapes(named(common.adapter, B))
 
 
-def _mean_b(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _mean_b(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     mean = weighted_mean((answer.arrays, answer.num_records) for answer in answers)
     return None if mean is None else replace(common, adapter={**common.adapter, **mean})
 
@@ -51,7 +51,7 @@ def _train_both(visit: Visit, model: LocalModel) -> Trained:
 
 
 def _with_own_b(visit: Visit, model: LocalModel) -> Adapter:
-    return {**_with_received(visit, model), **visit.memory}
+    return {**_with_received(visit, model), **visit.method_state}
 
 
 def _a_down(common: Common, client: str, config: Config) -> Adapter:
@@ -62,7 +62,7 @@ def _a_up(common: Common, client: str, config: Config) -> Shapes:
     return shapes(named(common.adapter, A))
 
 
-def _mean_a(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _mean_a(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     mean = weighted_mean((answer.arrays, 1) for answer in answers if answer.num_records)
     return None if mean is None else replace(common, adapter={**common.adapter, **mean})
 

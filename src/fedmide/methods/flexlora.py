@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedmide.config import Config
 from fedmide.methods.flora_fedex import stacked
-from fedmide.methods.method import Answer, Common, Method, Sizes, num_values
+from fedmide.methods.method import Common, Contribution, Method, Sizes, num_values
 from fedmide.model import adapters
 from fedmide.model.adapters import A, B, Shapes, factors, layers, shapes
 from fedmide.model.interface import Adapter
@@ -68,12 +68,12 @@ def _begin(fresh: Adapter, clients: Sequence[str], config: Config) -> Common:
     return Common(tuple(clients), 0, adapters.fresh(whole, config.seed))
 
 
-def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _combine(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     """The mean of the products. Ranks that no answer has get rows of the common A and B = 0, so that they can train."""
     given = list(answers)
     if not given:
         return None
-    weightless = Answer("", common.adapter, 0)
+    weightless = Contribution("", common.adapter, 0)
     return replace(common, adapter=decomposed(stacked([*given, weightless]), highest_rank(config)))
 
 

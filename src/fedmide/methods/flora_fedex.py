@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 
 from fedmide.config import Config
-from fedmide.methods.method import Answer, Common, Method, Trained, Visit, learn, mean
+from fedmide.methods.method import Common, Contribution, Method, Trained, Visit, learn, mean
 from fedmide.model import adapters
 from fedmide.model.adapters import (
     DELTA,
@@ -38,9 +38,9 @@ from fedmide.seeds import entropy
 
 # --- on a site
 def _merged(visit: Visit) -> tuple[Adapter, Adapter]:
-    """The change of the base weights with every received stack merged, and the memory to keep."""
-    known = int(visit.memory["rounds"][0]) if visit.memory else 0
-    base = dict(deltas(visit.memory))
+    """The change of the base weights with every received stack merged, and the method state to keep."""
+    known = int(visit.method_state["rounds"][0]) if visit.method_state else 0
+    base = dict(deltas(visit.method_state))
     for number in range(known, visit.round):
         if stack := under(_name(number), visit.received):
             base = _added(base, product(stack, visit.config))
@@ -48,10 +48,10 @@ def _merged(visit: Visit) -> tuple[Adapter, Adapter]:
 
 
 def _from_fresh(visit: Visit, model: LocalModel) -> Trained:
-    base, memory = _merged(visit)
+    base, method_state = _merged(visit)
     begin = model.fresh(_fresh_seed(visit.config, visit.round))
     work = learn(visit, model, {**begin, **base})
-    return Trained(without_deltas(work.adapter), work, memory)
+    return Trained(without_deltas(work.adapter), work, method_state)
 
 
 def _fresh_seed(config: Config, round_number: int) -> int:
@@ -60,9 +60,9 @@ def _fresh_seed(config: Config, round_number: int) -> int:
 
 
 def _from_mean(visit: Visit, model: LocalModel) -> Trained:
-    base, memory = _merged(visit)
+    base, method_state = _merged(visit)
     work = learn(visit, model, {**under("adapter", visit.received), **base})
-    return Trained(without_deltas(work.adapter), work, memory)
+    return Trained(without_deltas(work.adapter), work, method_state)
 
 
 def _merged_only(visit: Visit, model: LocalModel) -> Adapter:
@@ -86,11 +86,11 @@ def _begin(adapter: Adapter, clients: Sequence[str], config: Config) -> Common:
 
 def _stacks_down(common: Common, client: str, config: Config) -> Adapter:
     """The stacks that the client has not received."""
-    since = int(common.memory.get(_seen(client), _number(0))[0])
+    since = int(common.method_state.get(_seen(client), _number(0))[0])
     return {
         name: array
         for number in range(since, common.round)
-        for name, array in prefixed(_name(number), under(_name(number), common.memory)).items()
+        for name, array in prefixed(_name(number), under(_name(number), common.method_state)).items()
     }
 
 
@@ -110,14 +110,14 @@ def _mean_alone(common: Common, client: str, config: Config) -> Adapter:
     return without_deltas(common.adapter)
 
 
-def _stack(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _stack(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     given = list(answers)
     if not given:
         return None
     return _with_stack(common, stacked(given), given, config)
 
 
-def _average_and_stack(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _average_and_stack(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     given = list(answers)
     averaged = mean(common, given, config)
     if averaged is None:
@@ -127,7 +127,7 @@ def _average_and_stack(common: Common, answers: Iterable[Answer], config: Config
     return _with_stack(replace(common, adapter=adapter), residual, given, config)
 
 
-def stacked(answers: Sequence[Answer], minus: Adapter | None = None) -> Adapter:
+def stacked(answers: Sequence[Contribution], minus: Adapter | None = None) -> Adapter:
     """Factors whose product is the weighted mean of the answers' products, minus the product of `minus`."""
     total = sum(answer.num_records for answer in answers)
     parts = [(answer.arrays, answer.num_records / total) for answer in answers]
@@ -146,19 +146,19 @@ def product(stack: Adapter, config: Config) -> Adapter:
     }
 
 
-def _with_stack(common: Common, stack: Adapter, answers: Sequence[Answer], config: Config) -> Common:
+def _with_stack(common: Common, stack: Adapter, answers: Sequence[Contribution], config: Config) -> Common:
     """The common state with the stack merged; the stack is kept until every client has received it."""
     base = _added(deltas(common.adapter), product(stack, config))
     answered = {_seen(answer.client): _number(common.round) for answer in answers}
-    seen = {_seen(client): common.memory.get(_seen(client), _number(0)) for client in common.clients} | answered
+    seen = {_seen(client): common.method_state.get(_seen(client), _number(0)) for client in common.clients} | answered
     first = min(int(array[0]) for array in seen.values())
     kept = {
         name: array
         for number in range(first, common.round)
-        for name, array in prefixed(_name(number), under(_name(number), common.memory)).items()
+        for name, array in prefixed(_name(number), under(_name(number), common.method_state)).items()
     }
-    memory = {**kept, **prefixed(_name(common.round), stack), **seen}
-    return replace(common, adapter={**without_deltas(common.adapter), **base}, memory=memory)
+    method_state = {**kept, **prefixed(_name(common.round), stack), **seen}
+    return replace(common, adapter={**without_deltas(common.adapter), **base}, method_state=method_state)
 
 
 def _added(one: Adapter, two: Adapter) -> dict[str, np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:

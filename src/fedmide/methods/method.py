@@ -18,16 +18,16 @@ from fedmide.model.interface import PLAIN, Adapter, Epoch, LocalModel, Terms, Tr
 
 @dataclass(frozen=True)
 class Visit:
-    """A round at a site: the arrays of the task, the method's memory of earlier rounds, the training records.
+    """A round at a site: the arrays of the task, the method's state after earlier rounds, the training records.
 
-    `memory` is empty before the site's first round.
+    `method_state` is empty before the site's first round.
     """
 
     config: Config
     client: str
     round: int
     received: Adapter
-    memory: Adapter
+    method_state: Adapter
     examples: Sequence[Example]
 
 
@@ -37,7 +37,7 @@ class Trained:
 
     travels: Adapter
     work: Epoch
-    memory: Adapter = field(default_factory=dict)
+    method_state: Adapter = field(default_factory=dict)
     beside: Epoch | None = None
     """A second training in the same round, of arrays that do not travel."""
 
@@ -52,11 +52,11 @@ class Common:
     clients: tuple[str, ...]
     round: int
     adapter: Adapter
-    memory: Adapter = field(default_factory=dict)
+    method_state: Adapter = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Contribution:
     """The checked arrays of a client's reply, and the number of records that trained them."""
 
     client: str
@@ -150,7 +150,7 @@ def like_the_adapter(common: Common, client: str, config: Config) -> Shapes:
     return adapters.shapes(common.adapter)
 
 
-def mean(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def mean(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     """The common adapter is the clients' mean, weighted by records; A and B apart."""
     averaged = weighted_mean((answer.arrays, answer.num_records) for answer in answers)
     return None if averaged is None else replace(common, adapter=averaged)
@@ -171,7 +171,7 @@ class Method:
     enrolls: bool = False
     """True: a site splits its records by score and trains the common model on the shared ones. False: on all."""
     remembers: bool = False
-    """True if `Trained.memory` stays at the site from round to round."""
+    """True if `Trained.method_state` stays at the site from round to round."""
     own: Callable[[Visit, LocalModel], Adapter] = received
     """The client's model after the last round, in which `visit.received` is what came with the last task."""
     tuning: Callable[[Visit], Terms] | None = None
@@ -187,7 +187,7 @@ class Method:
     measured_from: Callable[[Common, str, Config], Adapter] | None = None
     """The start of a client's training, by the names of `up`: the length of an update is its distance from there.
     None: the arrays that travel down."""
-    combine: Callable[[Common, Iterable[Answer], Config], Common | None] = mean
+    combine: Callable[[Common, Iterable[Contribution], Config], Common | None] = mean
     """The server's state after the replies; None where they have no weight at all, then it stays as it was."""
     trainings: int = 1
     """Number of local trainings per client and round, of one adapter each."""

@@ -21,7 +21,7 @@ import numpy as np
 
 from fedmide.config import Config
 from fedmide.methods.aggregation import weighted_mean
-from fedmide.methods.method import Answer, Common, Method, Trained, Visit, learn
+from fedmide.methods.method import Common, Contribution, Method, Trained, Visit, learn
 from fedmide.model.adapters import Shapes, prefixed, shapes, under
 from fedmide.model.interface import Adapter, LocalModel, Terms, rate_at
 
@@ -48,14 +48,14 @@ def _local(visit: Visit, model: LocalModel) -> Trained:
 
 def _variate(visit: Visit) -> Adapter:
     """c_k as the server knows it; empty before the first round."""
-    if _ROUND not in visit.memory:
+    if _ROUND not in visit.method_state:
         return {}
-    has_counted = np.array_equal(visit.memory[_ROUND], visit.received[COUNTED])
-    return under("after" if has_counted else "before", visit.memory)
+    has_counted = np.array_equal(visit.method_state[_ROUND], visit.received[COUNTED])
+    return under("after" if has_counted else "before", visit.method_state)
 
 
 def _down(common: Common, client: str, config: Config) -> Adapter:
-    counted = common.memory.get(_name(client), np.array([-1], np.float32))
+    counted = common.method_state.get(_name(client), np.array([-1], np.float32))
     return {**prefixed("adapter", common.adapter), **prefixed("control", _control(common)), COUNTED: counted}
 
 
@@ -69,7 +69,7 @@ def _before_training(common: Common, client: str, config: Config) -> Adapter:
     return {**prefixed("adapter", common.adapter), **prefixed("control", zeros)}
 
 
-def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _combine(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     given = list(answers)
     mean = weighted_mean((under("adapter", answer.arrays), answer.num_records) for answer in given)
     change = weighted_mean((under("control", answer.arrays), 1) for answer in given)
@@ -79,11 +79,15 @@ def _combine(common: Common, answers: Iterable[Answer], config: Config) -> Commo
     control = {name: array + part * change[name] for name, array in _control(common).items()}
     adapter = {name: array + rate * (mean[name] - array) for name, array in common.adapter.items()}
     counted = {_name(answer.client): np.array([common.round], np.float32) for answer in given}
-    return replace(common, adapter=adapter, memory={**common.memory, **prefixed("control", control), **counted})
+    return replace(
+        common, adapter=adapter, method_state={**common.method_state, **prefixed("control", control), **counted}
+    )
 
 
 def _control(common: Common) -> Adapter:
-    return under("control", common.memory) or {name: np.zeros_like(array) for name, array in common.adapter.items()}
+    return under("control", common.method_state) or {
+        name: np.zeros_like(array) for name, array in common.adapter.items()
+    }
 
 
 def _name(client: str) -> str:

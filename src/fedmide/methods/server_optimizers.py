@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmide.config import Config
-from fedmide.config.sections import AdaptiveConfig, MethodName
-from fedmide.methods.method import Answer, Common, Method, mean
+from fedmide.config.method_sections import AdaptiveConfig
+from fedmide.config.sections import MethodName
+from fedmide.methods.method import Common, Contribution, Method, mean
 from fedmide.model.adapters import prefixed, under
 from fedmide.model.interface import Adapter
 
@@ -33,7 +34,7 @@ SecondMoment = Callable[[Array, Array, Config], Array]
 """Maps v and D^2 to the next v."""
 
 
-def _combine_momentum(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+def _combine_momentum(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
     step = _mean_step(common, answers, config)
     if step is None:
         return None
@@ -43,7 +44,7 @@ def _combine_momentum(common: Common, answers: Iterable[Answer], config: Config)
 
 
 def _combine_adaptive(
-    common: Common, answers: Iterable[Answer], config: Config, own: AdaptiveConfig, second: SecondMoment
+    common: Common, answers: Iterable[Contribution], config: Config, own: AdaptiveConfig, second: SecondMoment
 ) -> Common | None:
     step = _mean_step(common, answers, config)
     if step is None:
@@ -54,7 +55,7 @@ def _combine_adaptive(
     return _moved(common, {name: own.eta * m[name] / (np.sqrt(v[name]) + own.tau) for name in step}, {"m": m, "v": v})
 
 
-def _mean_step(common: Common, answers: Iterable[Answer], config: Config) -> Arrays | None:
+def _mean_step(common: Common, answers: Iterable[Contribution], config: Config) -> Arrays | None:
     averaged = mean(common, answers, config)
     if averaged is None:
         return None
@@ -62,7 +63,7 @@ def _mean_step(common: Common, answers: Iterable[Answer], config: Config) -> Arr
 
 
 def _moment(common: Common, name: str, at_first: float) -> Arrays:
-    kept = under(name, common.memory)
+    kept = under(name, common.method_state)
     return {
         key: kept[key].astype(np.float64) if kept else np.full(array.shape, at_first)
         for key, array in common.adapter.items()
@@ -74,7 +75,7 @@ def _moved(common: Common, step: Arrays, moments: dict[str, Arrays]) -> Common:
     kept: dict[str, NDArray[np.float32]] = {}
     for name, moment in moments.items():
         kept |= prefixed(name, _single(moment))
-    return replace(common, adapter=moved, memory=kept)
+    return replace(common, adapter=moved, method_state=kept)
 
 
 def _single(arrays: Arrays) -> Adapter:
@@ -94,7 +95,7 @@ def _yogi(v: Array, squared: Array, config: Config) -> Array:
 
 
 def _adaptive(name: MethodName, summary: str, own: Callable[[Config], AdaptiveConfig], second: SecondMoment) -> Method:
-    def combine(common: Common, answers: Iterable[Answer], config: Config) -> Common | None:
+    def combine(common: Common, answers: Iterable[Contribution], config: Config) -> Common | None:
         return _combine_adaptive(common, answers, config, own(config), second)
 
     return Method(name, summary, "Reddi et al. 2021, arXiv:2003.00295", combine=combine)

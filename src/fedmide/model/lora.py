@@ -80,7 +80,7 @@ class _TokenStreamer(BaseStreamer):
         """Does nothing, as every token has been passed on already."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, kw_only=True)
 class LoraModel:
     """A base model under LoRA layers, for adapters of these shapes."""
 
@@ -173,14 +173,14 @@ class LoraModel:
     def nll(self, batch: Batch) -> Tensor:
         """NLL in nats of each predicted token, float32 (N,), in row-major order of `predicts`."""
         with torch.no_grad():
-            if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
+            if (prefixes := self._prefixes_of(batch)) is None:
                 with self.modules:
                     self._switch(training=False)
                     return self.token_nll(torch.from_numpy(batch.ids), torch.from_numpy(batch.predicts))
-            states, rows, targets = self._inputs(self.prefixes, batch)
-            above = slice(self.prefixes.decoder.first_trained, None)
-            states = passes.hidden(self.prefixes.decoder, states, batch.lengths, above)
-            return passes.losses(self.prefixes.decoder, states, rows, targets)
+            states, rows, targets = self._inputs(prefixes, batch)
+            above = slice(prefixes.decoder.first_trained, None)
+            states = passes.hidden(prefixes.decoder, states, batch.lengths, above)
+            return passes.losses(prefixes.decoder, states, rows, targets)
 
     def backpropagate(
         self, batch: Batch, scale: float, seed: int, weights: NDArray[np.float32] | None = None
@@ -190,15 +190,29 @@ class LoraModel:
         P is the length of `flat`. Dropout follows from the seed. `weights` (N,): the weight of each token in the sum.
         """
         counts = None if weights is None else torch.from_numpy(weights).to(self.device)
-        if self.prefixes is None or batch.ids.shape[1] > attention.MAX_LENGTH:
+        if (prefixes := self._prefixes_of(batch)) is None:
             with self.modules:
                 return self._through_modules(batch, scale, seed, counts)
         with torch.no_grad():
-            states, rows, targets = self._inputs(self.prefixes, batch)
+            states, rows, targets = self._inputs(prefixes, batch)
             gradient = torch.empty_like(self.flat.parameter)
-            dropout = self.dropout and self.dropout.seeded(seed)
-            given = states, batch.lengths, rows, targets, scale, dropout, gradient
-            return passes.backpropagate(self.prefixes.decoder, *given, self.checkpointing, counts), gradient
+            losses = passes.backpropagate(
+                prefixes.decoder,
+                states,
+                batch.lengths,
+                passes.Loss(rows, targets, scale, counts),
+                into=gradient,
+                dropout=self.dropout and self.dropout.seeded(seed),
+                checkpointing=self.checkpointing,
+            )
+            return losses, gradient
+
+    def _prefixes_of(self, batch: Batch) -> Prefixes | None:
+        """The stored prefixes, if the hand-written passes compute this batch; None if the network's modules do.
+
+        The modules compute texts over `attention.MAX_LENGTH` tokens, and models of other shapes.
+        """
+        return self.prefixes if batch.ids.shape[1] <= attention.MAX_LENGTH else None
 
     def _training_losses(self, batch: Batch, seed: int) -> Tensor:
         """NLL of each predicted token through the modules, with dropout."""
@@ -316,6 +330,18 @@ def load(
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     workers = Workers(0 if prefixes is None or device.type != "cpu" else num_workers or torch.get_num_threads())
-    held = flat, workers, BaseWeights(network), prefixes, chosen
-    facts = device, num_positions, model.quantization, checkpointing
-    return LoraModel(network, tokenizer, config, shapes, *held, *facts)
+    return LoraModel(
+        network=network,
+        tokenizer=tokenizer,
+        lora=config,
+        shapes=shapes,
+        flat=flat,
+        workers=workers,
+        base=BaseWeights(network),
+        prefixes=prefixes,
+        chosen=chosen,
+        device=device,
+        num_positions=num_positions,
+        quantization=model.quantization,
+        checkpointing=checkpointing,
+    )

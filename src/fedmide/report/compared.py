@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+from fedmide.config.knobs import flat
 from fedmide.evaluation.intervals import Interval
 from fedmide.report.facts import RunFacts
 from fedmide.report.figure import (
@@ -23,8 +24,8 @@ from fedmide.report.figure import (
     table,
 )
 from fedmide.report.findings import Headline
-from fedmide.report.gains import Measures, client_change, mean_change
-from fedmide.report.settings import flat, shown
+from fedmide.report.gains import ResponseNlls, client_change, mean_change
+from fedmide.report.settings import shown
 
 NOT_COMPARABLE = ("model", "prompt", "data")
 """Entries of the manifest that must be equal for the NLLs of two runs to be comparable."""
@@ -125,7 +126,7 @@ def runs_table(runs: Sequence[RunFacts]) -> Table:
 
 def knobs_table(runs: Sequence[RunFacts]) -> Table:
     """The settings that differ between runs."""
-    values = [dict(flat(run.config.model_dump())) for run in runs]
+    values = [flat(run.config.model_dump()) for run in runs]
     differing = [name for name in values[0] if len({shown(each[name]) for each in values}) > 1]
     rows = [Row((name, *(shown(each[name]) for each in values))) for name in differing]
     return table(("setting", *(run.name for run in runs)), rows or [Row(("none", *("" for _ in runs)))])
@@ -143,7 +144,7 @@ def _over(run: RunFacts, metric: str) -> dict[str, float]:
 
 
 def _difference(first: RunFacts, run: RunFacts) -> Difference:
-    pairs: dict[str, tuple[Measures, Measures]] = {}
+    pairs: dict[str, tuple[ResponseNlls, ResponseNlls]] = {}
     for client, measures in run.measures.items():
         ours, theirs = measures.get(_final(run)), first.measures.get(client, {}).get(_final(first))
         if ours is not None and theirs is not None:

@@ -14,7 +14,7 @@ from fedmide.evaluation.intervals import Interval
 from fedmide.journal.folder import RunFolder
 from fedmide.model.adapters import shapes
 from fedmide.model.interface import Adapter
-from fedmide.report.gains import Measures, client_change, mean_change
+from fedmide.report.gains import ResponseNlls, client_change, mean_change
 from fedmide.report.scores import ScoreRound, score_rounds
 
 STAGE_NAMES = {"base": "base model", "aggregated": "common adapter", "personalized": "tuned adapter"}
@@ -45,7 +45,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Outcome:
+class ClientOutcome:
     """The figures of one client's test records. Keys of the mappings are stages.
 
     `change` is the change of the response NLL by personalization: tuned minus common adapter. `learned` is the change
@@ -82,11 +82,11 @@ class RunFacts:
     clients: tuple[str, ...]
     turns: tuple[Turn, ...]
     steps: tuple[Step, ...]
-    outcomes: tuple[Outcome, ...]
+    outcomes: tuple[ClientOutcome, ...]
     mean_change: Interval | None
     scores: Mapping[str, tuple[ScoreRound, ...]]
     metrics: Mapping[str, Any]
-    measures: Mapping[str, Mapping[str, Measures]]
+    measures: Mapping[str, Mapping[str, ResponseNlls]]
 
     @property
     def is_sent(self) -> bool:
@@ -143,13 +143,13 @@ def _measured(metrics: Mapping[str, Any]) -> Sequence[tuple[str, Mapping[str, An
     return tuple(metrics.get("clients", {}).items())
 
 
-def _measures(folder: RunFolder, client: str) -> dict[str, Measures]:
+def _measures(folder: RunFolder, client: str) -> dict[str, ResponseNlls]:
     """The measures of the client's test records by stage, as far as their files are here."""
     found = {stage: folder.read_evaluation(client, stage) for stage in STAGE_NAMES}
-    return {stage: Measures.from_dict(values) for stage, values in found.items() if values is not None}
+    return {stage: ResponseNlls.from_dict(values) for stage, values in found.items() if values is not None}
 
 
-def _pairs(measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, tuple[Measures, Measures]]:
+def _pairs(measures: Mapping[str, Mapping[str, ResponseNlls]]) -> dict[str, tuple[ResponseNlls, ResponseNlls]]:
     """Measures under the common and the tuned adapter, for each client that has both."""
     return {
         name: (each["aggregated"], each["personalized"])
@@ -158,12 +158,14 @@ def _pairs(measures: Mapping[str, Mapping[str, Measures]]) -> dict[str, tuple[Me
     }
 
 
-def _outcome(client: str, figures: Mapping[str, Any], measures: Mapping[str, Measures], config: Config) -> Outcome:
+def _outcome(
+    client: str, figures: Mapping[str, Any], measures: Mapping[str, ResponseNlls], config: Config
+) -> ClientOutcome:
     stages = figures["stages"]
     choices = {stage: each["choice"] for stage, each in stages.items() if each["choice"]}
     texts = figures["generation"] or {}
     settings = (config.evaluation.bootstrap, config.seed)
-    return Outcome(
+    return ClientOutcome(
         client=client,
         num_records=max((each["num_records"] for each in stages.values()), default=0),
         nll={stage: _interval(each["response_nll"]) for stage, each in stages.items() if each["response_nll"]},

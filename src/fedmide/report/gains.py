@@ -8,15 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from fedmide.evaluation.intervals import Interval, draws, ends, paired_bootstrap, resampled
-
-FloatArray = npt.NDArray[np.float64]
+from fedmide.evaluation.intervals import FloatArray, Interval, draws, ends, paired_bootstrap, resampled
 
 
 @dataclass(frozen=True, eq=False)
-class Measures:
+class ResponseNlls:
     """Response NLL (nats; NaN if not finite) and tokens of a client's test records, by record id."""
 
     record_ids: tuple[str, ...]
@@ -24,7 +21,7 @@ class Measures:
     num_tokens: FloatArray
 
     @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> "Measures":
+    def from_dict(cls, values: Mapping[str, Any]) -> "ResponseNlls":
         """From the values of a client's evaluation file."""
         sums = [np.nan if value is None else value for value in values["nll_sums"]]
         return cls(tuple(values["record_ids"]), np.array(sums, float), np.array(values["num_tokens"], float))
@@ -43,7 +40,7 @@ class Pair:
         return float((self.second - self.first).sum() / self.num_tokens.sum())
 
 
-def pair(first: Measures, second: Measures) -> Pair | None:
+def pair(first: ResponseNlls, second: ResponseNlls) -> Pair | None:
     """The records that both measured, by id. None if there are none, or if a record's number of tokens differs."""
     place = {record: index for index, record in enumerate(second.record_ids)}
     common = [(index, place[record]) for index, record in enumerate(first.record_ids) if record in place]
@@ -56,7 +53,9 @@ def pair(first: Measures, second: Measures) -> Pair | None:
     return Pair(sums[finite], others[finite], tokens[finite]) if finite.any() else None
 
 
-def client_change(first: Measures | None, second: Measures | None, resamples: int, seed: int) -> Interval | None:
+def client_change(
+    first: ResponseNlls | None, second: ResponseNlls | None, resamples: int, seed: int
+) -> Interval | None:
     """One client's change of NLL with its 95 % interval over records."""
     paired = pair(first, second) if first is not None and second is not None else None
     if paired is None:
@@ -64,7 +63,7 @@ def client_change(first: Measures | None, second: Measures | None, resamples: in
     return paired_bootstrap(paired.second, paired.first, paired.num_tokens, resamples=resamples, seed=seed)
 
 
-def mean_change(clients: Mapping[str, tuple[Measures, Measures]], resamples: int, seed: int) -> Interval | None:
+def mean_change(clients: Mapping[str, tuple[ResponseNlls, ResponseNlls]], resamples: int, seed: int) -> Interval | None:
     """The unweighted mean of the clients' changes, with its 95 % interval.
 
     Each client's records are resampled with a random stream of their own. Clients are not resampled: these are all.

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from fedmide.evaluation.intervals import Interval
-from fedmide.report.facts import STAGE_NAMES, Outcome, RunFacts
+from fedmide.report.facts import STAGE_NAMES, ClientOutcome, RunFacts
 from fedmide.report.figure import Figure, Plot, Row, Table, axis, dots, number, ranged, rows_height, span, table
 
 COLORS = {"base": "--base", "aggregated": "--aggregated", "personalized": "--personalized"}
@@ -92,7 +92,7 @@ def likelihood_table(facts: RunFacts) -> Table:
     """Each client's NLL and its changes; below them the figures over clients."""
     stages = _stages(facts)
 
-    def cells(each: Outcome) -> tuple[str, ...]:
+    def cells(each: ClientOutcome) -> tuple[str, ...]:
         values = (number(_value(each.nll.get(stage))) for stage in stages)
         changes = (ranged(change, signed=True) for change in (each.learned, each.change))
         return (each.client, str(each.num_records), *values, *changes)
@@ -112,7 +112,7 @@ def other_table(facts: RunFacts) -> Table:
     stages = _stages(facts)
     texts = [name for name in TEXTS if any(name in each.texts for each in facts.outcomes)]
 
-    def cells(each: Outcome) -> tuple[str, ...]:
+    def cells(each: ClientOutcome) -> tuple[str, ...]:
         choices = (number(_value(each.choice.get(stage)), 2) for stage in stages)
         values = (number(_value(each.texts.get(name)), 2) for name in texts)
         split, spearman = each.sets.get("shared_at_split"), each.sets.get("spearman_score_tokens")

@@ -4,10 +4,11 @@ Only counts in bins are drawn, never a record's own score.
 """
 
 import math
+from collections.abc import Sequence
 
 from fedmide.report.facts import RunFacts
 from fedmide.report.figure import Data, Figure, Plot, Row, axis, bars, number, score_axis, table
-from fedmide.report.scores import NUM_LEVELS, Histogram, ScoreRound, edges, grid, histogram
+from fedmide.report.scores import NUM_LEVELS, Cell, Histogram, ScoreRound, edges, grid, histogram
 
 MAX_CLIENTS = 40
 """The most small plots. Tables have every client."""
@@ -64,43 +65,15 @@ def length_figure(facts: RunFacts) -> Figure | None:
     most = max((cell.shared + cell.personal for rows in cells.values() for cell in rows), default=1)
     plots = []
     for client, rows in list(cells.items())[:MAX_CLIENTS]:
-        data: Data = {
-            "type": "scatter",
-            "mode": "markers",
-            "x": [(cell.shortest + cell.longest) / 2 for cell in rows],
-            "y": [(cell.low + cell.high) / 2 for cell in rows],
-            "marker": {
-                "size": [6 + 22 * math.sqrt((cell.shared + cell.personal) / most) for cell in rows],
-                "color": ["--shared" if cell.shared >= cell.personal else "--personal" for cell in rows],
-                "opacity": 0.85,
-                "line": {"width": 0},
-            },
-            "text": [_cell_text(cell.shortest, cell.longest, cell.shared, cell.personal) for cell in rows],
-            "hovertemplate": "%{text}<extra></extra>",
-            "meta": {},
-        }
+        margin = 0.06 * (bins[-1] - bins[0])
         layout = {
             "xaxis": axis("scored tokens", rangemode="tozero"),
-            "yaxis": score_axis(bins[0] - 0.06 * (bins[-1] - bins[0]), bins[-1] + 0.06 * (bins[-1] - bins[0])),
+            "yaxis": score_axis(bins[0] - margin, bins[-1] + margin),
             "height": 250,
             "showlegend": False,
         }
-        spearman = splits[client].spearman
-        plots.append(Plot([data], layout, f"{client} (ρ = {number(spearman, 2)})", client))
-    rows_of_table = [
-        Row(
-            (
-                client,
-                f"{cell.shortest}–{cell.longest}",
-                f"{math.exp(cell.low):.2f}–{math.exp(cell.high):.2f}",
-                str(cell.shared),
-                str(cell.personal),
-            ),
-            client,
-        )
-        for client, rows in cells.items()
-        for cell in rows
-    ]
+        title = f"{client} (ρ = {number(splits[client].spearman, 2)})"
+        plots.append(Plot([_dots(rows, most)], layout, title, client))
     return Figure(
         "length",
         "Does the score only measure length?",
@@ -108,8 +81,36 @@ def length_figure(facts: RunFacts) -> Figure | None:
         "Orange: most stayed personal. A rank correlation ρ far from 0 means that the split follows length as much as "
         f"content.{_only(facts)}",
         tuple(plots),
-        table(("site", "tokens", "score", "shared", "personal"), rows_of_table),
+        table(
+            ("site", "tokens", "score", "shared", "personal"),
+            [_length_row(client, cell) for client, rows in cells.items() for cell in rows],
+        ),
     )
+
+
+def _dots(cells: Sequence[Cell], most: int) -> Data:
+    """One dot per cell of lengths and scores; a dot of `most` records is the largest."""
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "x": [(cell.shortest + cell.longest) / 2 for cell in cells],
+        "y": [(cell.low + cell.high) / 2 for cell in cells],
+        "marker": {
+            "size": [6 + 22 * math.sqrt((cell.shared + cell.personal) / most) for cell in cells],
+            "color": ["--shared" if cell.shared >= cell.personal else "--personal" for cell in cells],
+            "opacity": 0.85,
+            "line": {"width": 0},
+        },
+        "text": [_cell_text(cell.shortest, cell.longest, cell.shared, cell.personal) for cell in cells],
+        "hovertemplate": "%{text}<extra></extra>",
+        "meta": {},
+    }
+
+
+def _length_row(client: str, cell: Cell) -> Row:
+    tokens = f"{cell.shortest}–{cell.longest}"
+    scores = f"{math.exp(cell.low):.2f}–{math.exp(cell.high):.2f}"
+    return Row((client, tokens, scores, str(cell.shared), str(cell.personal)), client)
 
 
 def _histogram(each: ScoreRound, counts: Histogram) -> list[Data]:

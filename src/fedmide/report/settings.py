@@ -1,10 +1,7 @@
 """Tables of a run's configuration, versions, fingerprints and protocol."""
 
-from collections.abc import Iterator, Mapping
-from typing import Any
-
 from fedmide.config import Config
-from fedmide.config.knobs import knobs
+from fedmide.config.knobs import flat, knobs
 from fedmide.report.facts import RunFacts
 from fedmide.report.figure import Row, Table, table
 
@@ -42,7 +39,7 @@ def data_table(facts: RunFacts) -> Table:
 
 def config_table(facts: RunFacts) -> Table:
     """Every setting: its value, the published method's value if that differs, and its meaning."""
-    own, published = (dict(flat(config.model_dump())) for config in (facts.config, Config()))
+    own, published = (flat(config.model_dump()) for config in (facts.config, Config()))
     rows = []
     for name, meaning in knobs():
         differs = own[name] != published[name]
@@ -54,17 +51,8 @@ def protocol_table(facts: RunFacts) -> Table:
     """The protocol of each figure."""
     return table(
         ("figure", "protocol"),
-        [Row((name, shown(value))) for name, value in flat(facts.metrics.get("protocol", {}))],
+        [Row((name, shown(value))) for name, value in flat(facts.metrics.get("protocol", {})).items()],
     )
-
-
-def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The values of nested sections by their dotted names."""
-    for name, value in values.items():
-        if isinstance(value, Mapping):
-            yield from flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
 
 
 def shown(value: object) -> str:

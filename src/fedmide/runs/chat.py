@@ -20,7 +20,7 @@ from fedmide.model.pretrained.locate import fingerprint, locate
 from fedmide.progress import Tell, quiet
 from fedmide.runs.resident import Resident, open_model
 
-Voice = Literal["personalised", "aggregated", "base"]
+Voice = Literal["personalized", "aggregated", "base"]
 """The model that answers: the client's tuned one, the one with the common adapter, or the base without training."""
 
 
@@ -62,7 +62,7 @@ def begin(
     configuration sets none. Raises `RunFolderError` if the run does not have such an adapter yet, and `ModelError` if
     base model or prompt are not those of the run.
     """
-    paths = {"personalised": folder.tuned(client), "aggregated": folder.tuned() if "aggregated" in beside else None}
+    paths = {"personalized": folder.tuned(client), "aggregated": folder.tuned() if "aggregated" in beside else None}
     config, manifest = folder.config, folder.read_manifest()
     base = locate(config.model.name, progress=tell)
     if fingerprint(base) != manifest["model"]["fingerprint"]:
@@ -80,6 +80,6 @@ def begin(
         )
     adapters = {name: read_peft(path, resident.model.shapes) for name, path in paths.items() if path is not None}
     found = {**adapters, "base": resident.fresh(config.seed)}
-    wanted: tuple[Voice, ...] = ("personalised", *beside)
+    wanted: tuple[Voice, ...] = ("personalized", *beside)
     voices: dict[Voice, Adapter] = {voice: found[voice] for voice in wanted}
     return Chat(resident, encode, voices, max_new_tokens or config.generation.max_new_tokens or MAX_NEW_TOKENS)

@@ -17,7 +17,7 @@ from fedmide.config import Config
 from fedmide.data.records import RecordId
 from fedmide.errors import RunFolderError
 from fedmide.federation import server
-from fedmide.federation.client_state import has_trained, is_lost, keeps_memory
+from fedmide.federation.client_state import has_trained, is_lost, keeps_method_state
 from fedmide.federation.ledger import before, standing
 from fedmide.federation.rounds import Runtime
 from fedmide.federation.server import ServerState
@@ -64,7 +64,8 @@ def start(
     reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
     inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    num_adapters += 4 * len(inputs.clients) if keeps_memory(config) else 0  # two rounds' memory of at most two adapters
+    # The method state of two rounds, of at most two adapters each.
+    num_adapters += 4 * len(inputs.clients) if keeps_method_state(config) else 0
     common = server.begin("", inputs.clients, inputs.fresh_adapter(), config).adapter
     check_room(path, num_adapters * len(adapters.encode(common)))
     with locked(path):
@@ -148,13 +149,13 @@ def _check_ledgers(run: Run, next_round: int) -> None:
 
 def _check_memories(run: Run, next_round: int) -> None:
     """Refuses a run if a site's method state is older than the last round that counted for it, or missing."""
-    if not keeps_memory(run.config):
+    if not keeps_method_state(run.config):
         return
     trained = {event["client"]: event["round"] for event in _round_events(run) if has_trained(event["metrics"])}
     problems = [
-        f"{run.folder.site(name)}: the memory of round {number} is missing"
+        f"{run.folder.site(name)}: the method state of round {number} is missing"
         for name, number in trained.items()
-        if is_lost(run.folder.read_memory(name, next_round), number)
+        if is_lost(run.folder.read_method_state(name, next_round), number)
     ]
     if problems:
         raise RunFolderError(problems, "Restore the files in clients/ from a backup, or start a new run")

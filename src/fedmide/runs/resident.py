@@ -36,17 +36,17 @@ class Resident:
     work: Counter[str] = field(default_factory=Counter)
     heard: Callable[[str, int], None] = lambda kind, total: None
     seconds: Counter[str] = field(default_factory=Counter)
-    _fresh: dict[int, Adapter] = field(default_factory=dict)
+    _last_fresh: tuple[int, Adapter] | None = None
 
     def fresh(self, seed: int) -> Adapter:
         """A new adapter of the configured rank, which changes nothing yet; the last one is cached, for all clients."""
-        if seed not in self._fresh:
+        if self._last_fresh is None or self._last_fresh[0] != seed:
             shapes = {
                 name: (self.config.lora.r, inner) if name.endswith(adapters.A) else (outer, self.config.lora.r)
                 for name, (outer, inner) in self.model.shapes.items()
             }
-            self._fresh = {seed: adapters.fresh(shapes, seed)}
-        return self._fresh[seed]
+            self._last_fresh = seed, adapters.fresh(shapes, seed)
+        return self._last_fresh[1]
 
     def nll(self, adapter: Adapter, examples: Sequence[Example], positions: Positions) -> tuple[Nll, ...]:
         """NLL of each example under the adapter."""
@@ -141,8 +141,14 @@ def open_model(config: Config, folder: Path, threads: int = 0, tell: Callable[[s
     torch.set_num_threads(threads or config.runtime.threads or free_threads(tell))
     # parallel batches do not wait for each other at every product, and do not change a bit: use every core
     num_workers = config.runtime.threads or available_cores()
-    held = config.runtime.prefix_cache_mb * 10**6, config.training.checkpointing, num_workers
-    model = load(folder, config.model, _lora(config), *held)
+    model = load(
+        folder,
+        config.model,
+        _lora(config),
+        prefix_bytes=config.runtime.prefix_cache_mb * 10**6,
+        checkpointing=config.training.checkpointing,
+        num_workers=num_workers,
+    )
     return _begun(model, config, tell)
 
 

@@ -17,7 +17,7 @@ from fedmide.atomic import write_file, write_folder
 from fedmide.data.records import RecordId
 from fedmide.errors import MessageError, RunFolderError, UserError
 from fedmide.federation.client import handle
-from fedmide.federation.client_state import ClientState, has_trained, is_lost, keeps_memory
+from fedmide.federation.client_state import ClientState, has_trained, is_lost, keeps_method_state
 from fedmide.federation.codec import decode_reply, decode_request, encode_facts, encode_reply, encode_trouble
 from fedmide.federation.ledger import before, standing
 from fedmide.federation.messages import ClientReply, ClientTask, Facts, Hello, Trouble, TroubleCode
@@ -49,7 +49,7 @@ def client_state(folder: RunFolder, inputs: Inputs, name: str, federation: str, 
         training,
         [example for examples in owners.values() for example in examples.validation],
         before(folder.read_ledger(name), next_round),
-        folder.read_memory(name, next_round),
+        folder.read_method_state(name, next_round),
     )
 
 
@@ -120,7 +120,7 @@ class Site:
             self.tell(f"round {task.round}: refused, because a later round is done already")
             return self._trouble("round")
         state = client_state(folder, self.inputs, self.name, task.federation, task.round)
-        _check_memory(folder, state, last, task.round)
+        _check_method_state(folder, state, last, task.round)
         reply, after = handle(task, state, self.inputs.resident)
         answer = encode_reply(reply)
         if after.adapter is not None and folder.is_site:
@@ -141,15 +141,20 @@ class Site:
         return max([*rounds, *([] if last is None else [last.round])], default=-(2**31))
 
 
-def _check_memory(folder: RunFolder, state: ClientState, last: ClientReply | None, next_round: int) -> None:
+def _check_method_state(folder: RunFolder, state: ClientState, last: ClientReply | None, next_round: int) -> None:
     """Refuses to continue if the method's state of the last answered round is needed but missing."""
-    if last is None or last.round >= next_round or not has_trained(last.metrics) or not keeps_memory(state.config):
+    if (
+        last is None
+        or last.round >= next_round
+        or not has_trained(last.metrics)
+        or not keeps_method_state(state.config)
+    ):
         return
     if last.adapter is not None and not is_finite(last.adapter) and not methods.of(state.config).remembers:
         return  # a local adapter that diverged was not stored
-    if is_lost(state.memory, last.round):
+    if is_lost(state.method_state, last.round):
         raise RunFolderError(
-            f"{folder.site(state.name)}: the memory of round {last.round} is missing",
+            f"{folder.site(state.name)}: the method state of round {last.round} is missing",
             "Restore the file from a backup; without it this site can't continue the federation",
         )
 

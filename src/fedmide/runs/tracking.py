@@ -23,7 +23,7 @@ from typing import Any, Literal
 
 from fedmide.atomic import to_json
 from fedmide.config import to_toml
-from fedmide.config.knobs import flat
+from fedmide.config.knobs import flat, used
 from fedmide.errors import TrackerError, first_line
 from fedmide.journal.folder import RunFolder
 from fedmide.report.facts import RunFacts, read
@@ -110,7 +110,7 @@ def tracked(folder: RunFolder) -> Tracked:
     facts = read(folder)
     manifest, alone = facts.manifest, _is_over_one(facts.metrics.get("clients", {}))
     begun = datetime.fromisoformat(manifest["started"])
-    knobs = {name: str(value) for name, value in flat(facts.config).items()}
+    knobs = {name: str(value) for name, value in flat(used(facts.config)).items()}
     files = {"config.toml": to_toml(facts.config).encode()}
     if not alone:
         # made here, because the run folder's own report may show scores
@@ -133,7 +133,7 @@ def tracked(folder: RunFolder) -> Tracked:
 def _round_points(facts: RunFacts) -> Iterator[Point]:
     """The metrics of each client and round, and the training loss over all clients."""
     for turn in facts.turns:
-        about = "personalisation/" if turn.stage == "personalize" else ""
+        about = "personalization/" if turn.stage == "personalize" else ""
         for name in ("loss", "shared", "personal", "enrolled", "steps", "trained_tokens", "bytes_up", "seconds"):
             if (value := getattr(turn, name)) is not None:
                 yield Point(f"clients/{turn.client}/{about}{name}", value, turn.round)

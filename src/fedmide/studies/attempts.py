@@ -44,7 +44,8 @@ class Work:
     tell: Tell
     progress: Progress
     opener: Kept = field(default_factory=Kept)
-    done: int = 0
+    numbers: dict[Path, int] = field(default_factory=dict)
+    """The number of each run: runs are counted as they are first asked for."""
     worked: list[float] = field(default_factory=list)
     trained: dict[str, Path] = field(default_factory=dict)
     """Runs with complete rounds, by the hash of the configuration that the rounds depend on."""
@@ -52,11 +53,11 @@ class Work:
     def run(self, attempt: Attempt, wanted: Sequence[StageName]) -> None:
         """Does what a run lacks: its validation, then the wanted measures of its test records."""
         has = _measured(attempt)
-        self.done += 1
+        number = self.numbers.setdefault(attempt.path, len(self.numbers) + 1)
         if has is not None and set(wanted) <= has:
             self.trained.setdefault(_before_tuning(attempt.config), attempt.path)
             return
-        self.tell(f"{_title(attempt)}: run {self.done} of {self.num_runs}{self._left()}")
+        self.tell(f"{_title(attempt)}: run {number} of {self.num_runs}{self._left()}")
         begun = time.monotonic()
         with self._opened(attempt) as run:
             self._share_rounds(run)
@@ -93,7 +94,7 @@ class Work:
     def _left(self) -> str:
         if not self.worked:
             return ""
-        seconds = sum(self.worked) / len(self.worked) * (self.num_runs - self.done + 1)
+        seconds = sum(self.worked) / len(self.worked) * (self.num_runs - len(self.numbers) + 1)
         return f", about {seconds / 60:.0f} min left"
 
 

@@ -19,10 +19,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from fedmide import methods
 from fedmide.atomic import to_json, write_file
+from fedmide.config import Config
 from fedmide.errors import RunFolderError, UsageError
 from fedmide.evaluation.measure import Measured
 from fedmide.evaluation.summary import StageName
@@ -32,7 +31,7 @@ from fedmide.progress import Progress, Tell, quiet, silent
 from fedmide.studies.attempts import SAME_INPUTS, Attempt, Work
 from fedmide.studies.comparison_figures import RunOutcome, compare
 from fedmide.studies.entrants import BASE, Budget, Entrant, entrants
-from fedmide.studies.tables import sheets, to_html, to_markdown, validation_sheet
+from fedmide.studies.tables import mean_of_all, sheets, to_html, to_markdown, validation_sheet
 from fedmide.version import __version__
 
 AGAINST = ("fedavg-ft", "fedmide")
@@ -131,7 +130,7 @@ def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, 
     if len(attempts) > 1:
         for attempt in attempts:
             work.run(attempt, ())
-            validations[attempt.rate] = _mean(_validation(attempt))
+            validations[attempt.rate] = mean_of_all(_validation(attempt).values())
         finite = {rate: value for rate, value in validations.items() if value is not None}
         if not finite:
             raise RunFolderError(
@@ -140,7 +139,6 @@ def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, 
             )
         rate = min(finite, key=lambda each: finite[each])
         attempts = [attempt for attempt in attempts if attempt.rate == rate]
-        work.done -= 1  # the same run again, for its test records
     wanted: list[StageName] = ["base", "personalized"] if first else ["personalized"]
     work.run(attempts[0], () if plan.validation_only else wanted)
     tried = [{"rate": rate, "validation_nll": value} for rate, value in validations.items()]
@@ -160,12 +158,6 @@ def _validation(attempt: Attempt) -> dict[str, float | None]:
     }
 
 
-def _mean(clients: Mapping[str, float | None]) -> float | None:
-    """Mean over the clients; None if there are none, or if one of them has no number."""
-    given = [each for each in clients.values() if each is not None]
-    return float(np.mean(given)) if given and len(given) == len(clients) else None
-
-
 def _validation_figures(
     plan: Plan, attempts: Mapping[str, Mapping[int, Attempt]], chosen: Mapping[str, Mapping[str, Any]]
 ) -> dict[str, Any]:
@@ -175,7 +167,7 @@ def _validation_figures(
     by_seed: dict[str, dict[str, list[float | None]]] = {}
     for name, runs in attempts.items():
         clients = [_validation(attempt) for attempt in runs.values()]
-        means = [_mean(each) for each in clients]
+        means = [mean_of_all(each.values()) for each in clients]
         worst = [max(filter(None, each.values())) if mean else None for each, mean in zip(clients, means, strict=True)]
         by_seed[name] = {"validation_nll": means, "validation_nll_worst": worst}
     return {"seeds": list(plan.seeds), "by_seed": by_seed, "learning_rates": dict(chosen)}
@@ -197,35 +189,39 @@ def _figures(
     config = plan.entrants[0].config
     without = {BASE: {plan.seeds[0]: RunOutcome(_records(first, "base"), {})}}
     figures = compare({**without, **outcomes}, plan.against, config.evaluation.bootstrap, config.data_seed)
-    manifest = first.read_manifest()
     return {
         **figures,
         "learning_rates": dict(chosen),
-        "protocol": {
-            "fedmide": __version__,
-            "model": manifest["model"],
-            "prompt": manifest["prompt"],
-            "data": {
-                name: {part: each[part] for part in ("training", "validation", "test", "truncated")}
-                for name, each in manifest["data"].items()
-            },
-            "data_seed": config.data_seed,
-            "seeds": list(plan.seeds),
-            "budget": {
-                "rounds": plan.budget.rounds,
-                "steps_per_round": plan.budget.steps,
-                "steps_per_client": plan.budget.rounds * plan.budget.steps,
-            },
-            "cutoff": config.model.cutoff,
-            "interval": f"95 %, {config.evaluation.bootstrap} resamples of the records of each client, the same for "
-            "all methods, after averaging a record over seeds; *_of_all: of clients and seeds too; of the other "
-            "figures the least and the greatest over seeds",
-        },
+        "protocol": _protocol(plan, config, first.read_manifest()),
         "commits": sorted({commit for runs in folders.values() for each in runs.values() for commit in each.commits}),
         "runs": {
             name: {str(seed): str(each.path.relative_to(plan.out)) for seed, each in runs.items()}
             for name, runs in folders.items()
         },
+    }
+
+
+def _protocol(plan: Plan, config: Config, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The conditions that all runs share: model, prompt, records, seeds, budget, and the kind of the intervals."""
+    return {
+        "fedmide": __version__,
+        "model": manifest["model"],
+        "prompt": manifest["prompt"],
+        "data": {
+            name: {part: each[part] for part in ("training", "validation", "test", "truncated")}
+            for name, each in manifest["data"].items()
+        },
+        "data_seed": config.data_seed,
+        "seeds": list(plan.seeds),
+        "budget": {
+            "rounds": plan.budget.rounds,
+            "steps_per_round": plan.budget.steps,
+            "steps_per_client": plan.budget.rounds * plan.budget.steps,
+        },
+        "cutoff": config.model.cutoff,
+        "interval": f"95 %, {config.evaluation.bootstrap} resamples of the records of each client, the same for "
+        "all methods, after averaging a record over seeds; *_of_all: of clients and seeds too; of the other "
+        "figures the least and the greatest over seeds",
     }
 
 

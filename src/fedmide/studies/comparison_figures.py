@@ -4,9 +4,9 @@ A record's NLL is averaged over seeds first. Records are then resampled within e
 methods, so that two methods are compared record by record. Clients and seeds are not resampled.
 Figures that resample clients and seeds too are marked (`_of_all`). They estimate the result of another such federation,
 trained again. A difference is also given seed by seed, because a few seeds are too few to be resampled well.
-If training diverges, so that no NLL of some client in some run is a number, the method is listed in `run_off`. Only its
-cost is reported. A record whose NLL is not a number under some other method or seed is left out for all of them, and
-counted.
+If training diverges, so that no NLL of some client in some run is a number, the method is listed in `diverged`.
+Only its cost is reported.
+A record whose NLL is not a number under some other method or seed is left out for all of them, and counted.
 """
 
 import math
@@ -15,19 +15,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from fedmide.evaluation.choice import choice_accuracy
-from fedmide.evaluation.intervals import Draws, draws, ends, paired_bootstrap, resampled
+from fedmide.evaluation.intervals import Draws, FloatArray, draws, ends, paired_bootstrap, resampled
 from fedmide.evaluation.measure import Measured
 from fedmide.evaluation.over_clients import worse_than_local
+from fedmide.evaluation.summary import Figures
 from fedmide.seeds import stream
-
-FloatArray = npt.NDArray[np.float64]
-
-
-Figures = dict[str, Any]
-
 
 LOWER_IS_BETTER = {"response_nll": True, "choice_accuracy": False}
 
@@ -61,8 +55,8 @@ def compare(outcomes: Outcomes, against: Sequence[str], resamples: int, seed: in
     _check_same_records(outcomes)
     figures: Figures = {name: {} for name in ("methods", "by_seed", "clients", "differences", "num_left_out")}
     figures["methods"] = {name: {} for name in outcomes}
-    figures["run_off"] = [name for name, runs in outcomes.items() if any(map(_has_run_off, runs.values()))]
-    finite = {name: runs for name, runs in outcomes.items() if name not in figures["run_off"]}
+    figures["diverged"] = [name for name, runs in outcomes.items() if any(map(_has_diverged, runs.values()))]
+    finite = {name: runs for name, runs in outcomes.items() if name not in figures["diverged"]}
     metrics = {"response_nll": _likelihoods(finite), "choice_accuracy": _choices(finite)} if finite else {}
     for metric, values in metrics.items():
         if values.counts:
@@ -177,7 +171,7 @@ def _add_worse_than_local(figures: Figures, outcomes: Outcomes) -> None:
         figures["methods"][method]["clients_worse_than_local"] = row
 
 
-def _has_run_off(run: RunOutcome) -> bool:
+def _has_diverged(run: RunOutcome) -> bool:
     return any(each.nll_sums and not np.isfinite(each.nll_sums).any() for each in run.clients.values())
 
 

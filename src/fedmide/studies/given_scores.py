@@ -16,7 +16,7 @@ from fedmide.config.sections import ThresholdRule
 from fedmide.data.records import RecordId
 from fedmide.data.rows import Reading, Row, gathered, holds_half_a_pair, json_rows, kind, sound
 from fedmide.errors import DataError
-from fedmide.federation.enrollment import SetName, score, split
+from fedmide.federation.enrollment import SetName, score, split_by_score
 
 SETS: tuple[SetName, ...] = ("shared", "personal")
 
@@ -51,7 +51,7 @@ def split_file(path: Path, rule: ThresholdRule, out: Path | None = None) -> dict
     if existing:
         raise DataError([f"{file} exists already" for file in existing], "Give another --out")
     records = read_scores(path)
-    verdicts = split({RecordId(str(number)): record.score for number, record in enumerate(records)}, rule)
+    verdicts = split_by_score({RecordId(str(number)): record.score for number, record in enumerate(records)}, rule)
     sets: dict[SetName, list[Mapping[str, object]]] = {name: [] for name in SETS}
     for record, verdict in zip(records, verdicts.values(), strict=True):
         sets[verdict.set].append(record.original)

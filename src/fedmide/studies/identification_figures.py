@@ -15,12 +15,10 @@ import numpy.typing as npt
 from fedmide.config.sections import Positions
 from fedmide.data.records import RecordId
 from fedmide.evaluation.intervals import ends
+from fedmide.evaluation.summary import Figures
 from fedmide.federation.enrollment import score
 from fedmide.model.interface import Nll
 from fedmide.seeds import stream
-
-Figures = dict[str, Any]
-
 
 RIVALS: Mapping[str, Callable[[Nll, Nll], float]] = {
     "length": lambda local, aggregated: local.num_tokens,
@@ -46,7 +44,7 @@ class Moment:
 
 
 @dataclass(frozen=True)
-class Site:
+class ObservedSite:
     """A site after the warm-up and after the last round, and its personal records (`truth`)."""
 
     truth: frozenset[RecordId]
@@ -96,7 +94,7 @@ def found(said: Collection[RecordId], truth: Collection[RecordId]) -> Figures:
     }
 
 
-def summarize(sites: Mapping[str, Site], resamples: int, seed: int) -> Figures:
+def summarize(sites: Mapping[str, ObservedSite], resamples: int, seed: int) -> Figures:
     """The figures of each site, their means over sites, and intervals of the mean AUROCs."""
     clients = {name: site_figures(site) for name, site in sites.items()}
     moments = {"after_warmup": "warmup", "after_rounds": "rounds"}
@@ -113,7 +111,7 @@ def summarize(sites: Mapping[str, Site], resamples: int, seed: int) -> Figures:
     }
 
 
-def site_figures(site: Site) -> Figures:
+def site_figures(site: ObservedSite) -> Figures:
     """The figures of each score and of the sets at both moments, and those of the enrolled records."""
     enrolled = site.warmup.personal - site.rounds.personal
     return {
@@ -164,7 +162,7 @@ def _mean(rows: Sequence[Any]) -> Any:
 
 
 def _interval(
-    sites: Mapping[str, Site], moment: str, positions: Positions, rival: str, draws: tuple[int, int]
+    sites: Mapping[str, ObservedSite], moment: str, positions: Positions, rival: str, draws: tuple[int, int]
 ) -> tuple[float, float] | None:
     """The 95 % interval of the mean AUROC over sites.
 

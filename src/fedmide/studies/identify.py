@@ -23,7 +23,7 @@ from fedmide.federation.server import Delivery
 from fedmide.model.interface import Adapter
 from fedmide.progress import Advance, Progress, Tell, quiet, silent
 from fedmide.runs.inputs import Inputs, read
-from fedmide.studies.identification_figures import Moment, Site, summarize
+from fedmide.studies.identification_figures import Moment, ObservedSite, summarize
 from fedmide.studies.known_sites import KnownSites, Scenario, build
 
 POSITIONS: tuple[Positions, ...] = ("all", "response")
@@ -86,7 +86,9 @@ def identify(
     return {"protocol": _protocol(config, inputs, scenario, sizes), **figures}
 
 
-def _run(config: Config, inputs: Inputs, known: KnownSites, scenario: Scenario, progress: Progress) -> dict[str, Site]:
+def _run(
+    config: Config, inputs: Inputs, known: KnownSites, scenario: Scenario, progress: Progress
+) -> dict[str, ObservedSite]:
     """The sites after the warm-up and after the last round."""
     name = fingerprint(config)
     states = {client: _state(client, name, config, inputs) for client in inputs.clients}
@@ -99,7 +101,7 @@ def _run(config: Config, inputs: Inputs, known: KnownSites, scenario: Scenario, 
             begun, config, witness, lambda state, summary: aggregated.update({summary.round: state.adapter})
         )
         return {
-            client: Site(
+            client: ObservedSite(
                 known.personal[client],
                 _moment(inputs, state, 0, witness.warmup.get(client, begun.adapter), aggregated[-1]),
                 _moment(inputs, state, after.round, witness.latest.get(client, begun.adapter), after.adapter),

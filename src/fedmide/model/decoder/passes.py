@@ -52,24 +52,34 @@ def losses(decoder: Decoder, states: Tensor, rows: Tensor, targets: Tensor) -> T
     return torch.cat([_chunk_losses(decoder, *chunk)[0] for chunk in _chunks(normed, targets)])
 
 
+@dataclass(frozen=True, eq=False)
+class Loss:
+    """The quantity to minimize: `scale` times the sum of the targets' NLL.
+
+    `rows` (M,): the hidden states that predict `targets` (M,). `weights` (M,): the weight of each target in the sum.
+    """
+
+    rows: Tensor
+    targets: Tensor
+    scale: float
+    weights: Tensor | None = None
+
+
 def backpropagate(
     decoder: Decoder,
     states: Tensor,
     lengths: Sequence[int],
-    rows: Tensor,
-    targets: Tensor,
-    scale: float,
-    dropout: Dropout | None,
+    loss: Loss,
+    *,
     into: Tensor,
+    dropout: Dropout | None = None,
     checkpointing: bool = False,
-    weights: Tensor | None = None,
 ) -> Tensor:
-    """NLL (M,) of the targets; writes the gradient of `scale` times their sum `into` that of the flat parameter.
+    """NLL (M,) of the loss's targets; writes the gradient of the loss `into` that of the flat parameter.
 
     `states` (N, D) are the hidden states before the lowest block with an adapter.
     With checkpointing only each block's input is kept, and the backward pass computes the block again: the same bits
     (Chen et al. 2016, arXiv:1604.06174).
-    `weights` (M,): the weight of each target in the sum.
     """
     view = texts_of(decoder, lengths, states.device)
     traces: list[Trace | Checkpoint] = []
@@ -78,14 +88,14 @@ def backpropagate(
         states, trace = _forward(block, states, view, ForBackward(dropout))
         traces.append(before or trace)
         del trace  # else this name would keep it during the next block
-    chosen = states[rows]
+    chosen = states[loss.rows]
     normed, factor = norm(chosen, decoder.norm, decoder.epsilon)
-    made = [_chunk_losses(decoder, *chunk, scale) for chunk in _chunks(normed.to(states.dtype), targets)]
+    made = [_chunk_losses(decoder, *chunk, loss.scale) for chunk in _chunks(normed.to(states.dtype), loss.targets)]
     gradient = torch.zeros_like(states)
     wanted = torch.cat([each for _, each in made])
-    if weights is not None:
-        wanted.mul_(weights[:, None])
-    gradient[rows] = norm_backward(wanted, chosen, decoder.norm, factor).to(states.dtype)
+    if loss.weights is not None:
+        wanted.mul_(loss.weights[:, None])
+    gradient[loss.rows] = norm_backward(wanted, chosen, decoder.norm, factor).to(states.dtype)
     while traces:
         gradient = _backward(_trace(traces.pop(), view), gradient, view, into, is_lowest=not traces)
     return torch.cat([each for each, _ in made])

@@ -8,17 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
-
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# PEFT imports bitsandbytes if it is installed, and bitsandbytes warns at each product whose input it casts
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-
 import peft
+import torch
 import transformers
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fedmide.config.sections import LoraConfig, Quantization
@@ -66,6 +61,7 @@ def _peft_json(lora: peft.LoraConfig, ranks: Mapping[str, int], scale: float) ->
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer in a model's folder; raises `ModelError`."""
+    _silence_libraries()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -114,12 +110,20 @@ def _is_bfloat16(folder: Path) -> bool:
     return values.get("dtype") == "bfloat16"
 
 
+def _silence_libraries() -> None:
+    """Switches off the notes of libraries that are not about this model, and threads of tokenizers under ours."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    # PEFT imports bitsandbytes if it is installed, and bitsandbytes warns at each product whose input it casts
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 def load_base(
     folder: Path, kind: Quantization, dtype: torch.dtype, device: torch.device
 ) -> tuple[transformers.PreTrainedModel, Any]:
     """The frozen base and its tokenizer. Only a quantized base is on the device already."""
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
+    _silence_libraries()
     how: dict[str, Any] = {}
     if kind != "none":
         config = transformers.BitsAndBytesConfig(**quantization.settings(kind, dtype))
