@@ -95,7 +95,7 @@ def _literals(source: str) -> Iterator[tuple[int, str]]:
 def _is_code(text: str) -> bool:
     r"""True for several lines of Python or TOML.
 
-    >>> _is_code("import x\nx.tell()"), _is_code("seed = 3\n[data]"), _is_code("It tells\nthis.")
+    >>> _is_code("import x\nx.close()"), _is_code("seed = 3\n[data]"), _is_code("Two lines\nof prose.")
     (True, True, False)
     """
     for read in (ast.parse, tomllib.loads):

@@ -727,8 +727,11 @@ def test_one_base_model_whatever_the_number_of_clients(
 
     loads: list[Path] = []
     load_model = resident.load
-    monkeypatch.setattr(
-        resident, "load", lambda folder, *rest, **named: loads.append(folder) or load_model(folder, *rest, **named)
-    )  # type: ignore[func-returns-value]
+
+    def load_counted(folder: Path, *rest: Any, **named: Any) -> Any:
+        loads.append(folder)
+        return load_model(folder, *rest, **named)
+
+    monkeypatch.setattr(resident, "load", load_counted)
     whole_run(load(small_input.config, ["federation.rounds=1"]), tmp_path / "run")
     assert len(loads) == 1

@@ -66,10 +66,8 @@ def render(seen: Snapshot) -> RenderableType:
     head = Text(f"{seen.name}: {seen.status}, {clock(seen.elapsed_seconds)}", style="bold")
     if seen.status != LAST:
         head.append(f", last news {clock(seen.silent_seconds)} ago", style="dim")
-    stages = (
-        f"rounds {seen.rounds_done}/{seen.rounds}   personalized {seen.personalized}/{count}   "
-        f"generated {seen.generated}/{count}"
-    )
+    stages = f"rounds {seen.rounds_done}/{seen.rounds}   personalized {seen.personalized}/{count}   "
+    stages += f"generated {seen.generated}/{count}"
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
     table.add_column("client", overflow="fold")
     for column in ("rounds", "loss", "", "shared", "personal", "enrolled", "time"):

@@ -295,6 +295,13 @@ class LoraModel:
             self.chosen.rows = None
 
 
+def _flattened(network: PeftModel) -> tuple[Flat, adapters.Shapes]:
+    """The flat parameter of a network's LoRA layers, and the shapes of its arrays by their names."""
+    names = {id(parameter): name.replace(".default.", ".") for name, parameter in network.named_parameters()}
+    trained = layout.trained_parameters(network)
+    return Flat(trained), {names[id(parameter)]: tuple(parameter.shape) for parameter in trained}
+
+
 def load(
     folder: Path,
     model: ModelConfig,
@@ -322,10 +329,7 @@ def load(
     else:  # a quantized base is on the device already
         quantization.keep_in_training_mode(network)
     network.eval()
-    names = {id(parameter): name.replace(".default.", ".") for name, parameter in network.named_parameters()}
-    trained = layout.trained_parameters(network)
-    shapes = {names[id(parameter)]: tuple(parameter.shape) for parameter in trained}
-    flat = Flat(trained)
+    flat, shapes = _flattened(network)
     fused = layout.fused(network, flat)
     prefixes = None if fused is None else Prefixes(fused, prefix_bytes)
     num_positions = getattr(base.config.get_text_config(), "max_position_embeddings", None)

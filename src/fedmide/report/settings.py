@@ -8,8 +8,7 @@ from fedmide.report.figure import Row, Table, table
 
 def provenance_table(facts: RunFacts) -> Table:
     """Versions, seed, machine and fingerprints."""
-    manifest = facts.manifest
-    model = manifest["model"]
+    manifest, model = facts.manifest, facts.manifest["model"]
     rows = {
         "status": manifest["status"],
         "started": manifest["started"],
