@@ -173,7 +173,7 @@ def test_a_sites_folder_of_a_run_can_not_be_resumed(elsewhere: Sites, small_inpu
     kept = tmp_path / "site-a" / "runs" / opened.federation
     ledger = (kept / "clients" / "a" / "ledger.jsonl").read_bytes()
     with (
-        pytest.raises(RunFolderError, match=r"what site a keeps of a federation.* fedmide flower resume SERVER RUN"),
+        pytest.raises(RunFolderError, match=r"is site a's folder of a federation.* fedmide flower resume SERVER RUN"),
         opening.resume(kept) as wrong,
     ):
         stages.train(wrong)

@@ -654,7 +654,7 @@ def test_the_commits_that_a_run_is_resumed_with_are_noted(copied: Path, monkeypa
     assert run.folder.commits == (str(first), "later", "latest")
     assert [line for line in said if line.startswith("fedmide was")] == [
         f"fedmide was 0.1.0, commit {first} when the run began and is 0.1.0, commit {commit} now: "
-        "from here on bytes may differ"
+        "from here on the bytes of results may differ"
         for commit in ("later", "later", "latest")
     ]
 

@@ -1,6 +1,6 @@
-"""A chat with a site's tuned model: the run's prompt around each question, and the answer as it is generated.
+"""A chat with a site's tuned model. Each question is put into the run's prompt, and its answer appears piece by piece.
 
-Each question stands alone, because the model was trained in that form: it does not see earlier questions or answers.
+The model was trained on single questions, so it does not see earlier questions or answers.
 Nothing is written, and no record is read.
 """
 
@@ -40,7 +40,7 @@ class Chat:
     def answer(self, voice: Voice, question: str, context: str = "", hear: Callable[[str], None] = quiet) -> str:
         """The voice's answer to a question; `hear` is called with each piece of it as soon as it is generated.
 
-        Raises `DataError` if question and context are longer than the model's cutoff.
+        Raises `DataError` if question and context leave no room for an answer below the configured cutoff.
         """
         example = self.encode.encode(Record(question, "", context=context))
         longest = self.max_new_tokens
@@ -56,11 +56,11 @@ def begin(
     max_new_tokens: int = 0,
     tell: Tell = quiet,
 ) -> Chat:
-    """The client's model, ready to answer, and the other voices that are asked for.
+    """A chat with the client's model and with the voices in `beside`.
 
     `max_new_tokens`: the most tokens of an answer. 0 stands for the limit of the run's responses, which is 256 if the
-    configuration sets none. Raises `RunFolderError` if the run does not have such an adapter yet, and `ModelError` if
-    base model or prompt are not those of the run.
+    configuration sets none. Raises `RunFolderError` if the run does not have a wanted adapter yet. Raises `ModelError`
+    if the base model or the prompt is not that of the run.
     """
     paths = {"personalized": folder.tuned(client), "aggregated": folder.tuned() if "aggregated" in beside else None}
     config, manifest = folder.config, folder.read_manifest()

@@ -1,7 +1,7 @@
 """The export of a run's model: a PEFT folder, or a transformers folder with the adapter merged into the weights.
 
-Every export has a model card. A merged model is read back and compared with base and adapter. It appears only if they
-agree.
+Every export has a model card. A merged model is read back and compared with base and adapter. Its folder appears only
+if their predictions agree.
 """
 
 import shutil
@@ -34,11 +34,11 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 MOST_DIVERGENCE = {"float32": 1e-4, "bfloat16": 0.1}
-"""The most nats between the predictions of the merged model and those of the adapter; above it export is refused."""
+"""The largest allowed `Parity.divergence` of a merged model, in nats, by the type of its weights."""
 
 
 PROBES = (4, 48)
-"""Number of token sequences on which the two are compared, and the length of each."""
+"""The number of random token sequences on which the merged model is compared, and their length in tokens."""
 
 
 GGUF_FILE = "model.gguf"
@@ -76,7 +76,8 @@ def export(
     """Writes the common model, or a client's tuned one, into a new folder; with `gguf` a merged one also as GGUF.
 
     Raises `RunFolderError` if the run has no such adapter or `out` exists. Raises `ModelError` if the adapter can't be
-    merged into the base, or if the merged model predicts something else than base and adapter.
+    merged into the base, or if the merged model's predictions differ too much from those of base and adapter. Raises
+    `UsageError` for `gguf` without `merge`.
     """
     adapter = folder.tuned(client)
     if out.exists():
@@ -121,7 +122,7 @@ def compare(first: torch.Tensor, second: torch.Tensor) -> Parity:
 
 
 def serving(folder: RunFolder, exported: Exported) -> tuple[str, ...]:
-    """Commands that serve the exported model, and one that serves the common adapter and every client's tuned one."""
+    """A command that serves the common adapter and every client's tuned one; then those that serve a merged model."""
     clients = [name for name in folder.read_manifest()["data"] if folder.personal_adapter(name).is_dir()]
     modules = [f"common={folder.adapter}", *(f"{name}={folder.personal_adapter(name)}" for name in clients)]
     rank = max(_rank(folder.adapter), *(_rank(folder.personal_adapter(name)) for name in clients), 0)
@@ -172,9 +173,8 @@ def _merged(folder: RunFolder, adapter: Path, out: Path, dtype: Dtype) -> Parity
     parity = compare(expected, logits(load_merged(out), probes))
     if not parity.divergence <= MOST_DIVERGENCE[dtype]:
         raise ModelError(
-            f"the merged model is not what the adapter was: their predictions are {parity.divergence:.2g} nats apart, "
-            f"expected at most "
-            f"{MOST_DIVERGENCE[dtype]:g}",
+            "the merged model does not predict what base and adapter predict: "
+            f"{parity.divergence:.2g} nats apart, expected at most {MOST_DIVERGENCE[dtype]:g}",
             "Give the command without --merge, or with --dtype float32",
         )
     return parity

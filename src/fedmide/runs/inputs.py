@@ -82,7 +82,7 @@ class Inputs:
 
     @property
     def prompt_hash(self) -> str:
-        """The identity of the prompt: a hash of the template, or of the tokenizer's own if that is used."""
+        """The identity of the prompt: a hash of its template, which may be the tokenizer's own chat template."""
         return prompt_hash(self.encode.template, str(self.resident.model.tokenizer.chat_template or ""))
 
 
@@ -95,7 +95,8 @@ def only(name: str) -> LoadData:
             return own
         found = ", ".join(client.name for client in clients)
         raise DataError(
-            f"{config.path}: no client {name!r} there, only {found}", f"Name the file or folder of this site {name}"
+            f"{config.path}: no client {name!r} there, only {found}",
+            f"Set data.path to the file or folder of site {name}",
         )
 
     return load
@@ -117,15 +118,15 @@ def read(
 
     `threads`: CPU threads to use; 0 stands for the configured number. `load` reads the records, `opener` the model.
 
-    Problems of the records, the prompt and the model's folder are raised together. Only without any are problems of
-    the model raised, and last the records that do not fit it.
+    Problems of the records, the prompt and the model's folder are raised together. If there are none, the model is
+    loaded and its problems are raised. Last come the records that do not fit the model.
     """
     tell("reading the records")
     errors: list[UserError] = []
     clients = _attempt(errors, lambda: load(config.data, config.data_seed))
     _attempt(errors, lambda: resolve(config.prompt.template))
     folder = None
-    if not errors or Path(config.model.name).expanduser().is_dir():  # anything else may be a long download
+    if not errors or Path(config.model.name).expanduser().is_dir():  # any other name may mean a long download
         folder = _attempt(errors, lambda: locate(config.model.name, progress=tell))
     if errors:
         raise _together(errors)

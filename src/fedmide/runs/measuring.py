@@ -20,7 +20,7 @@ from fedmide.runs.opening import Run, record_ids
 
 def is_personalized(run: Run) -> bool:
     """True if all clients have tuned adapters, False if none has; a mix is refused."""
-    if run.folder.is_site:  # only the server knows which sites count
+    if run.folder.is_site:  # only the server records whose tuning counts
         return all(run.folder.personal_adapter(name).is_dir() for name in run.inputs.clients)
     missing = [name for name in run.inputs.clients if not run.folder.is_personalized(name)]
     if 0 < len(missing) < len(run.inputs.clients):
@@ -37,7 +37,7 @@ def personal_adapter(run: Run, name: str) -> Adapter:
 
 
 def responses(run: Run, name: str) -> bytes:
-    """A client's predictions as JSON lines: record, reference and the model's response."""
+    """A client's predictions as JSON lines: record id, instruction, reference and the model's response."""
     config, examples = run.config.generation, run.inputs.examples[name]
     count = config.max_records or len(examples.test)
     longest = config.max_new_tokens or default_max_new_tokens(examples.training)
@@ -87,7 +87,7 @@ def ask_all(run: Run, name: SetName, questions: Sequence[Question], aggregated: 
             adapter = _adapter(run, client, stage, aggregated)
             found = score_questions(run.inputs.resident, adapter, run.inputs.encode, questions, longest)
             run.folder.save_questions(name, about, asdict(found))
-            # read back: sums that are not finite look the same now and later
+            # read back, so that sums that are not finite look the same now and when a run is resumed
             earlier = run.folder.read_questions(name, about) or {}
         scored[stage, client] = Scored.from_dict(earlier)
         advance(1, f"{name}, {about}")

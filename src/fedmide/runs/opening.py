@@ -58,13 +58,13 @@ def start(
     """A new run in a new folder, which is locked against other processes as long as the run is open.
 
     All input is read and checked before anything is written. `elsewhere`: names of sites whose records this machine
-    does not hold. Each such run is a federation of its own, distinguished from others by a random suffix.
+    does not hold. Each run with such sites is a federation of its own: its name ends in a random suffix.
     """
     check_new(path, config)
     reader = partial(read, load=without_records(elsewhere)) if elsewhere else read
     inputs = reader(config, tell, opener=opener)
     num_adapters = config.warmup.rounds + config.federation.rounds + len(inputs.clients) + 1
-    # The method state of two rounds, of at most two adapters each.
+    # Each client keeps the method state of two rounds, at most two adapters each.
     num_adapters += 4 * len(inputs.clients) if keeps_method_state(config) else 0
     common = server.begin("", inputs.clients, inputs.fresh_adapter(), config).adapter
     check_room(path, num_adapters * len(adapters.encode(common)))
@@ -94,7 +94,7 @@ def resume(
         earlier = folder.read_manifest()
         if folder.is_site:
             raise RunFolderError(
-                f"{path} is what site {earlier['site']} keeps of a federation, whose rounds are the server's",
+                f"{path} is site {earlier['site']}'s folder of a federation, and only the server can resume its rounds",
                 "At the server, resume it with: fedmide flower resume SERVER RUN. "
                 "At this site, measure with: fedmide flower site evaluate SITE",
             )
@@ -104,10 +104,10 @@ def resume(
         if problems := list(changed(earlier, inputs.manifest)):
             raise RunFolderError([f"{path}: {problem}" for problem in problems], "Undo the change, or start a new run")
         for difference in other_versions(earlier, inputs.manifest):
-            tell(f"{difference}: from here on bytes may differ")
+            tell(f"{difference}: from here on the bytes of results may differ")
         folder.rebuild_events(list(inputs.clients))
         run = Run(folder, inputs, tell, earlier.get("federation", inputs.federation))
-        if not elsewhere:  # the runtime that reaches the sites elsewhere asks them itself
+        if not elsewhere:  # otherwise the runtime asks the sites for the sizes of their sets
             next_round = folder.last_round(begin(run)).round
             _check_ledgers(run, next_round)
             _check_memories(run, next_round)
@@ -118,7 +118,10 @@ def resume(
 
 
 def set_sizes(run: Run) -> dict[str, tuple[int, int]]:
-    """The numbers of shared and personal records in each site's last reply, without replies that did not count."""
+    """The numbers of shared and personal records in each site's last reply.
+
+    A site is left out if its last reply did not count.
+    """
     last = {event["client"]: event for event in _round_events(run)}
     told = {name: event["metrics"] for name, event in last.items() if "shared" in event["metrics"]}
     return {name: (int(each["shared"]["sum"]), int(each["personal"]["sum"])) for name, each in told.items()}

@@ -28,8 +28,11 @@ from fedmide.progress import quiet
 
 @dataclass
 class Resident:
-    """A loaded model. `work`: tokens or responses so far by kind of work, without padding; `heard` is called with each
-    new count. `seconds`: time spent in training, scoring and generation."""
+    """A loaded model.
+
+    `work`: tokens or responses so far, by kind of work and without padding. `heard` is called with each new count.
+    `seconds`: time spent in training, scoring and generation.
+    """
 
     model: LoraModel
     config: Config
@@ -39,7 +42,7 @@ class Resident:
     _last_fresh: tuple[int, Adapter] | None = None
 
     def fresh(self, seed: int) -> Adapter:
-        """A new adapter of the configured rank, which changes nothing yet; the last one is cached, for all clients."""
+        """A new adapter of the configured rank, which changes no prediction yet; all clients share the last one."""
         if self._last_fresh is None or self._last_fresh[0] != seed:
             shapes = {
                 name: (self.config.lora.r, inner) if name.endswith(adapters.A) else (outer, self.config.lora.r)
@@ -61,7 +64,7 @@ class Resident:
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
         """Trains from the adapter, and gives the state after each epoch."""
-        model = self._holding(adapter)  # at the first `next`, not before: until then another adapter may be put in
+        model = self._holding(adapter)  # runs at the first `next`: until then another adapter may be put in the model
         epochs = training.train(model, examples, plan, self._count("tokens trained"))
         while True:
             with self._timed("training"):
@@ -103,7 +106,10 @@ class Resident:
         return model
 
     def _by_record(self, adapter: Adapter, examples: Sequence[Example]) -> Iterator[tuple[Sequence[int], Adapter]]:
-        """Rows of the examples with their adapter: one for all, or one per prompt if two are weighted per record."""
+        """Rows of the examples, each with their adapter.
+
+        It is one for all, or one per prompt if the weights of two adapters depend on the record.
+        """
         if adapters.MOST not in adapter:
             yield range(len(examples)), adapter
             return
@@ -135,11 +141,11 @@ class Resident:
 def open_model(config: Config, folder: Path, threads: int = 0, tell: Callable[[str], None] = quiet) -> Resident:
     """Loads the model in a folder, with LoRA layers as configured.
 
-    `threads`: CPU threads to use; 0 stands for the configured number. `tell` gets a message if something turns out
-    otherwise than configured.
+    `threads`: CPU threads to use; 0 stands for the configured number. `tell` gets a message if the model uses fewer
+    threads than it may, or smaller batches than configured.
     """
     torch.set_num_threads(threads or config.runtime.threads or free_threads(tell))
-    # parallel batches do not wait for each other at every product, and do not change a bit: use every core
+    # use every core: parallel batches, unlike threads within a product, do not wait for each other; no bit changes
     num_workers = config.runtime.threads or available_cores()
     model = load(
         folder,
@@ -153,7 +159,7 @@ def open_model(config: Config, folder: Path, threads: int = 0, tell: Callable[[s
 
 
 def _begun(model: LoraModel, config: Config, tell: Callable[[str], None]) -> Resident:
-    """The model for a new run: its batch sizes begin as configured again."""
+    """The model for a new run, with the configured batch sizes again: an earlier run may have had to lower them."""
     for budget in (model.training_budget, model.scoring_budget, model.generation_budget):
         budget.reset(tell)
     return Resident(model, config)
@@ -192,7 +198,7 @@ def _lora(config: Config) -> LoraConfig:
 
 
 def likeness(state: NDArray[np.float32], references: NDArray[np.float32]) -> float:
-    """The mean cosine similarity of a state (D,) to others (N, D), at least 0; 0 if there are none.
+    """The mean cosine similarity of a state (D,) to reference states (N, D); 0 if it is negative or there are none.
 
     >>> likeness(np.array([1.0, 0.0]), np.array([[2.0, 0.0], [0.0, 3.0]]))
     0.5

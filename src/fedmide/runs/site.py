@@ -1,7 +1,7 @@
 """A site at work: its records, its folder, and its answers to messages.
 
-An answer holds only what `messages` has a field for, also after an error. Then the server gets one word from a closed
-list, and the details go to `tell`, which is the site's own log.
+An answer holds only what `messages` has a field for. After an error the server gets one word from a closed list. The
+details go to `tell`, which is the site's own log.
 
 Answers are stored. If a task arrives again, the site sends the same answer without work: a message that is delivered
 twice trains once. A task of an earlier round than the last one is refused, so finished work is never undone.

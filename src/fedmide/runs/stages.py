@@ -45,7 +45,7 @@ Sets = Mapping[SetName, Sequence[Question]]
 
 
 WRITERS = 8
-"""Sites whose files are written at the same time, while the next ones train; most of it is waiting for the disk."""
+"""The number of sites whose files are written at once, while later sites train: writing mostly waits for the disk."""
 
 
 def train(run: Run, progress: Progress = silent) -> None:
@@ -142,7 +142,7 @@ def evaluate(
 
     They are measured under the base model, the common adapter and, if there is one, the client's tuned adapter, or
     under the `wanted` ones of these. Each client's measurements are stored on its site, so that an evaluation can be
-    resumed. Public `questions` are asked too; figures of sets that were asked earlier stay.
+    resumed. Public `questions` are asked too. Figures of question sets that were asked earlier stay in the file.
     """
     aggregated = _aggregated(run)
     there = {"base": True, "aggregated": bool(aggregated), "personalized": is_personalized(run)}
@@ -174,7 +174,7 @@ def evaluate(
 
 
 def _write_report(run: Run) -> None:
-    """Writes `report.html`. If that fails, a message says so, and the run does not fail."""
+    """Writes `report.html`. If that fails, a message reports it, and the run does not fail."""
     try:
         run.tell(f"the report is in {report.write(run.folder)}")
     except Exception as error:  # noqa: BLE001

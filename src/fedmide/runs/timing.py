@@ -48,10 +48,10 @@ def _note(run: Run, round_number: int, delivery: Delivery) -> str:
 
 @contextmanager
 def timed(run: Run, status: str, work: int) -> Iterator[None]:
-    """Writes to the manifest that a stage ended, and its seconds, including those before restarts: in all, and by kind
-    of the model's work.
+    """Writes to the manifest that a stage ended, and its seconds in all and by kind of the model's work.
 
-    A stage that had no work left does not set the status of the run back to its own.
+    The seconds include those before restarts. A stage without work (`work` is 0) never sets the run's status back to
+    an earlier one.
     """
     begun, by_kind = time.perf_counter(), Counter(run.inputs.resident.seconds)
     ended = {}

@@ -58,7 +58,7 @@ _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_\-./ ]")
 
 @dataclass(frozen=True)
 class Point:
-    """One figure. `step`: its round. Warm-up rounds are negative; later figures have the last number plus one."""
+    """One figure. `step`: its round, negative in the warm-up. Figures after all rounds have the last round plus one."""
 
     name: str
     value: float
@@ -230,7 +230,7 @@ def _mlflow_run(client: Any, told: Tracked, uri: str) -> str:
 
 
 def _artifacts(uri: str) -> str | None:
-    """The folder for files: next to a local store, which would use the working directory; None: the store decides."""
+    """The folder for files, next to a local store: MLflow would use the working directory. None: the store decides."""
     if not uri.startswith("sqlite:///"):
         return None
     return (Path(uri.removeprefix("sqlite:///")).resolve().parent / "mlruns" / EXPERIMENT).as_uri()
