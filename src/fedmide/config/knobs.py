@@ -32,7 +32,7 @@ def agreed(config: Config) -> dict[str, str]:
 
 
 def differing(first: Mapping[str, T], second: Mapping[str, T]) -> list[tuple[str, T | None, T | None]]:
-    """The settings in which two parties differ, with both values; None if a party has no such setting.
+    """The settings in which two parties differ, in the order of the first, with both values; None if a party has none.
 
     >>> differing({"seed": "0", "lora.r": "8"}, {"seed": "1", "lora.r": "8"})
     [('seed', '0', '1')]

@@ -74,7 +74,7 @@ class ServerFolder:
         wanted = load(other or own, overrides)
         problems = [
             f"{name} is {ours} here and {theirs} at the sites"
-            for name, ours, theirs in differing(agreed(wanted), agreed(load(own)))
+            for name, ours, theirs in sorted(differing(agreed(wanted), agreed(load(own))))
         ]
         if problems:
             raise UsageError(

@@ -165,7 +165,7 @@ def differences(own: Facts, site: Facts, set_sizes: tuple[int, int] | None) -> I
     ):
         if theirs != ours:
             yield f"{what} is {theirs!r} there and {ours!r} here"
-    for name, there, here in differing(site.knobs, own.knobs):
+    for name, there, here in sorted(differing(site.knobs, own.knobs)):
         yield f"{name} is {there} there and {here} here"
     if site.federation != own.federation.partition("-")[0]:
         yield "it belongs to another federation"
