@@ -38,15 +38,16 @@ class Attempt:
 
 @dataclass
 class Work:
-    """A number of runs with one loaded model, and reports of their progress."""
+    """The runs of a study: they share one loaded model, and report their progress."""
 
     num_runs: int
     tell: Tell
     progress: Progress
     opener: Kept = field(default_factory=Kept)
     numbers: dict[Path, int] = field(default_factory=dict)
-    """The number of each run: runs are counted as they are first asked for."""
+    """The number of each run, by its folder: runs are counted in the order in which they are first asked for."""
     worked: list[float] = field(default_factory=list)
+    """The seconds of each run that was worked on, for the estimate of the time left."""
     trained: dict[str, Path] = field(default_factory=dict)
     """Runs with complete rounds, by the hash of the configuration that the rounds depend on."""
 

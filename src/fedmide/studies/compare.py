@@ -7,7 +7,8 @@ All runs have the same records, whatever their seed, and the same budget of loca
 If several learning rates are given, each entrant's is chosen on the first seed: the one with the lowest response NLL of
 the validation records, mean over clients. Test records under the other rates are never measured.
 A complete run is not repeated, and a stopped run is resumed. The base model is loaded once.
-Runs that differ in their tuning only share their rounds, unless they tune other adapters (`personalization.start`).
+Runs that differ only in their tuning share the same rounds, unless they tune different adapters
+(`personalization.start`).
 
 If only validation records are used, the folder gets `validation.json` and `validation.md` instead. Settings are
 chosen by these, and the test records of the same runs may be measured later.
@@ -97,7 +98,7 @@ def planned(
 
 
 def run(plan: Plan, tell: Tell = quiet, progress: Progress = silent) -> dict[str, Any]:
-    """The figures of comparison.json or validation.json, after every missing run."""
+    """Makes every missing run, writes the tables, and returns the figures of comparison.json or validation.json."""
     with locked(plan.out):
         work = Work(plan.num_runs, tell, progress)
         chosen = {
@@ -124,7 +125,10 @@ def run(plan: Plan, tell: Tell = quiet, progress: Progress = silent) -> dict[str
 
 
 def _chosen(work: Work, plan: Plan, entrant: Entrant, first: bool) -> dict[str, Any]:
-    """The entrant's learning rate, chosen on the first seed; that run's test records are then measured."""
+    """The entrant's learning rate, chosen on the first seed, and the validation NLL of each tried rate.
+
+    The test records of the chosen run are then measured, unless the plan is for validation records only.
+    """
     attempts = [plan.attempt(entrant, rate, plan.seeds[0]) for rate in plan.rates_of(entrant)]
     validations: dict[float, float | None] = {}
     if len(attempts) > 1:
@@ -219,9 +223,9 @@ def _protocol(plan: Plan, config: Config, manifest: Mapping[str, Any]) -> dict[s
             "steps_per_client": plan.budget.rounds * plan.budget.steps,
         },
         "cutoff": config.model.cutoff,
-        "interval": f"95 %, {config.evaluation.bootstrap} resamples of the records of each client, the same for "
-        "all methods, after averaging a record over seeds; *_of_all: of clients and seeds too; of the other "
-        "figures the least and the greatest over seeds",
+        "interval": f"95 %, {config.evaluation.bootstrap} resamples of each client's records, the same ones for all "
+        "methods, each record averaged over seeds; *_of_all: clients and seeds are resampled too; other figures: the "
+        "least and the greatest over seeds",
     }
 
 
@@ -249,7 +253,7 @@ def _outcome(folder: RunFolder, stage: StageName) -> RunOutcome:
 
 
 def _model_seconds(manifest: Mapping[str, Any]) -> dict[str, float]:
-    """Seconds that the model trained and scored in rounds and tuning; empty if the run did not record them."""
+    """The seconds of training and of scoring in rounds and tuning; empty if the run did not record them."""
     stages = [manifest.get("model_seconds", {}).get(stage) for stage in ("trained", "personalized")]
     noted = [each for each in stages if each is not None]
     if len(noted) < len(stages):

@@ -2,9 +2,10 @@
 
 A record's NLL is averaged over seeds first. Records are then resampled within each client, the same ones for all
 methods, so that two methods are compared record by record. Clients and seeds are not resampled.
-Figures that resample clients and seeds too are marked (`_of_all`). They estimate the result of another such federation,
-trained again. A difference is also given seed by seed, because a few seeds are too few to be resampled well.
-If training diverges, so that no NLL of some client in some run is a number, the method is listed in `diverged`.
+The exceptions are the interval ends `low_of_all` and `high_of_all`, for which clients and seeds are resampled too. They
+estimate the result of another such federation, trained again. A difference is also given seed by seed, because a few
+seeds are too few to be resampled well.
+A method is listed in `diverged` if, in one of its runs, a client has no NLL that is a number: its training diverged.
 Only its cost is reported.
 A record whose NLL is not a number under some other method or seed is left out for all of them, and counted.
 """
@@ -40,7 +41,10 @@ Outcomes = Mapping[str, Mapping[int, RunOutcome]]
 
 @dataclass(frozen=True)
 class Values:
-    """One metric: the records' values [seeds, records] per method and client, and the counts that divide them."""
+    """One metric: the records' values [seeds, records] per method and client, and per client the records' counts.
+
+    A client's figure is the sum of its values divided by the sum of its counts.
+    """
 
     values: Mapping[str, Mapping[str, FloatArray]]
     counts: Mapping[str, FloatArray]
@@ -176,7 +180,7 @@ def _has_diverged(run: RunOutcome) -> bool:
 
 
 def _likelihoods(outcomes: Outcomes) -> Values:
-    """The records' NLL sums over their response tokens."""
+    """The records' NLL sums, with their response tokens as counts."""
     sums = {
         method: {
             name: np.array([run.clients[name].nll_sums for run in runs.values()], np.float64) for name in _names(runs)

@@ -11,6 +11,7 @@ from xml.sax.saxutils import escape
 from fedmide.data.partition_svg import COLOURS
 
 WIDTH, HEIGHT, LEFT, TOP, GAP, TEXT = 300, 220, 70, 60, 90, 12
+"""Sizes in pixels: of a panel, the margins left and above, the gap between panels, and the text."""
 
 
 NUM_TICKS = 5
@@ -26,7 +27,7 @@ class Point:
 
     @property
     def ends(self) -> tuple[float, ...]:
-        """The figure less and plus its deviation."""
+        """The figure minus its deviation, and the figure plus it; without a deviation, the figure twice."""
         if self.mean is None:
             return ()
         return self.mean - (self.deviation or 0.0), self.mean + (self.deviation or 0.0)

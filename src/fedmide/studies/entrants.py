@@ -27,7 +27,7 @@ BUDGET = ("federation.rounds", "training.epochs", "training.max_steps", "persona
 
 
 SECOND_TRAINING_SETTINGS = ("ditto.epochs", "ditto.max_steps", "feddpa.max_steps")
-"""Settings of the amount that a method trains in addition to the common adapter."""
+"""Settings that limit a method's second training, which it does in addition to that of the common adapter."""
 
 
 FIXED_SETTINGS = (*BUDGET, *SECOND_TRAINING_SETTINGS, "seed", "data", "model", "prompt", "evaluation")
@@ -89,7 +89,7 @@ def entrants(values: Mapping[str, Any], names: Sequence[str]) -> tuple[Entrant, 
 
 
 def check_names(values: Mapping[str, Any], names: Sequence[str]) -> None:
-    """Refuses names of neither a method nor a variant, and variants that set what they can't."""
+    """Refuses a name that is neither a method's nor a variant's, and a variant with settings that it can't set."""
     problems = list(_problems(values.get(VARIANTS, {}), names))
     if problems:
         raise ConfigError(problems, "See `fedmide methods` and docs/compare.md")
@@ -104,7 +104,10 @@ def settings(values: Mapping[str, Any], name: str) -> dict[str, Any]:
 
 
 def within(budget: Budget, values: Mapping[str, Any], name: str) -> Config:
-    """The configuration with its part of the budget; `ConfigError` if warm-up and tuning leave no round."""
+    """The configuration with its part of the budget.
+
+    Raises `ConfigError` if warm-up and tuning leave no round, or if a round has fewer steps than adapters to train.
+    """
     config = parse(values, name)
     method = methods.of(config)
     tuning = 0 if method.tuning is None else config.personalization.epochs

@@ -1,6 +1,6 @@
 """Records with scores or likelihoods that were measured elsewhere, to be split by a threshold.
 
-The objects stay as they are, so that a split writes exactly what was read.
+A record's object in the file stays as it is, so that a split writes exactly what was read.
 """
 
 import json
@@ -43,7 +43,7 @@ def read_scores(path: Path) -> tuple[ScoredRecord, ...]:
 
 
 def split_file(path: Path, rule: ThresholdRule, out: Path | None = None) -> dict[str, Any]:
-    """The figures of the split of a file's records: threshold, sizes of the sets and rule.
+    """The figures of the split of a file's records: threshold, sizes of the sets, rule, and number of failed scores.
 
     With `out`, the records are written to `out/shared.json` and `out/personal.json`, in the file's order.
     """

@@ -33,9 +33,9 @@ RIVALS: Mapping[str, Callable[[Nll, Nll], float]] = {
 
 @dataclass(frozen=True)
 class Moment:
-    """A site at one moment: its records' NLLs (local adapter, common adapter) by counted tokens, and its sets.
+    """A site at one moment: its sets, and its records' NLLs (local adapter, common adapter).
 
-    `scores`: the scores that the method itself used, if it did.
+    `nlls`: over all tokens, or over those of the response. `scores`: the scores that the method itself used, if it did.
     """
 
     nlls: Mapping[Positions, Mapping[RecordId, tuple[Nll, Nll]]]
@@ -137,7 +137,7 @@ def _scores(nlls: Mapping[RecordId, tuple[Nll, Nll]], rival: str) -> dict[Record
 
 
 def _ranking(scores: Mapping[RecordId, float], truth: frozenset[RecordId]) -> Figures | None:
-    """AUROC and average precision of the finite scores; None if all are of one kind of record."""
+    """AUROC and average precision of the finite scores; None if their records are all personal or all shared."""
     finite = {record: value for record, value in scores.items() if math.isfinite(value)}
     positive = [record in truth for record in finite]
     if not any(positive) or all(positive):
@@ -166,7 +166,8 @@ def _interval(
 ) -> tuple[float, float] | None:
     """The 95 % interval of the mean AUROC over sites.
 
-    Each site's personal and shared records are resampled separately.
+    Each site's personal and shared records are resampled separately. None if a score is not finite, or if a site has
+    records of one kind only.
     """
     resamples, seed = draws
     means = np.zeros(resamples)

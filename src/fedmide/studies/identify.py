@@ -31,7 +31,10 @@ POSITIONS: tuple[Positions, ...] = ("all", "response")
 
 @dataclass(frozen=True)
 class Sizes:
-    """The number of sites, of shared and of personal records per site (`records` each), and whether lengths match."""
+    """The number of sites, the number of shared and of personal records per site (`records` each), and the matching.
+
+    `match_lengths`: shared records are chosen so that they are about as long as the personal ones.
+    """
 
     clients: int = 8
     records: int = 30
@@ -116,7 +119,7 @@ def _state(client: str, name: str, config: Config, inputs: Inputs) -> ClientStat
 
 
 def _moment(inputs: Inputs, state: ClientState, round_number: int, own: Adapter, aggregated: Adapter) -> Moment:
-    """A site right after its verdicts of a round, with the NLLs of all its records under both adapters."""
+    """A site right after its verdicts in a round, with the NLLs of all its records under both adapters."""
     examples = list(state.training.values())
     nlls = {}
     for positions in POSITIONS:

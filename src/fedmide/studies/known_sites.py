@@ -3,8 +3,7 @@
 The records of all sites are of the same families of tasks, about the phenotypes that medical sites have in common.
 Every site answers its shared records in the same way. It answers its personal records by a convention of its own, which
 contradicts that of the others: a form of answer ("own-style") or a table of headings ("own-labels").
-Only this module and the bench know the personal records. A record does not show it, neither in its category nor in its
-id.
+Only this module and the bench know which records are personal. Neither a record's category nor its id shows it.
 """
 
 import re
@@ -31,7 +30,7 @@ SCENARIOS: tuple[Scenario, ...] = get_args(Scenario)
 
 
 LABELS = "common-systems"
-"""The family of tasks with answers that are headings from a closed list."""
+"""The family of tasks whose answers are headings from a closed list."""
 
 
 _END = re.compile(r"\.$")
@@ -47,7 +46,7 @@ STYLES: tuple[Callable[[str], str], ...] = (
     lambda text: f"By rule 7b we state: {text} (seen twice)",
     lambda text: f"# Answer\n{text}\n# End",
 )
-"""The forms that sites may give their answers, one per site."""
+"""The forms of answer in "own-style": each of the first eight sites has its own."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +74,9 @@ class _Draw:
 
 
 def build(scenario: Scenario, seed: int, clients: int, records: int, match_lengths: bool) -> KnownSites:
-    """Sites with `records` shared and as many personal training records each; reads the packages, 1-2 seconds.
+    """Sites with `records` shared and as many personal training records each.
 
+    The medical vocabularies are read first, in 1-2 seconds.
     `match_lengths`: each personal record gets a shared one of about the same length, in characters of question and
     answer, so that length alone says little.
     """
@@ -150,7 +150,7 @@ def _asked(items: Sequence[Item], draw: _Draw) -> list[Record]:
 
 
 def _one_of_each(records: Sequence[Record], count: int) -> list[Record]:
-    """The first records about `count` different concepts, the families in turn."""
+    """One record about each of the first `count` concepts; the families of tasks take turns."""
     by_concept: dict[str, list[Record]] = {}
     for record in records:
         by_concept.setdefault(record.concept, []).append(record)
@@ -158,7 +158,7 @@ def _one_of_each(records: Sequence[Record], count: int) -> list[Record]:
 
 
 def _alike(wanted: Sequence[Record], records: Sequence[Record]) -> list[Record]:
-    """For each wanted record the one nearest in length, each about another concept."""
+    """For each wanted record, the one nearest in length; no two of them are about the same concept."""
     free = dict(enumerate(records))
     taken = []
     for record in wanted:

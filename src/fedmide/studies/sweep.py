@@ -1,6 +1,6 @@
 """The sweep of a setting: methods at several of its values, on several seeds.
 
-The results are the mean and the worst client, as figures and a picture.
+Its results are the response NLL's mean over clients and that of the worst client, as figures and a picture.
 
     OUT/KNOB/sweep.json   sweep.svg
         runs/NAME/KNOB=VALUE-seed-S/    one run folder per run
@@ -41,7 +41,7 @@ _VALUE = re.compile(r"[A-Za-z0-9._:+-]+")
 class Sweep:
     """A setting, its values as given, and the configuration of each method or variant at each value.
 
-    `as_set` are the fingerprints of the unchanged configurations.
+    `as_set`: the fingerprint of the unchanged configuration of each method or variant.
     """
 
     out: Path
@@ -93,7 +93,10 @@ def planned(values: Mapping[str, Any], turned: str, names: Sequence[str], seeds:
         for name, each in turns.items()
     }
     if len(texts) > 1 and not any(_differ(each) for each in entrants.values()):
-        raise UsageError(f"--knob {turned!r}: makes no difference to {', '.join(entrants)}", "Choose another setting")
+        raise UsageError(
+            f"--knob {turned!r}: makes no difference to {', '.join(entrants)}, at least between two of the values",
+            "Choose another setting, or other values",
+        )
     as_set = {name: fingerprint(within(budget_of(values), settings(values, name), name)) for name in names}
     return Sweep(out, knob, tuple(texts), entrants, as_set, tuple(seeds))
 
@@ -110,7 +113,7 @@ def _differ(entrants: Sequence[Entrant]) -> bool:
 
 
 def run(sweep: Sweep, tell: Tell = quiet, progress: Progress = silent) -> dict[str, Any]:
-    """The figures of sweep.json, after every missing run."""
+    """Makes every missing run, writes the figures and the picture, and returns the figures of sweep.json."""
     with locked(sweep.folder):
         work = Work(sweep.num_runs, tell, progress)
         for seed in sweep.seeds:
@@ -151,7 +154,7 @@ def _rows(sweep: Sweep, method: str) -> dict[str, dict[str, Any]]:
 
 
 def _figures(attempt: Attempt) -> dict[str, float | None]:
-    """A run's figures; its NLLs are None if no NLL of some client is a number."""
+    """A run's figures; its NLLs are None if a client has no NLL that is a number."""
     folder = reopen(attempt.path, attempt.config)
     metrics = json.loads((folder.path / "metrics.json").read_text("utf-8"))
     measured = [client["stages"]["personalized"] for client in metrics["clients"].values()]

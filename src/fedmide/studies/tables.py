@@ -109,7 +109,7 @@ def _likelihoods(figures: Figures) -> Sheet:
     if left_out := figures["num_left_out"].get("response_nll"):
         note += f" Left out for all methods: {left_out:,} test records, whose NLL is not a number under one of them."
     if figures["diverged"]:
-        note += " No number: training diverged, so that no NLL of some client is a number; try a lower rate."
+        note += " No number: training diverged, and a client has no NLL that is a number; try a lower rate."
     return Sheet("Response NLL", (*header, "choice accuracy")[: len(header) + has_choice], tuple(rows), note)
 
 
@@ -177,7 +177,7 @@ COSTS: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 
 
 NUM_OF_RUN = 7
-"""The number of costs of a run; the others are of the model."""
+"""The number of `COSTS` in the table "Cost"; the others are in the table "Model"."""
 
 
 def _costs(figures: Figures) -> Iterator[Sheet]:
