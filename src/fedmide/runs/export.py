@@ -76,8 +76,8 @@ def export(
     """Writes the common model, or a client's tuned one, into a new folder; with `gguf` a merged one also as GGUF.
 
     Raises `RunFolderError` if the run has no such adapter or `out` exists. Raises `ModelError` if the adapter can't be
-    merged into the base, or if the merged model's predictions differ too much from those of base and adapter. Raises
-    `UsageError` for `gguf` without `merge`.
+    merged into the base, or if the merged model's predictions differ too much. Raises `UsageError` for `gguf` without
+    `merge`.
     """
     adapter = folder.tuned(client)
     if out.exists():

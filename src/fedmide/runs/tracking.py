@@ -1,8 +1,10 @@
 """A run's entry in a tracker (MLflow or TensorBoard), made from its run folder alone.
 
-The entry holds the configuration, each client's metrics per round (which the server gets too), the figures over each
-client's test records, and the report without the sites' scores. It holds nothing of a single record: no ledger and no
-prediction. If a client's figures are over one record, these figures and the files that hold them are left out.
+The entry holds the configuration and each client's metrics per round, which the server gets too. It also holds the
+figures over each client's test records, and the report without the sites' scores.
+
+It holds nothing of a single record: no ledger and no prediction. If a client's figures are over one record, these
+figures and the files that hold them are left out.
 
 Tracking a run again updates its entry.
 """
