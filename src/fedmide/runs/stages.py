@@ -141,8 +141,8 @@ def evaluate(
     """The content of metrics.json: NLL, choice and text metrics of each client's test records.
 
     They are measured under the base model, the common adapter and, if there is one, the client's tuned adapter.
-    Only those in `wanted` are measured. Each client's measurements are stored on its site, so that an evaluation can be
-    resumed. Public `questions` are asked too. Figures of question sets that were asked earlier stay in the file.
+    `wanted` names the ones to use. Each client's measurements are stored on its site, so that an evaluation
+    can be resumed. Public `questions` are asked too. Figures of question sets that were asked earlier stay in the file.
     """
     aggregated = _aggregated(run)
     there = {"base": True, "aggregated": bool(aggregated), "personalized": is_personalized(run)}
