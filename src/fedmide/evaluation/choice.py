@@ -18,9 +18,10 @@ from fedmide.seeds import stream
 class ChoiceScores:
     """The credit of each record's choice, one value per record.
 
-    `correct` uses the summed log-probability (acc), `correct_norm` that sum divided by the choice's characters
-    (acc_norm). The credit is 1 if the reference alone is best, and 0 if another choice is better. It is 1/k if the
-    reference shares the first place with k - 1 others. `num_options` counts the choices, including the reference.
+    `correct` compares the summed log-probabilities (acc). `correct_norm` compares those sums, each divided by the
+    choice's number of characters (acc_norm). The credit is 1 if the reference alone is best, and 0 if another choice
+    is better. It is 1/k if the reference shares the first place with k - 1 others. `num_options` counts the choices,
+    including the reference.
     """
 
     correct: FloatArray
@@ -33,9 +34,9 @@ class ChoiceScores:
 
 
 def draw_choices(responses: Sequence[str], choices: int, seed: int, client: str) -> tuple[tuple[int, ...], ...]:
-    """For each test record of a client, indices of `choices - 1` other records in random order.
+    """Indices of `choices - 1` other records for each test record of a client, in random order.
 
-    Their responses differ from the record's own and from each other (apart from leading and trailing whitespace).
+    Their responses differ from the record's own and from each other (leading and trailing whitespace is ignored).
     They are drawn from the client's distinct responses, so frequent and rare ones are equally likely. The first
     record with a response represents it. If there are fewer distinct responses, all are taken, so every record of a
     client has the same number of options. With fewer than two distinct responses the draws are empty, and the client
@@ -58,7 +59,7 @@ def draw_choices(responses: Sequence[str], choices: int, seed: int, client: str)
     draws = []
     for text, generator in zip(texts, generators, strict=True):
         drawn = generator.choice(len(firsts) - 1, size=size, replace=False).tolist() if size else []
-        # The numbers count the distinct responses without the record's own, which is skipped.
+        # A number counts the distinct responses without the record's own. From the own position on, it is one too low.
         draws.append(tuple(firsts[number + (number >= positions[text])] for number in drawn))
     return tuple(draws)
 
@@ -68,7 +69,7 @@ def choice_accuracy(nll_sums: Sequence[Sequence[float]], lengths: Sequence[Seque
 
     `nll_sums`: per record, the NLL summed over the tokens of [reference, *others]. `lengths`: the characters of the
     same choices. The lowest sum is best. If choices tie, lm-evaluation-harness takes the first, which would favor the
-    reference here. Instead a tie of k gives 1/k, the mean credit of breaking it at random.
+    reference here. Instead, a tie of k choices gives 1/k: the mean credit if ties were broken at random.
 
     >>> scores = choice_accuracy([[2.0, 3.0], [4.0, 4.0]], [[1, 3], [2, 1]])
     >>> scores.correct.tolist(), scores.correct_norm.tolist()
@@ -105,7 +106,9 @@ def _credit(values: Sequence[float]) -> float:
 
 
 def standard_error(credit: FloatArray) -> float:
-    """sqrt(p(1 - p)/n) for the mean p of n credits. With ties it is slightly wider than the credits' own spread.
+    """The standard error sqrt(p(1 - p)/n) of the mean p of n credits.
+
+    With ties it is slightly larger than the one from the credits' own variance.
 
     >>> standard_error(np.array([1.0, 0.0, 1.0, 0.0]))
     0.25

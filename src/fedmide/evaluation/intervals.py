@@ -17,6 +17,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 Draws = npt.NDArray[np.int64]
+"""Indices of drawn records, [resamples, records]."""
 
 
 PERCENTILES = (2.5, 97.5)
@@ -70,8 +71,9 @@ def paired_bootstrap(
 ) -> Interval:
     """The first method's figure minus the second's on the same records, with its interval.
 
-    Without `counts` the figures are the means of `first` and `second`. With them, each sum is divided by the sum of
-    `counts`, which both share, such as the tokens of the same responses.
+    Without `counts` the figures are the means of `first` and `second`. With `counts` they are ratios: the sum of
+    `first`, or of `second`, divided by the sum of `counts`. Both share the counts, such as the tokens of the same
+    responses.
 
     >>> paired_bootstrap([3.0, 5.0], [1.0, 3.0], resamples=100, seed=0)
     Interval(value=2.0, low=2.0, high=2.0)
@@ -87,9 +89,9 @@ def paired_bootstrap(
 
 
 def draws(num_records: int, resamples: int, seed: int, client: str = "") -> Iterator[Draws]:
-    """Indices [some resamples, records], in blocks of about `DRAWS_AT_ONCE` indices.
+    """The drawn indices of all resamples, in blocks of about `DRAWS_AT_ONCE` indices.
 
-    With a client's name the draws are its own: two clients with equally many records get different resamples.
+    Each client's name gives draws of its own. So two clients with equally many records get different resamples.
     """
     generator = stream(seed, "bootstrap", client=client)
     rows = max(1, DRAWS_AT_ONCE // num_records)
@@ -103,7 +105,7 @@ def resampled(sums: FloatArray, counts: FloatArray, drawn: Iterable[Draws]) -> F
 
 
 def ends(values: FloatArray) -> tuple[float, float]:
-    """The ends of the 95 % interval from resamples."""
+    """The ends of the 95 % interval, from one value per resample."""
     low, high = np.percentile(values, PERCENTILES)
     return float(low), float(high)
 

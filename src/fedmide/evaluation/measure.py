@@ -22,8 +22,11 @@ class Measured:
     """One value per test record, in the records' order.
 
     `nll_sums`: in nats, over `num_tokens` response tokens. `choices`: the NLL sums of the reference and of the other
-    responses, all after one prompt. `lengths`: their lengths in characters. A record has none if one of its choices
-    does not fit without a cut. The client has none if it has too few different responses.
+    responses, all after one prompt. `lengths`: their lengths in characters. A record has no sums if one of its choices
+    does not fit without a cut. The client has no rows if it has too few different responses.
+
+    `options`, `option_lengths`: the same for the options that a record lists, the right one first. Here only records
+    that list options have a row. The row is empty if the right option is not clear.
     """
 
     record_ids: tuple[str, ...]
@@ -37,7 +40,7 @@ class Measured:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Measured":
-        """From the values of `dataclasses.asdict`, read back from JSON."""
+        """Reads back the values of `dataclasses.asdict` from JSON."""
         return cls(
             tuple(values["record_ids"]),
             tuple(math.nan if value is None else value for value in values["nll_sums"]),
@@ -95,7 +98,7 @@ def _answers(records: Sequence[Record], config: Config, client: str) -> list[lis
 def _options(encode: Encoder, record: Record, answers: Sequence[str]) -> tuple[Example, ...]:
     """The record with each answer. Empty if an answer was cut, because a cut answer would seem more likely."""
     examples = encode.encode_options(record, answers) if answers else ()
-    end = encode.tokenizer.eos_token_id  # a response has exactly one, at its end, unless it was cut
+    end = encode.tokenizer.eos_token_id  # every response ends with this token unless it was cut
     return examples if all(example.ids[-1] == end for example in examples) else ()
 
 
@@ -110,7 +113,7 @@ def _continued(examples: Sequence[Example]) -> tuple[Example, ...]:
 
 
 def sums_from_json(rows: Sequence[Sequence[float | None]]) -> tuple[tuple[float, ...], ...]:
-    """NLL sums read back from JSON, where null means not finite."""
+    """NLL sums read back from JSON. There null means not finite; here it becomes infinity."""
     return tuple(tuple(math.inf if each is None else each for each in row) for row in rows)
 
 

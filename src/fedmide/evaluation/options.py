@@ -1,4 +1,4 @@
-"""Options that the instruction of a record lists, and the one that its reference names.
+"""Options that a record's instruction or context lists, and the one that its reference names.
 
 The reference is free text, such as "The likely cause is C. Thrombosis." or one that only repeats an option's words.
 """
@@ -30,7 +30,7 @@ class Options:
 
 
 def right_first(texts: Sequence[str], answer: int) -> tuple[str, ...]:
-    """The texts with the right one, of this index, first, and the others in their order.
+    """The right text, at index `answer`, and then the others in their order.
 
     >>> right_first(("Heart", "Liver", "Lung"), 1)
     ('Liver', 'Heart', 'Lung')
@@ -39,7 +39,9 @@ def right_first(texts: Sequence[str], answer: int) -> tuple[str, ...]:
 
 
 def listed(record: Record) -> Options | None:
-    r"""The options that a record lists from A on, one per line; None if it lists none.
+    r"""The options that a record lists from A on, one per line.
+
+    None if there are fewer than two, if a letter is skipped or out of order, or if two texts are equal.
 
     >>> listed(Record("Which organ makes bile?\nA. Heart\nB. Liver", "It is **B. Liver**."))
     Options(texts=('Heart', 'Liver'), answer=1)
@@ -52,7 +54,10 @@ def listed(record: Record) -> Options | None:
 
 
 def _answer(options: Mapping[str, str], reference: str) -> int | None:
-    """The option that the reference names by letter or, without a letter, by its words. None unless exactly one."""
+    """Index of the option that the reference names by its letter or, without a letter, by its words.
+
+    None unless it names exactly one. None also if the words are those of exactly one other option than the letter's.
+    """
     alone = _LETTER.fullmatch(reference)
     named = {alone[1]} if alone else {first or second for first, second in _NAMED.findall(reference)}
     words = _words(reference)

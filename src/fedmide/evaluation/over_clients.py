@@ -1,7 +1,7 @@
 """Figures of a metric over the clients of a federation, and the correlation of scores with lengths of records.
 
-Each client's figure is one value here, computed before from (sum, count) on the client's records. No figure over
-clients replaces one over records.
+Each client has one value here, computed earlier from the sum and count over its records. A figure over clients does not
+replace the clients' figures over their records.
 """
 
 import math
@@ -16,9 +16,9 @@ import numpy.typing as npt
 class OverClients:
     """The figures of one metric over clients.
 
-    `standard_deviation` is that of a population, because the clients are all there are, not a sample. `jain` is 1 if
-    all clients are equal, and 1/n if one has everything. `harmonic_mean` and `jain` are None if a value is negative;
-    `jain` also if all are zero. A client at zero makes `harmonic_mean` zero.
+    `standard_deviation` is that of a population, because the clients are all there are, not a sample. `jain`,
+    Jain's fairness index, is 1 if all n clients are equal, and 1/n if one has everything. `harmonic_mean` and `jain`
+    are None if a value is negative. `jain` is also None if all are zero. A client at zero makes `harmonic_mean` zero.
     """
 
     num_clients: int
@@ -63,8 +63,8 @@ def over_clients(values: Mapping[str, float], weights: Mapping[str, int], lower_
 def worse_than_local(values: Mapping[str, float], local: Mapping[str, float], lower_is_better: bool) -> tuple[str, ...]:
     """The clients, by name, that are worse off under a method than when they train alone.
 
-    Their number is the gap to `local`. A client with an equal value is not among them. Raises ValueError if the two
-    arguments have different clients.
+    Studies report their number as `clients_worse_than_local`. A client with an equal value is not among them. Raises
+    ValueError if the two arguments have different clients.
 
     >>> worse_than_local({"a": 0.6, "b": 0.4}, {"a": 0.5, "b": 0.5}, lower_is_better=False)
     ('b',)

@@ -24,7 +24,7 @@ from fedmide.seeds import stream
 class Scored:
     """One adapter's NLL sums of the choices of each question, in nats, the right one first.
 
-    `questions`: the fingerprint of the questions. `longest`: longer texts, in tokens, are cut.
+    `questions`: the fingerprint of the questions. `longest`: texts with more tokens than this are cut.
     `num_truncated`: the number of questions with a text that was cut.
     """
 
@@ -35,12 +35,12 @@ class Scored:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Scored":
-        """From the values of `dataclasses.asdict`, read back from JSON."""
+        """Reads back the values of `dataclasses.asdict` from JSON."""
         return cls(values["questions"], sums_from_json(values["sums"]), values["longest"], values["num_truncated"])
 
 
 def draw_questions(questions: Sequence[Question], most: int, seed: int) -> tuple[Question, ...]:
-    """At most `most` of the questions, in their order; 0: all. Every adapter and method gets the same ones."""
+    """At most `most` of the questions, in their order; all if `most` is 0. Each adapter and method gets the same."""
     if not most or len(questions) <= most:
         return tuple(questions)
     drawn = stream(seed, "questions").choice(len(questions), size=most, replace=False)
@@ -64,7 +64,7 @@ def score_questions(
 def set_figures(
     name: SetName, questions: Sequence[Question], scored: Mapping[tuple[StageName, str], Scored], config: Config
 ) -> Figures:
-    """The accuracies on a set under each adapter, by its stage and, for a tuned adapter, its client."""
+    """The accuracies on a public set under each adapter, by stage; those of tuned adapters also by client."""
     lengths = [[len(choice) for choice in right_first(question.choices, question.answer)] for question in questions]
     figures = {key: _figures(each, lengths, config) for key, each in scored.items()}
     clients = {client: each for (stage, client), each in figures.items() if stage == "personalized" and each}

@@ -1,6 +1,6 @@
 """Values of metrics.json: each client's figures with their protocol and intervals, and the figures over clients.
 
-A figure includes its number of records. Records without a finite NLL are left out of it and counted.
+Each figure comes with its number of records. Records without a finite NLL are left out of it and counted separately.
 """
 
 import math
@@ -26,10 +26,11 @@ STAGES: tuple[StageName, ...] = ("base", "aggregated", "personalized")
 
 
 TEXT_METRICS = ("rouge1", "rouge2", "rouge_l", "exact_match", "token_f1", "bleu", "chrf")
-"""Metrics of a client's generated responses: means over records. The last two are of all its records together."""
+"""Metrics of a client's generated responses: means over records, but BLEU and chrF are of all records together."""
 
 
 Figures = dict[str, Any]
+"""Values for a JSON file, by name: figures, and nested values of the same kind."""
 
 
 def summarize(
@@ -40,7 +41,7 @@ def summarize(
     events: Sequence[Mapping[str, Any]],
     prompt_hash: str,
 ) -> Figures:
-    """The figures of every client and over clients, and their cost."""
+    """The figures of every client and over clients, and the cost of the federation."""
     clients = {
         name: {
             "stages": {stage: stage_figures(each, config) for stage, each in stages.items()},
@@ -144,9 +145,10 @@ def _exp(value: float) -> float:
 def choice_figures(
     choices: Sequence[Sequence[float]], lengths: Sequence[Sequence[int]], config: Config
 ) -> Figures | None:
-    """Accuracy of the choice by likelihood, from the NLL sums and characters of each record's choices, the right first.
+    """Accuracy of the choice by likelihood, from the NLL sums and lengths of each record's choices, the right first.
 
-    A choice whose NLL is not finite counts as the worst. None if there is no record to measure.
+    A wrong choice whose NLL is not finite counts as the worst. A record whose right choice has no finite NLL is left
+    out. None if no record is left.
     """
     rows = [row for row in zip(choices, lengths, strict=True) if row[0] and math.isfinite(row[0][0])]
     if not rows:

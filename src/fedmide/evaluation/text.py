@@ -50,8 +50,8 @@ class TextScores:
 def normalize(text: str) -> str:
     """The text in NFC, case folded, without punctuation and English articles, with one space between words.
 
-    Punctuation is removed, not replaced, as in SQuAD's scorer. It is that of ASCII, with signs such as + and <, and
-    every character in a punctuation category of Unicode.
+    Punctuation is removed, not replaced by a space, as in SQuAD's scorer. Punctuation means ASCII's, which includes
+    signs such as + and <, and every character in a punctuation category of Unicode.
 
     >>> normalize("  The X-ray: “normal”. ")
     'xray normal'
@@ -93,8 +93,8 @@ def token_f1(prediction: str, reference: str) -> float:
 def score_texts(predictions: Sequence[str], references: Sequence[str], resamples: int, seed: int) -> TextScores:
     """Every metric of the predictions against the reference at the same position.
 
-    The intervals of BLEU and chrF come from `resamples` of the records. Empty predictions are allowed. Raises
-    ValueError if the two differ in length, or there are no records.
+    The intervals of BLEU and chrF come from this many `resamples` of the records. Empty predictions are allowed.
+    Raises ValueError if the two sequences differ in length, or if they are empty.
     """
     if len(predictions) != len(references):
         raise ValueError(f"{len(predictions)} predictions for {len(references)} references")
@@ -116,8 +116,8 @@ def score_texts(predictions: Sequence[str], references: Sequence[str], resamples
 
 
 def _rouge(predictions: Sequence[str], references: Sequence[str]) -> tuple[dict[str, FloatArray], dict[str, str]]:
-    """ROUGE F1 by rouge-score's names, one array over records each, and the protocol."""
-    from rouge_score.rouge_scorer import RougeScorer  # takes more than a second: nltk
+    """ROUGE F1 by rouge-score's names, each an array with one value per record, and the protocol."""
+    from rouge_score.rouge_scorer import RougeScorer  # the import takes more than a second, because of nltk
 
     kinds = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(list(kinds), use_stemmer=True)
