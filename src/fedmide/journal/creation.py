@@ -22,7 +22,7 @@ RUNS = Path("runs")
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Locks a run folder against other processes, and creates it if missing. Refused while another process holds it."""
+    """Locks a run folder, and creates it if missing. Raises `RunFolderError` while another process holds the lock."""
     with clear_errors(path):
         path.mkdir(parents=True, exist_ok=True)
         handle = (path / ".lock").open("w")

@@ -3,18 +3,19 @@
     RUN/config.toml          the resolved configuration
         manifest.json        versions, fingerprints, times, status
         events.jsonl         one line per client and round
-        server/round-NNN/    adapter.safetensors and state.json; written at once
+        server/round-NNN/    after each round (warmup-NNN in the warm-up): adapter.safetensors, state.json, and
+                             memory.safetensors if the method keeps something; the folder is written at once
         clients/ID/          files that stay on the site: ledger.jsonl, personalization.json, adapter/,
                              evaluation-*.json, and memory/ if the method keeps something
         adapter/             the last common adapter, as a PEFT folder
-        predictions/ID.jsonl
+        predictions/ID.jsonl generated responses with their references
         questions/SET/       each adapter's scores on a public multiple-choice set, and the set's figures
         metrics.json report.html
         .lock                empty; locked while a process works on the run
 
-Files are written aside and then renamed. The exception is events.jsonl, which grows by a few lines per round. Readers
-skip an incomplete last line, and a resumed run writes the file again. A round counts once its folder is in `server/`.
-A resumed run ignores files that sites wrote for a later round, and writes them again with the same bytes.
+Each file is written under another name and then renamed. The exception is events.jsonl, which grows by a few lines per
+round. Readers skip an incomplete last line, and a resumed run writes the file again. A round counts once its folder is
+in `server/`. A resumed run ignores files that sites wrote for a later round, and writes them again with the same bytes.
 """
 
 import json
@@ -91,7 +92,10 @@ class RunFolder:
         return bool(self._round_folders())
 
     def take_rounds(self, other: "RunFolder", clients: Sequence[str]) -> None:
-        """Copies the rounds of a run that was equal until their end, with the files that its sites kept of them."""
+        """Copies the rounds of another run, with the files that its sites kept of them.
+
+        The caller ensures that this run's rounds would be the same: both runs differ only in what follows the rounds.
+        """
         for client in clients:
             for path in filter(Path.exists, [other.site(client) / "ledger.jsonl", *other._memories(client)]):
                 write_file(self.path / path.relative_to(other.path), path.read_bytes())
@@ -139,7 +143,7 @@ class RunFolder:
             path.unlink()
 
     def read_method_state(self, client: str, next_round: int) -> tuple[MethodState, ...]:
-        """The memory that the client's method kept of the rounds before this one."""
+        """The arrays that the client's method kept of the rounds before `next_round`."""
         rounds = {int(path.stem): path for path in self._memories(client)}
         return tuple(
             MethodState(number, adapters.read(path)) for number, path in sorted(rounds.items()) if number < next_round
@@ -163,7 +167,7 @@ class RunFolder:
         write_folder(self.personal_adapter(client), files)
 
     def commit_personalization(self, summary: RoundSummary) -> None:
-        """Records that one client is personalized. Its adapter must already be stored at the client."""
+        """Records that one client is personalized. Its tuned adapter must already be in the client's folder."""
         (row,) = summary.clients
         values = asdict(summary)
         write_file(self._personalization(row.client), to_json({"summary": values}))
@@ -210,11 +214,11 @@ class RunFolder:
     # --- public questions
 
     def save_questions(self, name: str, about: str, values: Mapping[str, Any]) -> None:
-        """Writes an adapter's scores on a public set, or the set's figures."""
+        """Writes an adapter's scores on the public set `name`, or the set's figures. `about`: which of them."""
         write_file(self.path / "questions" / name / f"{about}.json", to_json(values))
 
     def read_questions(self, name: str, about: str) -> dict[str, Any] | None:
-        """The values stored for a public set; None if there are none."""
+        """The values that `save_questions` stored under the same names; None if there are none."""
         path = self.path / "questions" / name / f"{about}.json"
         return _read_json(path) if path.exists() else None
 

@@ -6,7 +6,7 @@ from typing import Any
 
 
 def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """Differences that forbid a resume, between the manifest of the start and the present one. One problem each."""
+    """Problems that forbid a resume: one per difference between the manifest of the start and the present one."""
     if earlier.get("config") != present["config"]:
         yield f"config.toml is not what the run began with{_version_hint(earlier, present)}"
     if earlier["device"] != present["device"]:
@@ -20,7 +20,7 @@ def changed(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[
 
 
 def changed_records(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """Clients whose records or splits have changed since the run began, by its manifests. One problem each."""
+    """Problems, one per client whose records or splits have changed since the run began."""
     for client in {**earlier["data"], **present["data"]}:
         records = [each["data"].get(client, {}).get("fingerprint") for each in (earlier, present)]
         if records[0] != records[1]:
@@ -28,7 +28,7 @@ def changed_records(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> I
 
 
 def _version_hint(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str:
-    """Names a change of fedmide's version, which may explain a changed configuration: settings may have changed."""
+    """A hint that fedmide itself has changed, and with it perhaps its settings; empty if it has not."""
     first, second = _code(earlier), _code(present)
     return "" if first == second else f", or fedmide {first}, which began it, had other settings than {second}"
 
@@ -43,7 +43,7 @@ def now() -> str:
 
 
 def other_versions(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> Iterator[str]:
-    """Libraries, and fedmide itself, whose versions have changed since the run began."""
+    """Sentences on libraries, and on fedmide itself, whose versions have changed since the run began."""
     was, now_is = _code(earlier), _code(present)
     if was != now_is:
         yield f"fedmide was {was} when the run began and is {now_is} now"
