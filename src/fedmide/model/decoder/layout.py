@@ -2,7 +2,7 @@
 
 The base weights are copied to a new layout: those with the same input are stacked. The model's own weights become views
 of it. So memory holds one copy, and the model works as before.
-This module imports neither library. It uses the names of their modules.
+This module imports neither transformers nor PEFT. It uses the names of their modules.
 """
 
 import threading
@@ -55,7 +55,7 @@ def trained_parameters(network: Any) -> list[nn.Parameter]:
 
 
 def fused(network: Any, flat: Flat) -> Decoder | None:
-    """The decoder of a PEFT model, which moves the model's weights to a new layout; None if it is not Llama-shaped."""
+    """The decoder of a PEFT model; None if it is not Llama-shaped. Moves the model's weights to the new layout."""
     base = network.get_base_model()
     if not is_llama_shaped(base.config):
         return None
@@ -91,7 +91,7 @@ def is_llama_shaped(config: Any) -> bool:
 
 
 class _Rotary(threading.local):
-    """Cosines and sines for a number of positions, by the model's own module. Each thread keeps its last ones."""
+    """Cosines and sines for a number of positions, by the model's own module. Each thread keeps the last result."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

@@ -20,11 +20,11 @@ PAD_COLUMNS = 32
 
 
 HEAD_ROWS = 128
-"""Rows of logits computed at a time: more do not fit the cache together with the output layer's weights."""
+"""Rows of logits computed at a time. More rows do not fit the cache together with the output layer's weights."""
 
 
 EXACT_LOGITS = 2**18
-"""Logits in float32 at a time, which fit a core's own cache.
+"""The number of float32 logits computed at a time. They fit a core's own cache.
 
 With 49,152 logits per row, 5 rows at a time take a third of the time of 128 rows at a time."""
 
@@ -51,9 +51,10 @@ class Dropout:
         return copy.deepcopy(self)
 
     def draw(self, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
-        """A mask (rows, columns) for `masked`: all bits set for kept values, in the integer type of their width."""
+        """A mask (rows, columns) for `masked`: all bits set for kept values. Its integers are as wide as `dtype`."""
         words = self._draws.integers(0, 2**64, -(-rows * columns // 4), dtype=np.uint64)
         bits = torch.from_numpy(words.view(np.int16)[: rows * columns]).to(self.device)
+        # the draws are signed, so the threshold is shifted; 1 becomes -1, which has all bits set
         mask = torch.ge(bits, self._below - 2**15, out=torch.empty_like(bits)).neg_()
         return mask.to(BITS[dtype]).view(rows, columns)
 
@@ -92,7 +93,7 @@ class Adapters:
 class Layer:
     """Linear layers with the same input: their weights stacked, and extra columns for the adapters' B."""
 
-    weight: Tensor  # (out, in + R, padded)
+    weight: Tensor  # (out, in + R), with R padded to a multiple of PAD_COLUMNS
     num_in: int
     adapters: Adapters | None = None
 
@@ -106,14 +107,14 @@ class Layer:
 
     @cached_property
     def _rooms(self) -> tuple[tuple[Tensor, Tensor], ...]:
-        """The place of each B in the weight, and the B. Made once, as making views takes longer than filling them."""
+        """Pairs of B's place in the weight and B. Made once, as making views takes longer than filling them."""
         room, loras = self.weight[:, self.num_in :], self.adapters.loras if self.adapters else ()
         return tuple((room[lora.columns, lora.rows], lora.b) for lora in loras)
 
 
 @dataclass(frozen=True, eq=False)
 class Block:
-    """One decoder block."""
+    """One decoder block: D hidden, F inner; H heads for queries and K for keys and values, each of size d."""
 
     attention_norm: Tensor  # (D,) float32
     query_key_value: Layer  # D -> (H + 2 K) d
@@ -134,7 +135,10 @@ class HeadRoom(threading.local):
 
 @dataclass(frozen=True, eq=False)
 class Decoder:
-    """The parts of a Llama-shaped model, on which `passes` works. It shares its tensors with the model."""
+    """The parts of a Llama-shaped model, on which `passes` works. It shares its tensors with the model.
+
+    V tokens in the vocabulary, D hidden.
+    """
 
     embedding: Tensor  # (V, D)
     blocks: tuple[Block, ...]

@@ -3,10 +3,11 @@
 With transformers' modules, most of a training step on a CPU is not spent on matrix products.
 It is spent on attention's backward pass, casts and small kernels.
 Here a block has about thirty operations per direction, and layers with the same input are one product.
-Logits are computed a few rows at a time, and only for labels. No text is padded.
+Logits are computed a few rows at a time, and only where a token is predicted. Only attention pads texts.
 
 In float32 the numbers are the same as with the modules, apart from rounding.
-In bfloat16 they are as near to those of float32 (rotary embedding, softmax and norms are in float32).
+In bfloat16 they are as near to those of float32 as the modules' numbers are.
+Rotary embedding, softmax and norms are in float32.
 Base weights are frozen, so their gradients are never computed.
 
 Sizes: N tokens of all texts, one text after the other; D hidden; F inner; V the vocabulary.
@@ -107,14 +108,14 @@ class Trace:
 
     block: Block
     states: Tensor
-    attention_factor: Tensor
+    attention_factor: Tensor  # (N, 1), of the norm before attention
     query_key_value: Product
     attended: Attended | None
     attention_out: Product
     middle: Tensor  # (N, D), between attention and MLP
-    mlp_factor: Tensor
+    mlp_factor: Tensor  # (N, 1), of the norm before the MLP
     gate_up: Product
-    gate: Tensor  # (N, 2 F)
+    gate: Tensor  # (N, 2 F), gate and up
     opened: Tensor  # (N, F), SiLU of the gate
     down: Product
 
@@ -186,7 +187,10 @@ def _chunks(normed: Tensor, targets: Tensor) -> list[tuple[Tensor, Tensor]]:
 def _chunk_losses(
     decoder: Decoder, normed: Tensor, targets: Tensor, scale: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """NLL (M,) of the targets after normed states (M, D), and with `scale` the gradient of the states."""
+    """NLL (M,) of the targets after normed states (M, D), and the gradient of the states.
+
+    Without `scale` there is no gradient, and the second value has no use.
+    """
     logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[: len(targets)])
     few = len(decoder.room.exact)
     pairs = zip(logits.split(few), targets[:, None].split(few), strict=True)

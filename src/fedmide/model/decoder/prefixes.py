@@ -1,7 +1,7 @@
 """The outputs of the blocks below the lowest adapter. They never change for a text, so they are computed once and kept.
 
-No round, client or adapter changes those blocks. Each text passes through them alone.
-So its outputs always have the same bits: other texts, the order of the work and interrupted runs don't matter.
+No round, site or adapter changes those blocks. Each text passes through them alone.
+So its outputs always have the same bits, whatever the other texts, the order of the work and interruptions.
 """
 
 from threading import Lock

@@ -1,6 +1,6 @@
 """Products with a decoder's fused layers, and its norms, forward and backward. Base weights get no gradient.
 
-N tokens; R ranks, summed over the adapters of a fused layer.
+N tokens; R ranks, summed over the adapters of a fused layer. In `in + R`, R is padded as in the layer's weight.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from fedmide.model.decoder.parts import Dropout, Layer, masked
 
 @dataclass(frozen=True, eq=False)
 class ForBackward:
-    """Marks a pass that will be differentiated: `product` keeps its inputs.
+    """Marks a pass that a backward pass will follow, and gives its dropout.
 
     `dropout`: of the adapters' inputs; None: no dropout.
     """
@@ -64,7 +64,10 @@ def product(
 
 
 def product_backward(product: Product, gradient: Tensor, into: Tensor, is_wanted: bool = True) -> Tensor:
-    """The gradient of a layer's input (N, in), from that of its output; writes the adapters' gradients `into`."""
+    """The gradient of a layer's input (N, in), from that of its output; writes the adapters' gradients `into`.
+
+    Without `is_wanted`, the input's gradient is not needed, and the returned tensor has no use.
+    """
     layer, num_in, adapters = product.layer, product.layer.num_in, product.layer.adapters
     if adapters is None:
         return gradient @ layer.weight[:, :num_in]
