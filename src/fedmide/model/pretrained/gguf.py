@@ -24,7 +24,7 @@ NORMAL_TOKEN = 1  # in GGUF's tokenizer.ggml.token_type
 
 
 TEXTS = ("Dose: 12.5 mg, twice daily", "\n\n1. naïve\r\n 2. 糖尿病 👩🏽‍⚕️", "<|im_start|>I'm <|eos|><|endoftext|>")
-"""Texts on which both tokenizers are compared: digits after white space, several scripts, texts of control tokens."""
+"""Texts on which both tokenizers are compared: digits after white space, several scripts, control tokens."""
 
 
 def write_gguf(folder: Path, path: Path) -> None:
@@ -129,7 +129,7 @@ def _write_tokenizer(
         ("unk_token", writer.add_unk_token_id),
         ("pad_token", writer.add_pad_token_id),
     ):
-        token = settings.get(name)
+        token = settings.get(name)  # without one, the end token: `convert_gguf` reads all of them
         add(end if token is None else ids[token])
     writer.add_add_bos_token(False)
     if template := settings.get("chat_template"):
@@ -151,7 +151,7 @@ def _write_weight(writer: gguf.GGUFWriter, name: str, weight: torch.Tensor, conf
 
 
 def _key_value_heads(config: Mapping[str, Any]) -> int:
-    """The number of heads for keys and values; the number for queries if the configuration does not have it."""
+    """The number of heads for keys and values: the number for queries, if the configuration has no other."""
     return int(config.get("num_key_value_heads") or config["num_attention_heads"])
 
 

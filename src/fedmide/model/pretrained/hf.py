@@ -111,7 +111,7 @@ def _is_bfloat16(folder: Path) -> bool:
 
 
 def _silence_libraries() -> None:
-    """Switches off the notes of libraries that are not about this model, and threads of tokenizers under ours."""
+    """Switches off libraries' messages that are not about this model, and the tokenizers' own threads within ours."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -147,7 +147,7 @@ def load_base(
 
 
 def checkpoint(base: transformers.PreTrainedModel, name: str) -> None:
-    """Makes the modules recompute their activations in the backward pass of training."""
+    """Makes the modules recompute their activations in the backward pass of training; raises `ModelError`."""
     if not base.supports_gradient_checkpointing:
         raise ModelError(
             f"training.checkpointing: the modules of {name} do not support it", "Set training.checkpointing = false"
@@ -168,7 +168,7 @@ def under_lora(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) 
 
 
 def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig) -> peft.LoraConfig:
-    """PEFT's configuration. The matching layers are found first, so that a missing one gives a clear message."""
+    """PEFT's configuration; raises `ModelError`. Layers are matched here first, for clearer messages than PEFT's."""
     blocks, problems = _blocks(base, lora.blocks)
     targets = [lora.targets] if isinstance(lora.targets, str) else list(lora.targets)
     names = list(_linear_names(base, blocks))
@@ -193,7 +193,7 @@ def _lora_config(base: transformers.PreTrainedModel, name: str, lora: LoraConfig
 
 
 def _blocks(base: transformers.PreTrainedModel, blocks: str) -> tuple[list[int] | None, list[str]]:
-    """The indices of the blocks that get an adapter, None for all, and the problems of the setting."""
+    """The indices of the blocks that get an adapter (None: all), and the problems of `lora.blocks`."""
     if blocks == "all":
         return None, []
     wanted, present = int(blocks.removeprefix("top:")), int(base.config.get_text_config().num_hidden_layers)

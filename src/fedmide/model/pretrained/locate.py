@@ -1,5 +1,6 @@
 """The folder of a base model that transformers loads: a given one, from a package, made in code, or from the hub.
 
+The hub is that of Hugging Face.
 Nothing here loads a model or imports torch or transformers.
 This module finds a folder, checks it, and if needed makes it once. `llama` writes the files of the folders made here.
 """
