@@ -34,10 +34,10 @@ ROUTER = ".router.weight"
 
 
 OWN, COMMON, REFERENCES, MOST = "own", "common", "references", "most"
-"""The parts of two adapters that are weighted per record.
+"""Names in an adapter that holds a local and a common adapter, which are weighted per record.
 
-In order: the factors of the local adapter; those of the common adapter; the states (N, D) to compare records with;
-the highest weight of the local adapter."""
+In order: the prefix of the local adapter's factors; that of the common adapter's; the states (N, D) to compare
+records with; the highest weight of the local adapter."""
 
 
 def shapes(adapter: Adapter) -> dict[str, tuple[int, ...]]:
@@ -159,7 +159,7 @@ def unstacked(stack: Adapter, like: Adapter, weight: float = 1.0, other_weight: 
 
 
 def as_factors(adapter: Adapter, scale: float) -> Adapter:
-    """The adapter as factors alone. A change to base weights becomes additional ranks, as many as it can have.
+    """The adapter as factors alone. A change to base weights becomes additional ranks: min(out, in), its highest rank.
 
     `scale` is the factor by which the model multiplies the product of the factors.
     If the weights of two adapters depend on the record, the local one gets its highest weight.

@@ -1,6 +1,6 @@
 """The base weights under the adapters, for the few methods that change them: changed in place, restored exactly.
 
-One base model serves all clients, so a change for one client is undone for the next.
+One base model serves all sites, so a change for one site is undone for the next.
 For each layer that was ever changed, a copy of the loaded weights is kept. Other layers need no copy.
 A change is added to the loaded weights in float32, then rounded.
 """

@@ -20,7 +20,7 @@ UNFINISHED = "\N{REPLACEMENT CHARACTER}"
 
 
 def default_max_new_tokens(examples: Sequence[Example]) -> int:
-    """The 99th percentile of the examples' response lengths in tokens, at most 256."""
+    """The 99th percentile of the examples' response lengths in tokens, at most 256; 256 without examples."""
     lengths = [len(example.ids) - example.prompt_length for example in examples]
     return min(MAX_NEW_TOKENS, int(np.ceil(np.percentile(lengths, 99)))) if lengths else MAX_NEW_TOKENS
 
@@ -40,7 +40,7 @@ def generate(
     order = sorted(range(len(examples)), key=lambda row: -examples[row].prompt_length)
 
     def decode(most: int) -> None:
-        """Decodes the prompts that have no response yet, at most `most` at a time."""
+        """Generates the responses that are still missing, at most `most` at a time."""
         left = [row for row in order if row not in texts]
         for start in range(0, len(left), most):
             rows = left[start : start + most]
@@ -60,21 +60,21 @@ def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callab
     """
     ids = torch.from_numpy(example.ids[: example.prompt_length])[None]
     new_ids: list[int] = []
-    told = ""
+    passed_on = ""
 
-    def tell(text: str) -> None:
-        nonlocal told
-        if text != told and text.startswith(told):
-            hear(text.removeprefix(told))
-            told = text
+    def pass_on(text: str) -> None:
+        nonlocal passed_on
+        if text != passed_on and text.startswith(passed_on):
+            hear(text.removeprefix(passed_on))
+            passed_on = text
 
     def take(token: int) -> None:
         new_ids.append(token)
-        tell(_text(model, new_ids).rstrip(UNFINISHED).rstrip())
+        pass_on(_text(model, new_ids).rstrip(UNFINISHED).rstrip())
 
     model.continuations(ids, torch.ones_like(ids), max_new_tokens, take)
     text = _text(model, new_ids)
-    tell(text)
+    pass_on(text)
     return text
 
 

@@ -1,5 +1,6 @@
-"""The interface of a model: the NLL of records, and local training. The federation's logic sees nothing else of it.
+"""The interface of a model: it scores records, trains adapters, makes fresh ones, and returns states of prompts.
 
+The federation's logic sees nothing else of a model.
 This module imports no torch, so the logic can be read and tested without it.
 """
 
@@ -77,10 +78,11 @@ class TrainingPlan:
     client: str
     terms: Terms = PLAIN
     purpose: str = "training"
+    """The first name of the random stream: trainings for different purposes draw different numbers."""
     weights: tuple[float, ...] = ()
     """The weight of each record's loss, in the records' order: positive, and only ratios matter. Empty: all equal."""
     num_first: int = 0
-    """In every pass, this many records come before the others: those at the beginning of the list."""
+    """The number of records that come first in every pass. They are those at the beginning of the list."""
 
     @property
     def stream_seed(self) -> int:
@@ -124,7 +126,7 @@ class LocalModel(Protocol):
         """NLL of each example under the adapter, without dropout, in the examples' order."""
 
     def train(self, adapter: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Iterator[Epoch]:
-        """The state after each pass of a training that starts from the adapter. `nll` may be called between passes."""
+        """The state after each pass over the examples. Starts from the adapter. `nll` may be called between passes."""
 
     def fresh(self, seed: int) -> Adapter:
         """An adapter that changes nothing yet."""
@@ -134,7 +136,7 @@ class LocalModel(Protocol):
 
 
 def after_training(model: LocalModel, start: Adapter, examples: Sequence[Example], plan: TrainingPlan) -> Epoch:
-    """The state after the last pass of a training, with the loss summed over all passes."""
+    """The state after the last pass over the examples, with the loss summed over all passes."""
     loss = ZERO
     for last in model.train(start, examples, plan):
         loss += last.loss

@@ -2,8 +2,8 @@
 
 One base model stays in memory; adapters are copied in and out in place. `passes` scores and trains Llama-shaped models.
 Other causal models use their own modules. Both give the same numbers, and both compute only the needed logits.
-For the modules, a hook in front of the output layer keeps the hidden states of the wanted positions alone.
-This works for any model whose logits are a function of each position alone.
+For the modules, a hook in front of the output layer keeps only the hidden states of the wanted positions.
+This works for any model whose logits at a position depend only on the hidden state there.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ OnToken = Callable[[int], None]
 
 
 class RowFilter(nn.Module):
-    """A hook that passes only chosen rows of the hidden states (B, T, D) on, as (1, N, D)."""
+    """A hook that keeps only chosen rows of the hidden states (B, T, D), as (1, N, D)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -95,17 +95,17 @@ class LoraModel:
     chosen: RowFilter
     device: torch.device
     num_positions: int | None
-    """The length in tokens of the longest text that the model was made for; None if its configuration has no limit."""
+    """The most tokens of a text that the model was made for; None if its configuration has no limit."""
     quantization: Quantization = "none"
     """The storage of the base's linear layers. Adapters can only be merged into plain ones ("none")."""
     checkpointing: bool = False
     """True to recompute each block's activations in the backward pass, instead of keeping them."""
     training_budget: BatchBudget = field(default_factory=lambda: BatchBudget("training.tokens_per_batch"))
-    """The tokens per pass in training, reduced if memory is full."""
+    """The tokens per pass in training; fewer after memory was full."""
     scoring_budget: BatchBudget = field(default_factory=lambda: BatchBudget("scoring.tokens_per_batch"))
-    """The tokens per pass in scoring, reduced if memory is full."""
+    """The tokens per pass in scoring; fewer after memory was full."""
     generation_budget: BatchBudget = field(default_factory=lambda: BatchBudget("generation.batch_size"))
-    """The prompts per batch in generation, reduced if memory is full."""
+    """The prompts per batch in generation; fewer after memory was full."""
     modules: threading.Lock = field(default_factory=threading.Lock)
     """A lock on the network's own modules: only one worker may use them at a time."""
 
@@ -161,7 +161,7 @@ class LoraModel:
 
     @property
     def unpadded(self) -> int:
-        """The length in tokens up to which texts share a pass without padding."""
+        """The most tokens of a text that shares a pass without padding; 0 if the modules compute all texts."""
         return 0 if self.prefixes is None else attention.MAX_LENGTH
 
     def prepare(self, training: bool) -> None:

@@ -23,7 +23,7 @@ SAYS = (
     "could not create a primitive",  # oneDNN, if memory has no room for its code or scratch
     "could not create a memory object",
 )
-"""Words in other errors of torch than `torch.OutOfMemoryError` that mean, or may mean, the same."""
+"""Words in torch's other errors that mean, or may mean, the same as `torch.OutOfMemoryError`."""
 
 
 REMEDY = (
@@ -35,11 +35,12 @@ class BatchBudget:
     """The number of tokens per pass of one kind of work: the configured number, or less once memory has no room for it.
 
     Within a run it never grows again, so the same failure does not repeat.
-    `knob` is the name of the setting. `tell` is called with a message at each reduction.
+    In generation it counts prompts instead of tokens.
+    `setting` is the name of the setting. `tell` is called with a message at each reduction.
     """
 
-    def __init__(self, knob: str) -> None:
-        self.knob = knob
+    def __init__(self, setting: str) -> None:
+        self.setting = setting
         self.tell: Callable[[str], None] = quiet
         self._most: int | None = None
 
@@ -67,7 +68,7 @@ class BatchBudget:
         if tokens < first:
             self._most = tokens
             self.tell(
-                f"memory has no room for {self.knob} = {first}: using {tokens} from now on; "
+                f"memory has no room for {self.setting} = {first}: using {tokens} from now on; "
                 "bytes may differ from those of a run with enough memory"
             )
         return result

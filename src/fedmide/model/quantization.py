@@ -14,6 +14,7 @@ from fedmide.config.sections import Quantization
 from fedmide.errors import ModelError
 
 LAYERS = ("Linear8bitLt", "Linear4bit")
+"""The classes of quantized layers in bitsandbytes. PEFT's LoRA layers around them have the same class names."""
 
 
 def settings(quantization: Quantization, dtype: torch.dtype) -> dict[str, Any]:

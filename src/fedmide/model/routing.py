@@ -1,7 +1,7 @@
 """A model whose LoRA layers hold two adapters, which a router mixes for each token.
 
 The router of a layer is softmax(R x) with R (2, in) and the layer's input x. It weights the two halves of the ranks.
-It needs hooks on PEFT's modules, so the fast hand-written passes can't be used and this model is slow.
+Routers need hooks on PEFT's modules. So the fast hand-written passes can't be used, and this model is slow.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class RoutedModel(LoraModel):
             return super().nll(batch)
 
     def _through_modules(self, batch: Batch, scale: float, seed: int, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The same as in `LoraModel`, with the routers; adds the routers' gradient to `grad` of each."""
+        """The same as in `LoraModel`, with the routers; adds each router's gradient to its `grad`."""
         with self._routed():
             losses = self._training_losses(batch, seed)
         counted = losses if weights is None else losses * weights
@@ -72,7 +72,7 @@ class RoutedModel(LoraModel):
 
     @contextmanager
     def _routed(self) -> Iterator[None]:
-        """A context with the routers' hooks, and only while the model computes: the adapter may change afterwards."""
+        """A context with the routers' hooks. Afterwards they are removed, as the next adapter may have no routers."""
         with ExitStack() as stack:
             for name, router in self.routers.items():
                 layer: Any = self.network.get_submodule(name.removesuffix(ROUTER))

@@ -1,7 +1,7 @@
 """The number of threads that pay off on the cores that are really free.
 
-Every product waits for its slowest thread. If one thread shares its core with another process, two threads can be
-slower than one. The system's load figures do not predict this, and in a container they often describe the cores of
+Every matrix product waits for its slowest thread. If one thread shares its core with another process, two threads can
+be slower than one. The system's load figures do not predict this, and in a container they often describe the cores of
 another machine. So the numbers of threads are tried out.
 `workers` need no such trial, because they do not share products.
 """
@@ -17,15 +17,15 @@ import torch
 from fedmide.progress import quiet
 
 CPU_QUOTA = Path("/sys/fs/cgroup/cpu.max")
-"""The file with a container's share of the CPU: granted microseconds per period in microseconds, or "max"."""
+"""The file with a container's share of the CPU: the granted microseconds, or "max", and the period in microseconds."""
 
 
 SECONDS = 0.06
-"""The seconds for which two numbers of threads are compared: several turns of the system's scheduler."""
+"""The seconds for which two numbers of threads are compared: several time slices of the system's scheduler."""
 
 
 TURNS = 3
-"""The turns of each of the two numbers. They alternate, so that a short disturbance does not hit one alone."""
+"""The trials of each of the two numbers. They alternate, so that a short disturbance does not affect only one."""
 
 
 GAIN = 1.1
@@ -39,7 +39,7 @@ ROWS, COLUMNS = 128, 576
 def free_threads(tell: Callable[[str], None] = quiet) -> int:
     """The number of threads that pays off now, out of those that this process may use.
 
-    `tell` is called with a message if it is not all of them.
+    `tell` is called with a message if this is fewer than all of them.
     """
     cores = available_cores()
     chosen = worth_it(cores, speeds)
@@ -69,7 +69,7 @@ def worth_it(most: int, compare: Callable[[int, int], tuple[float, float]]) -> i
 
 
 def speeds(more: int, fewer: int) -> tuple[float, float]:
-    """Products per second with two numbers of threads, in turns. Afterwards torch's own number is restored."""
+    """Products per second with each of two numbers of threads, in turns. Afterwards torch's own number is restored."""
     earlier = torch.get_num_threads()
     left, right = torch.ones(ROWS * more, COLUMNS), torch.ones(COLUMNS, COLUMNS)
     done, spent = {more: 0, fewer: 0}, {more: 0.0, fewer: 0.0}

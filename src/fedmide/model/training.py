@@ -35,9 +35,9 @@ def train(
     plan: TrainingPlan,
     progress: Callable[[int], None] = lambda num_tokens: None,
 ) -> Iterator[Epoch]:
-    """The state after each pass, starting from the adapter that the model holds. The optimizer starts fresh.
+    """The state after each pass over the examples, starting from the adapter that the model holds.
 
-    Between two passes the caller may use the model for something else.
+    The optimizer starts fresh. Between two passes the caller may use the model for something else.
     """
     settings = plan.settings
     order = np.random.default_rng(plan.stream_seed)

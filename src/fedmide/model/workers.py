@@ -35,7 +35,7 @@ class Workers:
             self._pool = ThreadPoolExecutor(number, "fedmide", _stay_alone)
             meeting = Barrier(number)
             wait([self._pool.submit(meeting.wait) for _ in range(number)])  # until all of them have started
-            torch.set_num_threads(shared)  # each worker had set the default of all later threads to 1
+            torch.set_num_threads(shared)  # each worker has set the default of all later threads to 1
 
     def close(self) -> None:
         """Ends the threads after their current batches; drops the batches that have not started."""
