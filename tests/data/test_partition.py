@@ -15,13 +15,13 @@ from fedmide.config.sections import DataConfig, FieldNames
 from fedmide.data import load, partition_svg
 from fedmide.data.leaks import leaks
 from fedmide.data.partition import (
-    Labelled,
+    Labeled,
     Rule,
     counts,
     deal,
     dirichlet_shares,
     parse_rule,
-    read_labelled,
+    read_labeled,
     write,
 )
 from fedmide.data.records import Record
@@ -35,16 +35,16 @@ NONE: dict[Any, float] = {}
 rules = st.sampled_from(
     [IID, Rule("dirichlet", "x", 0.1), Rule("dirichlet", "x", 5.0), Rule("size", "", 1.5), Rule("field", "x")]
 )
-labelled = st.builds(
-    lambda question, concept, label: Labelled(Record(question, "answer", concept=concept), label),
+labeled = st.builds(
+    lambda question, concept, label: Labeled(Record(question, "answer", concept=concept), label),
     st.integers(0, 40).map(lambda number: f"Question {number}?"),
     st.sampled_from([""] * 4 + [f"C{number}" for number in range(12)]),
     st.sampled_from("pqr"),
 )
 
 
-def distinct(count: int, labels: str = "pqrs") -> list[Labelled]:
-    return [Labelled(Record(f"Question {n}?", f"answer {n}"), labels[n % len(labels)]) for n in range(count)]
+def distinct(count: int, labels: str = "pqrs") -> list[Labeled]:
+    return [Labeled(Record(f"Question {n}?", f"answer {n}"), labels[n % len(labels)]) for n in range(count)]
 
 
 def slow_groups(records: list[Record]) -> set[frozenset[int]]:
@@ -67,11 +67,11 @@ def slow_groups(records: list[Record]) -> set[frozenset[int]]:
     return set(groups)
 
 
-@given(st.lists(labelled, min_size=12, max_size=80), rules, st.integers(1, 4), st.integers(0, 3))
+@given(st.lists(labeled, min_size=12, max_size=80), rules, st.integers(1, 4), st.integers(0, 3))
 def test_every_record_is_in_one_part_of_one_client_and_no_group_is_split(
-    rows: list[Labelled], rule: Rule, clients: int, seed: int
+    rows: list[Labeled], rule: Rule, clients: int, seed: int
 ) -> None:
-    numbered = [Labelled(Record(e.record.instruction, f"{n}", concept=e.record.concept), e.label)
+    numbered = [Labeled(Record(e.record.instruction, f"{n}", concept=e.record.concept), e.label)
                 for n, e in enumerate(rows)]  # fmt: skip
     try:
         dealt = deal(numbered, rule, clients, seed, HELD_OUT)
@@ -95,7 +95,7 @@ def test_every_record_is_in_one_part_of_one_client_and_no_group_is_split(
         )
 
 
-def alone(rows: list[Labelled], number: int) -> bool:
+def alone(rows: list[Labeled], number: int) -> bool:
     """True if a record shares its group with no other."""
     return any(group == {number} for group in slow_groups([each.record for each in rows]))
 
@@ -179,12 +179,12 @@ def test_held_out_parts_have_their_fractions() -> None:
     ("rows", "rule", "clients"),
     [
         (distinct(5), IID, 2),
-        ([Labelled(Record("Same?", str(n)), "p") for n in range(50)], IID, 2),
+        ([Labeled(Record("Same?", str(n)), "p") for n in range(50)], IID, 2),
         (distinct(50, "p" * 49 + "q"), Rule("field", "x"), 2),
         (distinct(50, "p"), Rule("field", "x"), 2),
     ],
 )
-def test_too_few_groups_are_refused(rows: list[Labelled], rule: Rule, clients: int) -> None:
+def test_too_few_groups_are_refused(rows: list[Labeled], rule: Rule, clients: int) -> None:
     with pytest.raises(
         DataError, match=r"groups of records that share no question and no concept: \d+, expected at least"
     ):
@@ -233,7 +233,7 @@ ROWS = [
 
 
 def test_what_is_written_is_read_as_clients_and_nothing_leaks(tmp_path: Path) -> None:
-    rows = read_labelled(file_of(ROWS, tmp_path / "all.json"), FieldNames(), "hospital")
+    rows = read_labeled(file_of(ROWS, tmp_path / "all.json"), FieldNames(), "hospital")
     assert {each.label for each in rows} == {"0", "1", "2"}
     dealt = deal(rows, IID, 3, 0, HELD_OUT)
     write(dealt, tmp_path / "out", "<svg/>")
@@ -250,7 +250,7 @@ def test_what_is_written_is_read_as_clients_and_nothing_leaks(tmp_path: Path) ->
 
 
 def test_same_seed_same_bytes(tmp_path: Path) -> None:
-    rows = read_labelled(file_of(ROWS, tmp_path / "all.json"), FieldNames(), "hospital")
+    rows = read_labeled(file_of(ROWS, tmp_path / "all.json"), FieldNames(), "hospital")
     contents = []
     for out, seed in (("a", 0), ("b", 0), ("c", 1)):
         write(deal(rows, Rule("dirichlet", "hospital", 0.5), 3, seed, HELD_OUT), tmp_path / out, "")
@@ -262,7 +262,7 @@ def test_same_seed_same_bytes(tmp_path: Path) -> None:
 def test_all_bad_rows_are_reported(tmp_path: Path) -> None:
     rows = [{"instruction": "Secret?", "response": ""}, {**ROWS[0], "hospital": [1]}, ROWS[1], 7]
     with pytest.raises(DataError) as refused:
-        read_labelled(file_of(rows, tmp_path / "all.json"), FieldNames(), "hospital")
+        read_labeled(file_of(rows, tmp_path / "all.json"), FieldNames(), "hospital")
     assert len(refused.value.problems) == 3
     assert "field 'hospital' has no plain value" in str(refused.value) and "Secret" not in str(refused.value)
 
@@ -273,7 +273,7 @@ def test_without_records_the_error_asks_for_a_file_of_them(tmp_path: Path, name:
     for there in ("notes.txt", "empty.jsonl"):
         (tmp_path / there).touch()
     with pytest.raises(DataError, match=r"Give one file of records: \.json, \.jsonl or \.parquet$"):
-        read_labelled(tmp_path / name, FieldNames(), "")
+        read_labeled(tmp_path / name, FieldNames(), "")
 
 
 # --- the picture
@@ -295,4 +295,4 @@ def test_more_values_than_colors_are_shown_as_other() -> None:
     held = {"site-1": Counter({f"value {n:02}": 20 - n for n in range(12)})}
     root = ElementTree.fromstring(partition_svg.bars_svg(held, "x"))
     texts = [text.text for text in root.iter("{http://www.w3.org/2000/svg}text")]
-    assert texts[3:] == [*(f"value {n:02}" for n in range(len(partition_svg.COLOURS))), "other"]
+    assert texts[3:] == [*(f"value {n:02}" for n in range(len(partition_svg.COLORS))), "other"]

@@ -49,8 +49,8 @@ def test_the_order_of_a_file_changes_no_set_of_ids(given_records: list[Record], 
 
 @given(records, st.text(max_size=3), st.text(max_size=3))
 def test_category_and_concept_do_not_enter_the_id(given_records: list[Record], category: str, concept: str) -> None:
-    labelled = [replace(record, category=category, concept=concept) for record in given_records]
-    assert [record.id for record in with_ids(labelled)] == [record.id for record in with_ids(given_records)]
+    labeled = [replace(record, category=category, concept=concept) for record in given_records]
+    assert [record.id for record in with_ids(labeled)] == [record.id for record in with_ids(given_records)]
 
 
 @given(records, records, records)

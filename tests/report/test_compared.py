@@ -44,7 +44,7 @@ def test_a_difference_is_paired_by_record(run_folder: RunFolder, shifted: RunFac
 
 
 def test_a_run_against_itself_differs_by_nothing(run_folder: RunFolder) -> None:
-    runs = compared.labelled((read(run_folder), read(run_folder)))
+    runs = compared.labeled((read(run_folder), read(run_folder)))
     (found,) = compared.differences(runs)
     assert {change.value for change in found.clients.values()} == {0.0} and found.worse == ()
     assert [run.name for run in runs] == ["run (1)", "run (2)"]

@@ -92,7 +92,7 @@ def test_a_run_that_has_not_begun_has_no_figures(facts: RunFacts) -> None:
 
 
 def test_comparisons_are_accepted_too(facts: RunFacts) -> None:
-    figures = compared.figures(compared.labelled((facts, facts)))
+    figures = compared.figures(compared.labeled((facts, facts)))
     assert [figure.key for figure in figures] == ["runs-nll", "runs-gain", "runs-loss"]
     for figure in figures:
         check(figure)

@@ -152,7 +152,7 @@ def partition(
         )
     writing.check_free(out)
     fields = parse(apply_overrides({}, overrides)).data.fields
-    records = partition.read_labelled(path, fields, rule.field or fields.category)
+    records = partition.read_labeled(path, fields, rule.field or fields.category)
     dealt = partition.deal(records, rule, clients, seed, {"test": test_fraction, "validation": validation_fraction})
     title = f"{path.name}: {len(records)} records, {by}, seed {seed}"
     partition.write(dealt, out, partition_svg.bars_svg(partition.counts(dealt), title))

@@ -40,14 +40,14 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
-class Labelled:
+class Labeled:
     """A record and its value in the field that it is dealt or shown by. `label` is empty without a value."""
 
     record: Record
     label: str
 
 
-Dealt = Mapping[str, Mapping[Part, tuple[Labelled, ...]]]
+Dealt = Mapping[str, Mapping[Part, tuple[Labeled, ...]]]
 """The records of each part of each client, in the file's order."""
 
 
@@ -69,16 +69,16 @@ def parse_rule(text: str) -> Rule:
     raise UsageError(f"--by {text!r} is not a rule", RULES)
 
 
-def read_labelled(path: Path, fields: FieldNames, label: str) -> tuple[Labelled, ...]:
+def read_labeled(path: Path, fields: FieldNames, label: str) -> tuple[Labeled, ...]:
     """The records in a file, each with its value of the field `label`. Raises one `DataError` with all problems."""
     rows = rows_of(path, dict.fromkeys((*fields.model_dump().values(), label)))
-    found = gathered((_labelled(row, fields, label) for row in rows.values), rows.problems)
+    found = gathered((_labeled(row, fields, label) for row in rows.values), rows.problems)
     return sound(found, NEEDED if rows.values else "Give one file of records: .json, .jsonl or .parquet")
 
 
 def deal(
-    records: Sequence[Labelled], rule: Rule, clients: int, seed: int, held_out: Mapping[Part, float]
-) -> dict[str, dict[Part, tuple[Labelled, ...]]]:
+    records: Sequence[Labeled], rule: Rule, clients: int, seed: int, held_out: Mapping[Part, float]
+) -> dict[str, dict[Part, tuple[Labeled, ...]]]:
     """The records of each client (site-1, site-2, ...) and part. Every record is in exactly one part of one client.
 
     `clients`: 0 with the rule "field" means one client per value.
@@ -209,7 +209,7 @@ def _order(groups: Iterable[str], seed: int, purpose: str) -> list[str]:
     return sorted(groups, key=lambda group: (entropy(seed, purpose, client=group), group))
 
 
-def _labels(records: Sequence[Labelled], groups: Sequence[str]) -> dict[str, str]:
+def _labels(records: Sequence[Labeled], groups: Sequence[str]) -> dict[str, str]:
     """The most frequent value of each group; among equally frequent ones, the first by name."""
     found: defaultdict[str, Counter[str]] = defaultdict(Counter)
     for each, group in zip(records, groups, strict=True):
@@ -217,14 +217,14 @@ def _labels(records: Sequence[Labelled], groups: Sequence[str]) -> dict[str, str
     return {group: min(seen, key=lambda label: (-seen[label], label)) for group, seen in found.items()}
 
 
-def _labelled(row: Row, fields: FieldNames, label: str) -> Reading[Labelled]:
+def _labeled(row: Row, fields: FieldNames, label: str) -> Reading[Labeled]:
     found = checked_record(row, fields)
     if not found.values or not isinstance(row.value, dict):
         return Reading(problems=found.problems)
     value = row.value.get(label)
     if value is not None and not isinstance(value, str | int):
         return Reading(problems=(f"{row.place}: field '{label}' has no plain value, expected text or a whole number",))
-    return Reading((Labelled(found.values[0], "" if value is None else str(value)),))
+    return Reading((Labeled(found.values[0], "" if value is None else str(value)),))
 
 
 def _positive(text: str) -> bool:

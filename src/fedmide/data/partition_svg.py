@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from xml.sax.saxutils import escape
 
-COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#dd8855", "#886644", "#44aa99")
+COLORS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#66ccee", "#aa3377", "#dd8855", "#886644", "#44aa99")
 """Paul Tol's bright colors and some more. Most readers can distinguish them."""
 
 
@@ -16,7 +16,7 @@ ROW, BAR, LEFT, WIDTH, TEXT = 22, 16, 130, 560, 12
 
 def bars_svg(counts: Mapping[str, Mapping[str, int]], title: str) -> str:
     """The picture as SVG: a stacked bar per client, with its number of records per value, and a legend."""
-    values = shown_values(counts, len(COLOURS))
+    values = shown_values(counts, len(COLORS))
     longest = max(sum(each.values()) for each in counts.values())
     scale = WIDTH / longest
     rows = [_bar(name, each, values, (48 + ROW * number, scale)) for number, (name, each) in enumerate(counts.items())]
@@ -57,14 +57,14 @@ def with_others(counts: Mapping[str, int], values: Sequence[str]) -> list[int]:
 def _bar(name: str, counts: Mapping[str, int], values: Sequence[str], place: tuple[float, float]) -> str:
     top, scale = place
     pieces, x = [_text(10, top + BAR - 3, name)], float(LEFT)
-    for colour, value, count in zip(
-        [*COLOURS[: len(values)], OTHERS], [*values, "other"], with_others(counts, values), strict=True
+    for color, value, count in zip(
+        [*COLORS[: len(values)], OTHERS], [*values, "other"], with_others(counts, values), strict=True
     ):
         if count:
             width = count * scale
             label = f"<title>{escape(value or '(none)')}: {count}</title>"
             pieces.append(
-                f'<rect x="{x:.1f}" y="{top:.0f}" width="{width:.1f}" height="{BAR}" fill="{colour}">{label}</rect>'
+                f'<rect x="{x:.1f}" y="{top:.0f}" width="{width:.1f}" height="{BAR}" fill="{color}">{label}</rect>'
             )
             x += width
     return "\n".join([*pieces, _text(x + 6, top + BAR - 3, str(sum(counts.values())))])
@@ -72,9 +72,9 @@ def _bar(name: str, counts: Mapping[str, int], values: Sequence[str], place: tup
 
 def _legend(values: Sequence[str], top: float) -> list[str]:
     lines = []
-    for number, (colour, value) in enumerate(zip([*COLOURS[: len(values)], OTHERS], values, strict=False)):
+    for number, (color, value) in enumerate(zip([*COLORS[: len(values)], OTHERS], values, strict=False)):
         y = top + ROW * number
-        lines.append(f'<rect x="{LEFT}" y="{y:.0f}" width="{TEXT}" height="{TEXT}" fill="{colour}"/>')
+        lines.append(f'<rect x="{LEFT}" y="{y:.0f}" width="{TEXT}" height="{TEXT}" fill="{color}"/>')
         lines.append(_text(LEFT + 20, y + TEXT - 1, value or "(none)"))
     return lines
 

@@ -45,7 +45,7 @@ class Difference:
         return tuple(name for name, change in self.clients.items() if change.value > 0)
 
 
-def labelled(runs: Sequence[RunFacts]) -> tuple[RunFacts, ...]:
+def labeled(runs: Sequence[RunFacts]) -> tuple[RunFacts, ...]:
     """The runs under distinct names."""
     names = [run.name for run in runs]
     return tuple(

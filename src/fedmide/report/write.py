@@ -63,7 +63,7 @@ def compare(folders: Sequence[RunFolder], out: Path) -> Path:
     """Writes a page that compares each run with the first one, and returns its path."""
     if len({folder.path.resolve() for folder in folders}) < len(folders):
         raise UsageError("a run can't be compared with itself", "Name each run folder once")
-    runs = compared.labelled([read(folder) for folder in folders])
+    runs = compared.labeled([read(folder) for folder in folders])
     write_file(out, comparison_page(runs).encode())
     return out
 

@@ -110,7 +110,7 @@ def resume(
         if not elsewhere:  # otherwise the runtime asks the sites for the sizes of their sets
             next_round = folder.last_round(begin(run)).round
             _check_ledgers(run, next_round)
-            _check_memories(run, next_round)
+            _check_method_states(run, next_round)
         commit = inputs.manifest["commit"]
         if str(commit) not in folder.commits:
             folder.update_manifest(later_commits=[*earlier.get("later_commits", []), commit])
@@ -150,7 +150,7 @@ def _check_ledgers(run: Run, next_round: int) -> None:
         raise RunFolderError(problems, "Restore the files in clients/ from a backup, or start a new run")
 
 
-def _check_memories(run: Run, next_round: int) -> None:
+def _check_method_states(run: Run, next_round: int) -> None:
     """Refuses a run if a site's method state is older than the last round that counted for it, or missing."""
     if not keeps_method_state(run.config):
         return

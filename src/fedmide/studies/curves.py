@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from xml.sax.saxutils import escape
 
-from fedmide.data.partition_svg import COLOURS
+from fedmide.data.partition_svg import COLORS
 
 WIDTH, HEIGHT, LEFT, TOP, GAP, TEXT = 300, 220, 70, 60, 90, 12
 """Sizes in pixels: of a panel, the margins left and above, the gap between panels, and the text."""
@@ -49,7 +49,7 @@ def curves_svg(panels: Panels, knob: str, title: str) -> str:
     ]
     legend = [
         f'<rect x="{LEFT}" y="{(y := TOP + HEIGHT + 62 + 20 * number) - 10}" width="12" height="12" '
-        f'fill="{COLOURS[number % len(COLOURS)]}"/>' + _text(LEFT + 20, y, name, "start")
+        f'fill="{COLORS[number % len(COLORS)]}"/>' + _text(LEFT + 20, y, name, "start")
         for number, name in enumerate(names)
     ]
     width, height = LEFT + len(panels) * (WIDTH + GAP), TOP + HEIGHT + 70 + 20 * len(names)
@@ -97,23 +97,23 @@ def _panel(title: str, lines: Mapping[str, Sequence[Point]], knob: str, left: fl
         pieces.append(_text(left - 8, y + 4, f"{mark:g}", "end"))
     pieces += [_text(place(number, marks[0])[0], TOP + HEIGHT + 18, label) for number, label in enumerate(labels)]
     pieces.append(_text(left + WIDTH / 2, TOP + HEIGHT + 38, knob))
-    for colour, points in zip(COLOURS * len(lines), lines.values(), strict=False):
+    for color, points in zip(COLORS * len(lines), lines.values(), strict=False):
         marked: list[Marked] = []
         for number, point in enumerate(points):
             if point.mean is not None:
                 low, high = (place(number, end)[1] for end in point.ends)
                 marked.append((place(number, point.mean), low, high))
-        pieces += _line(marked, colour)
+        pieces += _line(marked, color)
     return "\n".join(pieces)
 
 
-def _line(places: Sequence[Marked], colour: str) -> list[str]:
+def _line(places: Sequence[Marked], color: str) -> list[str]:
     """A line through the points, each with its bar."""
     path = " ".join(f"{x:.1f},{y:.1f}" for (x, y), _, _ in places)
-    drawn = [f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>']
+    drawn = [f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="2"/>']
     for (x, y), low, high in places:
-        drawn.append(f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{colour}"/>')
-        drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{colour}"/>')
+        drawn.append(f'<line x1="{x:.1f}" y1="{low:.1f}" x2="{x:.1f}" y2="{high:.1f}" stroke="{color}"/>')
+        drawn.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}"/>')
     return drawn
 
 

@@ -121,7 +121,7 @@ def _personal(draw: _Draw, items: Mapping[str, Sequence[Item]], concepts: Sequen
     for concept in concepts:
         if draw.scenario == "own-labels":
             item = next(item for item in items[concept] if item.category == LABELS)
-            yield _record(replace(item, response=_relabelled(item, table)), _pick(wordings.OWN_SYSTEM, choice))
+            yield _record(replace(item, response=_relabeled(item, table)), _pick(wordings.OWN_SYSTEM, choice))
         else:
             item = _pick(items[concept], choice)
             yield _record(replace(item, response=_styled(item.response, draw.number)), _pick(item.questions, choice))
@@ -133,7 +133,7 @@ def _table(draw: _Draw, items: Mapping[str, Sequence[Item]]) -> dict[str, str]:
     return own_table(labels, draw.stream("labels"))
 
 
-def _relabelled(item: Item, table: Mapping[str, str]) -> str:
+def _relabeled(item: Item, table: Mapping[str, str]) -> str:
     return tasks.system_answer([table[label] for label in tasks.systems_of(item.response)])
 
 
