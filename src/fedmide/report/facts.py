@@ -23,7 +23,12 @@ STAGE_NAMES = {"base": "base model", "aggregated": "common adapter", "personaliz
 
 @dataclass(frozen=True)
 class Turn:
-    """One client's part in one round. `loss`: nats per token over the round's training; None if not reported."""
+    """One client's part in one round, or its personalization. `title`: the name of either, for people.
+
+    `loss`: nats per token over the round's training; None if not reported. `shared`, `personal`: numbers of training
+    records after the round's verdicts; None if not reported. `enrolled`: records that became shared in this round.
+    `warnings`: verdicts given without a threshold. `refused`: the reason why the reply did not count, empty if it did.
+    """
 
     round: int
     title: str
@@ -49,8 +54,8 @@ class ClientOutcome:
     """The figures of one client's test records. Keys of the mappings are stages.
 
     `change` is the change of the response NLL by personalization: tuned minus common adapter. `learned` is the change
-    by the common training: common adapter minus base model. Below 0 is better. Both are paired on the same records,
-    and None if the figures of the records are not here.
+    by the common training: common adapter minus base model. Below 0 is better. Each is paired on the same records,
+    and is None if the run folder has no figures of the records.
     """
 
     client: str
@@ -74,7 +79,10 @@ class Step:
 
 @dataclass(frozen=True)
 class RunFacts:
-    """Everything that a report shows of a run. `scores` is empty without ledgers."""
+    """Everything that a report shows of a run. `scores` is empty without ledgers.
+
+    `measures`: response NLLs of each client's test records, by stage.
+    """
 
     name: str
     config: Config
@@ -90,7 +98,7 @@ class RunFacts:
 
     @property
     def is_sent(self) -> bool:
-        """True if messages travel to sites elsewhere, whose federation has a random suffix in its name."""
+        """True if messages travel to sites elsewhere. Only then a random suffix follows the federation's name."""
         return "-" in self.manifest.get("federation", "")
 
     @property
@@ -104,7 +112,7 @@ class RunFacts:
         return tuple(dict.fromkeys(turn.title for turn in self.rounds))
 
     def mean_loss(self, title: str) -> float | None:
-        """The training loss over all tokens of a round, without clients that reported none."""
+        """The training loss over all tokens of a round. Clients that reported no loss are left out."""
         reported = [(turn.loss, turn.trained_tokens) for turn in self.rounds if turn.title == title]
         known = [(loss, tokens) for loss, tokens in reported if loss is not None]
         count = sum(tokens for _, tokens in known)

@@ -58,7 +58,10 @@ class Plot:
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of the report. `choices`: entries of the list next to it; the page starts with the first."""
+    """One figure of the report. `key`: its name in the page's code. `reading`: the text on how to read it.
+
+    `choices`: entries of the list next to it; the page starts with the first. `choices_label`: the list's label.
+    """
 
     key: str
     title: str
@@ -159,7 +162,7 @@ def score_axis(low: float, high: float) -> Data:
 
 
 def _apart(places: Sequence[float], gap: float) -> set[float]:
-    """Places at least `gap` apart, chosen from 0 outwards, so that score 1 always gets a label."""
+    """Places at least `gap` apart, chosen from 0 outward. Score 1 has place 0, so it always gets a label."""
     kept: set[float] = set()
     for place in sorted(places, key=abs):
         if all(abs(place - other) >= gap for other in kept):
@@ -196,7 +199,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def counted_rounds(warmup: int, federated: int) -> str:
-    """Numbers of rounds as text: those of the warm-up are never part of the others.
+    """Numbers of rounds as text. Warm-up rounds are counted separately.
 
     >>> counted_rounds(1, 4), counted_rounds(0, 1)
     ('1 warm-up round + 4 rounds', '1 round')

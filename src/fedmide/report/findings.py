@@ -13,7 +13,7 @@ FEW_RECORDS = 50
 
 
 FOLLOWS_LENGTH = 0.5
-"""The report warns from this size of the rank correlation between score and length."""
+"""The report warns if the rank correlation between score and length has at least this absolute value."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Headline:
 
 
 def headline(facts: RunFacts) -> Headline:
-    """The change of NLL by personalization: of the mean, and at which sites it is clear."""
+    """The change of NLL by personalization: its mean, and the sites where it is clear."""
     changes = {each.client: each.change for each in facts.outcomes if each.change}
     if not facts.outcomes:
         status = facts.manifest["status"]
@@ -49,8 +49,9 @@ def headline(facts: RunFacts) -> Headline:
     return Headline(
         _answer(mean),
         (
-            f"It changes the NLL of a site's test responses by {number(mean.value, signed=True)} nats per token on "
-            f"average ({_ends(mean)}; below 0 is better). That multiplies perplexity by {math.exp(mean.value):.2f}.",
+            f"Personalization changes the NLL of a site's test responses by {number(mean.value, signed=True)} nats per "
+            f"token on average ({_ends(mean)}; below 0 is better). That multiplies perplexity by "
+            f"{math.exp(mean.value):.2f}.",
             f"NLL is lower for {lower} of {counted(len(changes), 'site')}. By the intervals it is clearly lower for "
             f"{_named(helped)} and clearly higher for {_named(hurt)}. The others have too few test records to decide.",
             *_learned(facts),
@@ -110,14 +111,14 @@ def _answer(mean: Interval) -> str:
 
 
 def _learned(facts: RunFacts) -> Iterator[str]:
-    """The change of NLL by the common training, from that of the base model."""
+    """The change of NLL by the common training, from the base model to the common adapter."""
     learned = [each.learned for each in facts.outcomes if each.learned]
     if learned:
         lower = sum(each.value < 0 for each in learned)
         mean = sum(each.value for each in learned) / len(learned)
         yield (
-            f"Before that, the common training had changed it by {number(mean, signed=True)} on average from that of "
-            f"the base model. NLL was lower for {lower} of {counted(len(learned), 'site')}."
+            f"The common training had changed the NLL by {number(mean, signed=True)} nats per token on average from "
+            f"that of the base model. NLL was lower for {lower} of {counted(len(learned), 'site')}."
         )
 
 
@@ -147,7 +148,7 @@ def _troubles(facts: RunFacts) -> Iterator[str]:
 
 
 def _limits(facts: RunFacts) -> Iterator[str]:
-    """Limits of the figures."""
+    """Reasons to read the figures with care."""
     follows = {
         each.client: each.sets["spearman_score_tokens"]
         for each in facts.outcomes

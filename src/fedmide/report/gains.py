@@ -22,7 +22,7 @@ class ResponseNlls:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ResponseNlls":
-        """From the values of a client's evaluation file."""
+        """Reads the values of a client's evaluation file."""
         sums = [np.nan if value is None else value for value in values["nll_sums"]]
         return cls(tuple(values["record_ids"]), np.array(sums, float), np.array(values["num_tokens"], float))
 
@@ -41,7 +41,10 @@ class Pair:
 
 
 def pair(first: ResponseNlls, second: ResponseNlls) -> Pair | None:
-    """The records that both measured, by id. None if there are none, or if a record's number of tokens differs."""
+    """The records that were measured under both adapters, by id, without those whose NLL is not finite.
+
+    None if no record is left, or if a record's number of tokens differs.
+    """
     place = {record: index for index, record in enumerate(second.record_ids)}
     common = [(index, place[record]) for index, record in enumerate(first.record_ids) if record in place]
     ours, theirs = np.array(common, dtype=np.int64).reshape(-1, 2).T
@@ -66,7 +69,8 @@ def client_change(
 def mean_change(clients: Mapping[str, tuple[ResponseNlls, ResponseNlls]], resamples: int, seed: int) -> Interval | None:
     """The unweighted mean of the clients' changes, with its 95 % interval.
 
-    Each client's records are resampled with a random stream of their own. Clients are not resampled: these are all.
+    Each client's records are resampled with a random stream of their own. Clients are not resampled, because these
+    are all clients.
     """
     pairs = {name: paired for name, sides in clients.items() if (paired := pair(*sides))}
     if not pairs:

@@ -1,6 +1,6 @@
 """Texts of records for a page that stays on the site: records held back, records shared, and answers of the model.
 
-Used only if the user asks for it. Ids stay off the page even then: reading it does not need them.
+Used only if the user asks for it. Even then the page has no ids, because readers do not need them.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from fedmide.report.facts import RunFacts
 from fedmide.report.figure import number
 
 MAX_SHOWN = 20
-"""The most records per kind and client."""
+"""At most this many records are shown per kind and client."""
 
 
 MAX_CHARACTERS = 2000
@@ -32,9 +32,9 @@ class Passage:
 
 
 def passages(folder: RunFolder, facts: RunFacts) -> tuple[Passage, ...]:
-    """Per client: the training records with the highest and lowest scores at the split, and the predictions.
+    """Training records with the highest and lowest scores at the split, and predictions, of each client.
 
-    Reads the records from the place in the configuration. Raises `DataError` if they are no longer there.
+    Reads the records from the place that the configuration names. Raises `DataError` if they are no longer there.
     """
     found: list[Passage] = []
     for client in load(folder.config.data, folder.config.data_seed):

@@ -11,7 +11,7 @@ from fedmide.report.figure import Data, Figure, Plot, Row, axis, bars, number, s
 from fedmide.report.scores import NUM_LEVELS, Cell, Histogram, ScoreRound, edges, grid, histogram
 
 MAX_CLIENTS = 40
-"""The most small plots. Tables have every client."""
+"""At most this many small plots are drawn. Tables have every client."""
 
 
 def histogram_figure(facts: RunFacts) -> Figure | None:
@@ -44,7 +44,8 @@ def histogram_figure(facts: RunFacts) -> Figure | None:
         "Score: perplexity under the common adapter divided by that under the site's local adapter. Above 1 the local "
         "adapter predicts the record better. Records left of the dashed threshold become shared (blue), those right of "
         "it stay personal (orange). At the split each site has its own threshold. Later all sites have the same, and "
-        f"only records that are still personal are scored. The outermost bars also count all beyond.{_only(facts)}",
+        "only records that are still personal are scored. The outermost bars also count the scores beyond them."
+        f"{_only(facts)}",
         tuple(plots),
         table(
             ("site", "round", "scored", "below threshold", "threshold", "not a number", "counts by score"),

@@ -1,4 +1,4 @@
-"""A client's scores as counts in bins. A report may show these of a ledger, but no id and no single score."""
+"""A client's scores as counts in bins. A report may show these counts of a ledger, but no id and no single score."""
 
 import math
 import sys
@@ -12,12 +12,15 @@ from fedmide.evaluation.over_clients import spearman
 from fedmide.federation.ledger import Entry, Ledger
 
 NUM_BINS = 24
+"""Bins of scores in a histogram."""
 
 
 NUM_LENGTHS = 8
+"""Bins of lengths in a grid, at most."""
 
 
 NUM_LEVELS = 10
+"""Bins of scores in a grid."""
 
 
 OUTER_PERCENT = 1.0
@@ -26,7 +29,10 @@ OUTER_PERCENT = 1.0
 
 @dataclass(frozen=True)
 class ScoreRound:
-    """The finite scores of one client's verdicts in one round, one per record. `histogram` and `grid` bin them."""
+    """The finite scores of one client's verdicts in one round, one per record. `histogram` and `grid` bin them.
+
+    `logs`: natural logarithms of the scores. `num_not_finite`: records without a finite score.
+    """
 
     title: str
     is_split: bool
@@ -76,7 +82,8 @@ def edges(clients: Mapping[str, Sequence[ScoreRound]], num_bins: int = NUM_BINS)
     """Bins of equal width in the logarithm, for all but the outermost scores. Score 1 is the edge of a bin."""
     logs = np.concatenate([each.logs for rounds in clients.values() for each in rounds] or [np.zeros(0)])
     low, high = np.percentile(logs, [OUTER_PERCENT, 100 - OUTER_PERCENT]) if len(logs) else (0.0, 0.0)
-    low, high = min(math.floor(50 * low) / 50, -0.02), max(math.ceil(50 * high) / 50, 0.02)  # no record's own score
+    # Rounded outward, because an end could be a record's own score.
+    low, high = min(math.floor(50 * low) / 50, -0.02), max(math.ceil(50 * high) / 50, 0.02)
     width = (high - low) / (num_bins - 1)
     below = math.ceil(-low / width)
     return width * np.arange(-below, num_bins - below + 1, dtype=np.float64)

@@ -27,17 +27,17 @@ def provenance_table(facts: RunFacts) -> Table:
 
 
 def data_table(facts: RunFacts) -> Table:
-    """Each client's records per split, and their fingerprint."""
+    """Each client's records per split, the number that were cut, and the records' fingerprint."""
     parts = ("training", "validation", "test", "truncated", "fingerprint")
     rows = [
         Row((name, *(str(each.get(part, "–")) for part in parts)), name)
         for name, each in facts.manifest["data"].items()
     ]
-    return table(("site", "training", "validation", "test", "cut at the end", "fingerprint"), rows)
+    return table(("site", "training", "validation", "test", "cut to fit", "fingerprint"), rows)
 
 
 def config_table(facts: RunFacts) -> Table:
-    """Every setting: its value, the published method's value if that differs, and its meaning."""
+    """Every setting: its value, the default (the published method's value) if that differs, and its meaning."""
     own, published = (flat(config.model_dump()) for config in (facts.config, Config()))
     rows = []
     for name, meaning in knobs():
