@@ -27,7 +27,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 MakeExamples = Callable[..., tuple[Example, ...]]
 FLOAT32 = ModelConfig(dtype="float32", device="cpu")
-TOLD = "memory has no room for {} = {}: using {} from now on; bytes may differ from those of a run with enough memory"
+TOLD = (
+    "memory has no room for {} = {}: using {} from now on; "
+    "the results' bytes may differ from those of a run with enough memory"
+)
 
 ERRORS: dict[str, Callable[[], BaseException]] = {
     "gpu": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),

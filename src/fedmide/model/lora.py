@@ -1,7 +1,8 @@
 """The frozen base model with LoRA layers: trains adapters, scores records, generates text.
 
 One base model stays in memory; adapters are copied in and out in place. `passes` scores and trains Llama-shaped models.
-Other causal models use their own modules. Both give the same numbers, and both compute only the needed logits.
+Other causal models use their own modules, and so do texts over `attention.MAX_LENGTH` tokens.
+Both ways give the same numbers, apart from rounding. Both compute only the needed logits.
 For the modules, a hook in front of the output layer keeps only the hidden states of the wanted positions.
 This works for any model whose logits at a position depend only on the hidden state there.
 """
@@ -92,7 +93,9 @@ class LoraModel:
     workers: Workers
     base: BaseWeights
     prefixes: Prefixes | None
+    """The decoder of the hand-written passes, with its stored states; None if the modules compute all texts."""
     chosen: RowFilter
+    """The hook in front of the output layer."""
     device: torch.device
     num_positions: int | None
     """The most tokens of a text that the model was made for; None if its configuration has no limit."""

