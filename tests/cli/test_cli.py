@@ -1,4 +1,4 @@
-"""The command line as its user meets it: results on stdout, everything else on stderr, mistakes as one paragraph."""
+"""The command line as a user sees it: results on stdout, everything else on stderr, mistakes as one paragraph."""
 
 import errno
 import json
@@ -50,7 +50,7 @@ class Outcome:
 
     @property
     def explained(self) -> str:
-        """The command that says more of a mistake."""
+        """The command that explains a mistake."""
         found = re.findall(r"^More: (fedmide explain \w+Error)$", self.err, re.MULTILINE)
         assert len(found) == 1, self.err
         return found[0]
@@ -111,7 +111,7 @@ def test_a_table_of_another_method_is_one_clear_message(fedmide: Callable[..., O
     assert "method 'fedavg' has no use for this table" in refused.err
 
 
-def test_the_version_is_told(fedmide: Callable[..., Outcome]) -> None:
+def test_the_version_is_printed(fedmide: Callable[..., Outcome]) -> None:
     assert fedmide("--version") == Outcome(0, f"fedmide {__version__}\n", "")
 
 
@@ -207,7 +207,7 @@ def test_the_rules_of_the_command_line_are_those_of_the_configuration() -> None:
         (["seed.deep=1", "=1"], ["--set 'seed.deep=1': expected section.key=value", "--set '=1': expected"]),
     ],
 )
-def test_every_mistake_in_a_configuration_is_told_at_once(
+def test_every_mistake_in_a_configuration_is_reported_at_once(
     overrides: list[str], problems: list[str], fedmide: Callable[..., Outcome], small_input: Any, here: Path
 ) -> None:
     told = fedmide("run", small_input.config, *(word for each in overrides for word in ("--set", each))).refusal
@@ -217,7 +217,7 @@ def test_every_mistake_in_a_configuration_is_told_at_once(
     assert list(here.iterdir()) == []
 
 
-def test_a_broken_configuration_is_told_with_its_place(fedmide: Callable[..., Outcome], here: Path) -> None:
+def test_a_broken_configuration_is_reported_with_its_place(fedmide: Callable[..., Outcome], here: Path) -> None:
     Path("c.toml").write_text("seed = \n")
     assert "c.toml: not readable as TOML: Invalid value (at line 1" in fedmide("run", "c.toml").refusal
 
@@ -311,7 +311,9 @@ def test_bad_input_is_one_paragraph_with_all_of_it_and_nothing_is_written(
     assert small_input.hashes() == before
 
 
-def test_no_message_holds_a_records_text(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
+def test_no_message_contains_the_text_of_a_record(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
     secret = "xylophone"
     (small_input.data / "a" / "training.jsonl").write_text(
         f'{{"instruction": "{secret}", "response": 7}}\n{{"instruction": "{secret}" "response": "{secret}"}}\n'
@@ -320,7 +322,7 @@ def test_no_message_holds_a_records_text(fedmide: Callable[..., Outcome], small_
     assert told.code == 2 and secret not in told.out + told.err
 
 
-def test_without_room_on_disk_nothing_is_begun(
+def test_without_room_on_disk_no_run_starts(
     fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fedmide.atomic.DISK_RESERVE_BYTES", 10**18)
@@ -335,7 +337,7 @@ def test_without_room_on_disk_nothing_is_begun(
 def finished(
     tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory, small_input_at: Callable[[Path], Any], one_thread: None
 ) -> Iterator[tuple[Any, Path]]:
-    """An input and the folder of its finished run; only to be read."""
+    """An input and the folder of its finished run, which tests may only read."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("FEDMIDE_CACHE", str(tiny_folder.parent))
@@ -349,7 +351,7 @@ def finished(
 QUICK = ["federation.rounds=1", "personalization.epochs=1"]
 
 
-def test_a_run_tells_of_its_progress_and_ends_with_a_table_and_its_folder(
+def test_a_run_prints_its_progress_then_a_table_and_its_folder(
     fedmide: Callable[..., Outcome], small_input: Any, here: Path
 ) -> None:
     settings = [word for each in QUICK for word in ("--set", each)]
@@ -385,7 +387,7 @@ def test_a_finished_run_is_shown_again(
         assert shown["run"] == str(path) and shown["status"] == "evaluated"
 
 
-def test_methods_are_compared_and_a_knob_is_turned(
+def test_methods_are_compared_and_a_setting_is_varied(
     fedmide: Callable[..., Outcome], small_input: Any, here: Path
 ) -> None:
     fast = ["--set", "generation.enabled=false", "--set", "evaluation.choices=0", "--set", "personalization.epochs=1"]
@@ -405,7 +407,7 @@ def test_methods_are_compared_and_a_knob_is_turned(
 
 @pytest.fixture
 def medqa(here: Path) -> Path:
-    """Six questions as MedQA's authors write them."""
+    """Six questions in the format of MedQA."""
     options = {"A": "heart", "B": "liver", "C": "lung", "D": "skin"}
     rows = [{"question": f"{n}?", "options": options, "answer_idx": "ABCD"[n % 4]} for n in range(6)]
     (here / "medqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -427,7 +429,7 @@ def test_public_questions_are_asked_once_and_stay_in_the_metrics(
     assert {key: second[key] for key in first} == first
     assert set(second["personalized"]) == {"a", "b"}
     with monkeypatch.context() as patch:
-        patch.setattr(measuring, "score_questions", lambda *args: pytest.fail("they were asked already"))
+        patch.setattr(measuring, "score_questions", lambda *args: pytest.fail("they were asked before"))
         assert fedmide("evaluate", "R", "--json").json["questions"]["medqa"] == second
         assert fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--json").json["questions"]["medqa"] == second
     fewer = fedmide("evaluate", "R", "--choice", f"medqa:{medqa}", "--max-questions", 4, "--json").json
@@ -474,7 +476,9 @@ def test_a_stage_out_of_order_is_refused(fedmide: Callable[..., Outcome], small_
         assert fedmide(verb, "R", "--json").json["error"].endswith("First: fedmide train --resume R")
 
 
-def test_generation_that_is_not_wanted_is_told(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
+def test_generation_that_is_not_wanted_is_refused(
+    fedmide: Callable[..., Outcome], small_input: Any, here: Path
+) -> None:
     settings = ["federation.rounds=0", "warmup.rounds=0", "generation.enabled=false"]
     overrides = [word for each in settings for word in ("--set", each)]
     assert fedmide("train", small_input.config, *overrides, "--out", "R").code == 0
@@ -517,7 +521,7 @@ def test_a_run_that_another_process_works_on_is_refused(
         assert "another process works on this run" in fedmide("run", "--resume", finished[1]).refusal
 
 
-def test_a_full_disk_is_told_and_the_run_goes_on(
+def test_a_full_disk_is_reported_and_the_run_resumes(
     fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = [word for each in QUICK for word in ("--set", each)]
@@ -535,7 +539,7 @@ def test_a_full_disk_is_told_and_the_run_goes_on(
     assert fedmide("run", "--resume", "R", "--json").json["status"] == "evaluated"
 
 
-def test_an_interrupt_is_told(
+def test_an_interrupt_is_reported(
     fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(*args: object) -> None:
@@ -544,19 +548,19 @@ def test_an_interrupt_is_told(
     monkeypatch.setattr(stages, "train", interrupt)
     told = fedmide("run", small_input.config, "--out", "R")
     assert told.code == 130
-    assert told.err.endswith("\nfedmide: stopped; to continue the run: fedmide run --resume RUN\n")
+    assert told.err.endswith("\nfedmide: stopped; to resume a run that has begun: fedmide run --resume RUN\n")
 
 
 @pytest.mark.parametrize(
     ("command", "way"),
     [
-        ("flower run S", "to continue the run: fedmide flower resume SERVER RUN"),
-        ("flower resume S R", "to continue the run: fedmide flower resume SERVER RUN"),
-        ("flower stop S", "to continue the run: fedmide flower resume SERVER RUN"),
+        ("flower run S", "to resume a run that has begun: fedmide flower resume SERVER RUN"),
+        ("flower resume S R", "to resume a run that has begun: fedmide flower resume SERVER RUN"),
+        ("flower stop S", "to resume a run that has begun: fedmide flower resume SERVER RUN"),
         ("flower site evaluate S", "give the command again; finished work is kept"),
     ],
 )
-def test_an_interrupt_of_a_deployed_run_is_told_with_its_own_way_on(
+def test_an_interrupt_of_a_deployed_run_is_reported_with_its_own_remedy(
     command: str, way: str, fedmide: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(path: Path) -> None:
@@ -568,7 +572,7 @@ def test_an_interrupt_of_a_deployed_run_is_told_with_its_own_way_on(
     assert (told.code, told.err) == (130, f"\nfedmide: stopped; {way}\n")
 
 
-def test_a_file_that_the_system_refuses_is_told(
+def test_a_file_that_the_system_refuses_is_reported(
     fedmide: Callable[..., Outcome], small_input: Any, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*args: object) -> None:
@@ -592,7 +596,7 @@ def test_a_fault_of_ours_keeps_its_traceback(
 # --- progress
 
 
-def test_a_log_hears_of_progress_now_and_then(
+def test_a_log_gets_a_line_of_progress_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from fedmide import terminal
@@ -709,7 +713,7 @@ def test_medical_sites_are_built_and_checked(fedmide: Callable[..., Outcome], he
 # --- in a process of its own
 
 
-def test_one_file_is_made_into_clients(fedmide: Callable[..., Outcome], here: Path) -> None:
+def test_one_file_is_divided_into_sites(fedmide: Callable[..., Outcome], here: Path) -> None:
     rows = [{"q": f"Question {n}?", "response": f"answer {n}", "category": "xyz"[n % 3]} for n in range(60)]
     (here / "all.json").write_text(json.dumps(rows))
     words = ("data", "partition", "all.json", "--set", "data.fields.instruction=q")
@@ -786,7 +790,9 @@ def test_the_installed_command_keeps_stdout_for_one_json_object(small_input: Any
 # --- report
 
 
-def test_a_report_is_written_and_told(fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path) -> None:
+def test_a_report_is_written_and_its_path_printed(
+    fedmide: Callable[..., Outcome], finished: tuple[Any, Path], here: Path
+) -> None:
     run = finished[1]
     told = fedmide("report", run, "--out", "page.html")
     assert told == Outcome(0, "page.html\n", "") and "fedmide report" in (here / "page.html").read_text()
@@ -831,7 +837,7 @@ def test_records_are_shown_in_the_split_that_trains(
     assert shown("data.seed=7") != shown()
 
 
-def test_a_check_warns_of_what_looks_like_a_person(
+def test_a_check_warns_of_a_possible_identifier_of_a_person(
     fedmide: Callable[..., Outcome], small_input: Any, here: Path
 ) -> None:
     path = small_input.data / "a" / "training.jsonl"

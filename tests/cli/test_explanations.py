@@ -27,7 +27,7 @@ def test_every_error_has_a_section_and_every_section_an_error() -> None:
 
 
 @pytest.mark.parametrize("name", sections(TEXT))
-def test_a_section_is_found_whatever_its_case_and_says_something(name: str) -> None:
+def test_a_section_is_found_in_any_case_and_is_not_empty(name: str) -> None:
     assert explanation(name.upper()) == sections(TEXT)[name]
     assert len(explanation(name).split()) > 20
 
@@ -57,7 +57,7 @@ def test_a_mistake_ends_with_one_pointer_that_can_be_followed(
     assert not ended.value.code and capsys.readouterr().out == explanation(kind.__name__)
 
 
-def test_an_error_that_nobody_knows_is_told_with_those_known(
+def test_an_unknown_error_is_refused_with_the_known_names(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("sys.argv", ["fedmide", "explain", "ValueError"])

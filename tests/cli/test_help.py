@@ -9,13 +9,14 @@ import typer
 from typer import rich_utils
 
 from fedmide import cli
+from fedmide.cli.shared import PANELS
 from fedmide.config import apply_overrides, parse
 
 START = "Example: fedmide "
 
 
 def walk(command: click.Command, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], click.Command]]:
-    """Every command that does something, with the words that lead to it."""
+    """Every command that is not a group, with the words that lead to it."""
     if isinstance(command, click.Group):
         for name, inner in command.commands.items():
             yield from walk(inner, (*words, name))
@@ -28,13 +29,22 @@ BY_NAME = pytest.mark.parametrize("words", COMMANDS, ids=" ".join)
 
 
 def parsed(words: tuple[str, ...], arguments: list[str]) -> click.Context:
-    """A command line that is read but not run; raises where click would refuse it."""
+    """The parsed command line; nothing is run. Raises the error of click if click refuses it."""
     return COMMANDS[words].make_context(" ".join(words), list(arguments))
 
 
 def test_commands_at_every_depth_are_found() -> None:
     assert {("run",), ("data", "check"), ("flower", "init"), ("flower", "server", "start")} <= set(COMMANDS)
     assert len(COMMANDS) > 20
+
+
+def test_the_help_begins_with_the_commands_of_a_newcomer() -> None:
+    group = typer.main.get_command(cli.app)
+    assert isinstance(group, click.Group)
+    names = group.list_commands(click.Context(group))
+    assert sorted(names) == sorted(group.commands) and names[:4] == ["demo", "run", "report", "chat"]
+    panels = [getattr(group.commands[name], "rich_help_panel", None) for name in names]
+    assert tuple(dict.fromkeys(panels)) == PANELS
 
 
 @BY_NAME
@@ -55,7 +65,7 @@ def test_an_example_that_would_be_refused_is_found() -> None:
 
 
 @BY_NAME
-def test_a_command_says_what_it_does_in_a_line(words: tuple[str, ...]) -> None:
+def test_a_line_describes_the_command(words: tuple[str, ...]) -> None:
     first = (COMMANDS[words].help or "").split("\n\n")[0]
     assert first.endswith(".") and len(first) <= 120
 

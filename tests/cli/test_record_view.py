@@ -48,7 +48,7 @@ def test_pieces_are_what_training_counts(tokenizer: Any, positions: str) -> None
     )
 
 
-def test_what_is_cut_of_a_response_is_shown(tokenizer: Any) -> None:
+def test_the_cut_end_of_a_response_is_shown(tokenizer: Any) -> None:
     whole = one(tokenizer, config())
     length = sum(piece.num_tokens for piece in whole.pieces)
     seen = one(tokenizer, config(f"model.cutoff={length - 5}"))
@@ -57,7 +57,7 @@ def test_what_is_cut_of_a_response_is_shown(tokenizer: Any) -> None:
     assert kept == "".join(piece.text for piece in whole.pieces)
 
 
-def test_a_shortened_prompt_and_a_refused_record_say_so(tokenizer: Any) -> None:
+def test_a_shortened_prompt_and_a_refused_record_are_marked(tokenizer: Any) -> None:
     long = Record("x" * 100, "The liver.")
     shortened = one(tokenizer, config("model.cutoff=60", "prompt.overflow=cut"), long)
     full = len(encoder(tokenizer, config().model, config().prompt).prompt_ids(long))
@@ -75,7 +75,7 @@ def shown(seen: Seen) -> str:
     return capture.get()
 
 
-def test_colours_and_words_tell_loss_apart(tokenizer: Any) -> None:
+def test_colors_and_words_distinguish_tokens_with_loss(tokenizer: Any) -> None:
     text = shown(one(tokenizer, config("training.positions=response")))
     assert "no loss]" in text and "tokens, loss]" in text
     assert "\x1b[1;32mThe liver" in text and "\x1b[2mQuestion: Which organ?" in text

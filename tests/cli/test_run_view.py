@@ -62,7 +62,7 @@ def trained(small_input: Any, tmp_path: Path) -> RunFolder:
     return reopen(tmp_path / "run")
 
 
-def test_silence_and_refusals_are_told(trained: RunFolder) -> None:
+def test_silence_and_refusals_are_shown(trained: RunFolder) -> None:
     path = trained.path / "events.jsonl"
     lines = path.read_text().splitlines()
     path.write_text("\n".join([json.dumps({**json.loads(lines[0]), "refused": "it came too late"}), *lines[1:]]) + "\n")

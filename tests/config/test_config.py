@@ -74,12 +74,12 @@ def test_the_defaults_are_the_methods(phrase: str) -> None:
 
 @pytest.mark.needs("method")
 @pytest.mark.parametrize("phrase", DEFAULTS)
-def test_the_method_says_so(phrase: str) -> None:
+def test_the_specification_has_this_value(phrase: str) -> None:
     british = " ".join((SHARED / "method.md").read_text(encoding="utf-8").split())
     assert phrase in british.replace("personalisation", "personalization").replace("optimiser", "optimizer")
 
 
-def test_every_knob_and_every_section_says_what_it_means() -> None:
+def test_every_setting_and_every_section_has_its_meaning() -> None:
     described = dict(knobs())
     assert len(described) > 50
     for name, meaning in described.items():
@@ -140,7 +140,7 @@ def test_a_key_like_no_other_is_refused_without_a_suggestion() -> None:
         parse({"zzz": 1})
 
 
-def test_all_problems_are_told_at_once_with_their_places() -> None:
+def test_all_problems_are_reported_at_once_with_their_places() -> None:
     values = {
         "seed": -1,
         "training": {"epochs": 0, "learning_rat": 1e-3, "schedule": "cosine"},
@@ -291,7 +291,7 @@ def test_overrides_go_over_the_file_in_order_and_leave_it_as_it_is(tmp_path: Pat
     assert (config.seed, config.training.epochs, config.training.batch_size) == (1, 3, 4)
 
 
-def test_all_wrong_overrides_are_told_at_once() -> None:
+def test_all_wrong_overrides_are_reported_at_once() -> None:
     wrong = ["seed", "=3", "training.=3", "seed.deep=3", "training.epochs.deep=3"]
     with pytest.raises(ConfigError) as caught:
         apply_overrides({"seed": 1, "training": {"epochs": 2}}, ["lora.r=2", *wrong])
@@ -338,7 +338,7 @@ def test_the_tuning_has_the_learning_rate_of_the_training_by_default(
     assert load(tmp_path / "resolved.toml") == config
 
 
-def test_a_broken_section_is_told_and_not_inherited_from() -> None:
+def test_a_broken_section_is_reported_and_not_inherited_from() -> None:
     with pytest.raises(ConfigError, match="training = 5"):
         parse({"training": 5})
     with pytest.raises(ConfigError, match="personalization = 5"):
@@ -410,13 +410,13 @@ def value_in(values: Any, name: str) -> Any:
 
 
 @given(some_values, some_values)
-def test_a_fingerprint_tells_configurations_apart(one: dict[str, Any], other: dict[str, Any]) -> None:
+def test_different_configurations_have_different_fingerprints(one: dict[str, Any], other: dict[str, Any]) -> None:
     first, second = config_of(one), config_of(other)
     assert (fingerprint(first) == fingerprint(second)) is (first == second)
     assert len(fingerprint(first)) == 16
 
 
-def test_what_is_written_as_a_whole_number_is_the_same_configuration() -> None:
+def test_a_value_written_as_a_whole_number_is_the_same_configuration() -> None:
     whole, point = parse({"lora": {"alpha": 16}}), parse({"lora": {"alpha": 16.0}})
     assert whole == point
     assert fingerprint(whole) == fingerprint(point) == fingerprint(Config())
@@ -480,7 +480,7 @@ def test_enrollment_compares_with_the_scores_natural_threshold_unless_given_one(
         ({"preset": 3}, "preset = 3"),
     ],
 )
-def test_what_does_not_fit_is_refused(values: dict[str, Any], problem: str) -> None:
+def test_settings_that_do_not_fit_are_refused(values: dict[str, Any], problem: str) -> None:
     with pytest.raises(ConfigError, match=problem.replace(".", r"\.")):
         parse(values)
 
@@ -502,7 +502,7 @@ def test_the_recommended_preset_is_the_variant_that_was_measured(example: str) -
     assert read_toml(EXAMPLES / example)[VARIANTS]["personal-first-own"] == PRESETS["recommended"]
 
 
-def test_the_recommended_preset_leaves_what_the_user_says() -> None:
+def test_the_recommended_preset_keeps_the_settings_of_the_user() -> None:
     config = parse({"preset": "recommended", "scoring": {"positions": "all"}})
     assert (config.scoring.positions, config.warmup.reset) == ("all", False)
     assert config.personalization.interpolation == [0.0, 0.25, 0.5, 0.75, 1.0]
@@ -521,7 +521,7 @@ def test_a_site_keeps_its_own_adapter_where_it_is_needed_and_no_other() -> None:
     assert not parse({"method": "fedavg-ft", "scoring": {"without_own": True}}).keeps_own
 
 
-def test_a_preset_says_what_the_user_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_preset_sets_only_settings_that_the_user_does_not(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     tables = {"warmup": {"folds": 2, "reset": False}, "scoring": {"kind": "relative-gap"}}
     monkeypatch.setattr("fedmide.config.config.PRESETS", {"original": tables})
     config = parse({"preset": "original", "warmup": {"reset": True}})

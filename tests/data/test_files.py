@@ -321,7 +321,7 @@ def test_a_table_holds_all_clients(
     assert (nine.validation, nine.test) == (None, None)
 
 
-def test_a_field_may_say_the_part_of_each_record(tmp_path: Path) -> None:
+def test_a_field_may_name_the_part_of_each_record(tmp_path: Path) -> None:
     """Parts without a record of a client are split off later."""
     fields = FieldNames(part="split")
     parts = {"a": ["train", "test", "training"], "b": ["training", "dev", "validation"]}

@@ -232,7 +232,7 @@ ROWS = [
 ]
 
 
-def test_what_is_written_is_read_as_clients_and_nothing_leaks(tmp_path: Path) -> None:
+def test_written_parts_are_read_as_clients_and_nothing_leaks(tmp_path: Path) -> None:
     rows = read_labeled(file_of(ROWS, tmp_path / "all.json"), FieldNames(), "hospital")
     assert {each.label for each in rows} == {"0", "1", "2"}
     dealt = deal(rows, IID, 3, 0, HELD_OUT)

@@ -11,7 +11,7 @@ from fedmide.data.writing import check_free, write_clients
 from fedmide.errors import RunFolderError
 
 
-def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+def test_written_clients_are_read_back(tmp_path: Path) -> None:
     records = (Record("q1", "é a", "context", "category", "concept"), Record("q2", "b\n\u2028"))
     parts = {"training": records, "test": records[:1]}
     (folder,) = write_clients(tmp_path / "out", {"north": parts}, "SOURCES.md", b"last")

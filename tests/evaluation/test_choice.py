@@ -49,7 +49,7 @@ def test_fewer_than_two_distinct_responses_leave_no_choice(responses: list[str])
     assert draw_choices(responses, 4, 0, "a") == ((),) * len(responses)
 
 
-def test_a_single_option_is_no_choice() -> None:
+def test_a_single_option_is_not_a_choice() -> None:
     with pytest.raises(ValueError, match="at least 2 options"):
         draw_choices(["yes", "no"], 1, 0, "a")
 
@@ -115,6 +115,8 @@ def test_standard_error_is_never_below_the_credits_own(credits: list[float]) -> 
         ([[1.0, 2.0]], [[1, 0]], "no characters"),
     ],
 )
-def test_what_cannot_be_scored_is_refused(nll_sums: list[list[float]], lengths: list[list[int]], found: str) -> None:
+def test_values_that_cannot_be_scored_are_refused(
+    nll_sums: list[list[float]], lengths: list[list[int]], found: str
+) -> None:
     with pytest.raises(ValueError, match=found):
         choice_accuracy(nll_sums, lengths)

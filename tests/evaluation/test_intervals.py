@@ -35,7 +35,7 @@ def test_the_ratio_is_that_of_a_slow_loop(records: list[tuple[float, int]], seed
     assert_close(bootstrap_ratio(sums, counts, 20, seed), slow_ratio(sums, counts, 20, seed))
 
 
-def test_how_many_draws_are_held_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_draws_held_at_once_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     sums, counts = stream(0, "sums").normal(size=7), stream(0, "counts").integers(1, 9, size=7)
     whole = bootstrap_ratio(sums, counts, 100, 3)
     for held in (1, 7, 15, 699):
@@ -143,7 +143,7 @@ def test_a_method_does_not_differ_from_itself() -> None:
         ([1.0], [math.nan], "not positive"),
     ],
 )
-def test_what_cannot_be_resampled_is_refused(sums: list[float], counts: list[int], found: str) -> None:
+def test_values_that_cannot_be_resampled_are_refused(sums: list[float], counts: list[int], found: str) -> None:
     with pytest.raises(ValueError, match=found):
         bootstrap_ratio(sums, counts, 100, 0)
 

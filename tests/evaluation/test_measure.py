@@ -128,7 +128,7 @@ def test_no_test_records(resident: Resident, adapter: Adapter) -> None:
     assert found == Measured((), (), (), (), (), 0)
 
 
-def test_what_was_cut_is_counted(resident: Resident, adapter: Adapter) -> None:
+def test_cut_records_are_counted(resident: Resident, adapter: Adapter) -> None:
     longest = max(len(render(ALPACA, record)) for record in CLIENT.test)
     tight = CONFIG.model_copy(
         update={"model": CONFIG.model.model_copy(update={"cutoff": longest + 4}), "prompt": PromptConfig()}

@@ -62,7 +62,7 @@ def test_forms_of_lists(form: str, in_context: bool) -> None:
         "Which?\nA. \nB. Heart",
     ],
 )
-def test_what_lists_no_options(instruction: str) -> None:
+def test_texts_that_list_no_options(instruction: str) -> None:
     assert listed(Record(instruction, "A.")) is None
 
 

@@ -57,7 +57,7 @@ def test_the_nll_is_the_sum_over_records_by_the_sum_of_their_tokens() -> None:
 
 
 @pytest.mark.parametrize("odd", [math.nan, math.inf, -math.inf])
-def test_a_likelihood_that_is_no_number_is_left_out_and_counted(odd: float) -> None:
+def test_a_likelihood_that_is_not_a_number_is_left_out_and_counted(odd: float) -> None:
     choices = ((6.0, 7.0), (odd, 1.0), (2.0, 1.0))
     figures = stage_figures(measured((6.0, odd, 2.0), (2, 100, 6), choices, ((1, 1),) * 3), CONFIG)
     assert figures["num_records"] == 2 and figures["num_not_finite"] == 1
@@ -119,7 +119,7 @@ LEDGER = (
 RECORDS = [RecordId(name) for name in "abcd"]
 
 
-def test_the_sets_are_told_as_they_were_split_and_as_they_end() -> None:
+def test_the_sets_are_reported_after_the_split_and_at_the_end() -> None:
     assert set_figures(LEDGER, RECORDS) == {
         "shared": 2,
         "personal": 2,
@@ -236,7 +236,7 @@ def test_generated_responses_have_figures_over_clients() -> None:
     assert found["over_clients"]["generation"]["bleu"]["mean"] == pytest.approx(sum(given) / 2)
 
 
-def test_the_protocol_says_how_figures_were_made() -> None:
+def test_the_protocol_explains_the_figures() -> None:
     protocol = summarize(Config(), {}, {}, {}, [], "0123")["protocol"]
     assert protocol["prompt"] == {"template": "alpaca", "hash": "0123"}
     assert protocol["cutoff"] == 512 and protocol["decoding"].startswith("greedy")

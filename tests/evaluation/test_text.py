@@ -60,7 +60,7 @@ def test_normalising_by_hand(text: str, expected: str) -> None:
     assert normalize(text) == expected
 
 
-def test_signs_are_lost_as_the_module_says() -> None:
+def test_signs_are_lost_as_the_module_documents() -> None:
     assert exact_match("1.5", "15") == 1.0
     assert exact_match("HER2+", "HER2-") == 1.0
 
@@ -100,7 +100,7 @@ def test_rouge_stems() -> None:
     assert scored(["fractures"], ["fractured"]).rouge1[0] == 1.0
 
 
-def test_rouge_drops_other_letters_as_the_module_says() -> None:
+def test_rouge_drops_other_letters_as_the_module_documents() -> None:
     scores = scored(["naïve", "αβγ"], ["na ve", "αβγ"])
     assert scores.rouge1.tolist() == [1.0, 0.0]
     assert scores.exact_match.tolist() == [0.0, 1.0]
@@ -152,7 +152,7 @@ def test_bleu_is_of_the_corpus_and_not_a_mean() -> None:
     assert whole == pytest.approx(100 * ((9 / 12) * (7 / 10) * (5 / 8) * (3 / 6)) ** 0.25)
 
 
-def test_bleu_of_one_word_answers_is_0_as_the_module_says() -> None:
+def test_bleu_of_one_word_answers_is_0_as_the_module_documents() -> None:
     scores = scored(["yes"], ["yes"])
     assert (scores.bleu.value, scores.chrf.value) == (0.0, pytest.approx(100.0))
 

@@ -108,21 +108,23 @@ def test_without_a_restart_it_trains_from_the_received_adapter(fakes: Any) -> No
     assert place(reply.adapter) == (9 + 11) / 2
 
 
-def test_who_is_not_drawn_for_round_0_only_scores(fakes: Any) -> None:
+def test_a_site_not_drawn_for_round_0_only_scores(fakes: Any) -> None:
     reply, after = handle(task(fakes, 0, 9.0, train=False), warmed_up(fakes), fakes.line())
     assert (reply.adapter, reply.num_records) == (None, 0)
     assert standing(after.ledger, after.training).personal == ("a0",)
     assert [entry.reason for entry in entries(after, 0)] == ["at-or-above-threshold", *["below-threshold"] * 2]
 
 
-def test_who_missed_round_0_splits_at_the_next_task_with_what_the_warm_up_measured(fakes: Any) -> None:
+def test_a_site_that_missed_round_0_splits_at_the_next_task_by_the_warm_up(fakes: Any) -> None:
     reply, after = handle(task(fakes, 3, 9.0), warmed_up(fakes), fakes.line())
     assert standing(after.ledger, after.training).personal == ("a0",)
     assert {entry.round - entry.local_round for entry in entries(after, 3)[:3]} == {4}
     assert (place(reply.adapter), reply.num_records) == ((9 + 11) / 2, 2)
 
 
-def test_who_missed_the_warm_up_measures_after_its_first_training_and_splits_at_the_next_task(fakes: Any) -> None:
+def test_a_site_that_missed_the_warm_up_measures_after_its_first_training_and_splits_at_the_next_task(
+    fakes: Any,
+) -> None:
     site = fakes.site("a", [8, 9, 13], fakes.config(EXACT))
     reply, after = handle(task(fakes, 0, 9.0, restart=True), site, fakes.line())
     assert (place(reply.adapter), reply.num_records) == (5.0, 3)
@@ -189,7 +191,7 @@ def test_with_enrollment_off_the_split_stands(fakes: Any) -> None:
     assert not entries(after, 1)  # nothing will be compared, so nothing is measured
 
 
-def test_who_sat_out_compares_with_the_last_round_it_trained_in(fakes: Any) -> None:
+def test_a_site_that_sat_out_compares_with_the_last_round_it_trained_in(fakes: Any) -> None:
     """Round 1 is trained in, 2 and 3 are not; in round 4 the NLL is that of round 1, three rounds old."""
     _, state = handle(task(fakes, 1, 12.0), split(fakes), fakes.line())
     own = entries(state, 1)[-1]
@@ -233,7 +235,7 @@ class Odd:
 
 
 @pytest.mark.parametrize("bad", [Nll(math.nan, 4), Nll(math.inf, 4), Nll(-math.inf, 4), Nll(0.0, 0)])
-def test_a_record_whose_nll_is_no_number_is_personal_and_counted_and_never_lost(fakes: Any, bad: Nll) -> None:
+def test_a_record_whose_nll_is_not_a_number_is_personal_and_counted_and_never_lost(fakes: Any, bad: Nll) -> None:
     """Record 13 fails at the split and in round 1, and is explained well in round 2."""
     model = Odd(fakes, {(9.0, 13): bad, (10.0, 13): bad})
     reply, state = handle(task(fakes, 0, 9.0, restart=True), warmed_up(fakes), model)
@@ -248,7 +250,7 @@ def test_a_record_whose_nll_is_no_number_is_personal_and_counted_and_never_lost(
     assert "a2" in standing(state.ledger, state.training).shared
 
 
-def test_a_loss_that_is_no_number_is_left_out_of_the_reply(fakes: Any) -> None:
+def test_a_loss_that_is_not_a_number_is_left_out_of_the_reply(fakes: Any) -> None:
     model = Odd(fakes, {(0.0, 13): Nll(math.nan, 4)})
     reply, _ = handle(task(fakes, -1, 0.0), fakes.site("a", [8, 9, 13], fakes.config()), model)
     assert "loss" not in reply.metrics

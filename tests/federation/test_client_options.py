@@ -111,7 +111,7 @@ def test_only_the_last_warm_up_round_is_folded_and_one_record_can_not_be(fakes: 
     assert (place(reply.adapter), len(model.trained), entries(after, -1)[RecordId("a0")].nll_local) == (4.0, 1, 4.0)
 
 
-def test_who_missed_the_warm_up_folds_its_first_training(fakes: Any) -> None:
+def test_a_site_that_missed_the_warm_up_folds_its_first_training(fakes: Any) -> None:
     model = Watched(fakes)
     site = fakes.site("a", [8, 9, 13], fakes.config("warmup.folds=2"))
     reply, after = handle(task(fakes, 0, 2.0), site, model)

@@ -95,7 +95,7 @@ def test_if_nothing_can_be_split_all_is_shared_with_a_warning(values: list[float
 
 
 @given(scored, st.floats(0.5, 2.0))
-def test_what_scores_below_the_threshold_is_enrolled_and_nothing_else(
+def test_only_records_with_scores_below_the_threshold_are_enrolled(
     scores: dict[RecordId, float], threshold: float
 ) -> None:
     verdicts = enroll(scores, threshold)
@@ -172,7 +172,7 @@ def test_a_length_matched_split_shuffles_within_a_group() -> None:
     assert 15 < overlap < 35
 
 
-def test_a_score_that_is_no_number_keeps_its_verdict() -> None:
+def test_a_score_that_is_not_a_number_keeps_its_verdict() -> None:
     for how in HOWS:
         by_score, found, _, _ = arrange([(math.nan, 5), (1.0, 5), (2.0, 5), (3.0, 5)], how)
         assert found[RecordId("r000")] == by_score[RecordId("r000")]

@@ -73,7 +73,7 @@ def test_a_line_names_round_record_figures_set_and_reason() -> None:
     }
 
 
-def test_what_is_no_number_is_null_and_never_nan_in_a_line() -> None:
+def test_a_value_that_is_not_a_number_is_null_and_never_nan_in_a_line() -> None:
     missing = replace(ENTRY, nll_local=None, score=None)
     assert '"nll_local": null' in to_lines([missing])
     assert from_lines(to_lines([missing]), "here") == (missing,)
@@ -119,7 +119,7 @@ def test_all_is_shared_and_unsplit_to_begin_with() -> None:
     assert standing((), [A, B]) == Standing({A: "shared", B: "shared"}, {}, is_split=False)
 
 
-def test_the_last_entry_says_where_a_record_is_and_the_last_own_nll_what_it_is_compared_with() -> None:
+def test_the_last_entry_places_a_record_and_the_last_own_nll_is_its_reference() -> None:
     own = Entry(0, A, 7, 2.5, None, None, "personal", "own-nll", None, 0)
     told = (
         replace(own, round=-1, local_round=-1, nll_local=9.0, set="shared"),

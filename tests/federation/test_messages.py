@@ -169,7 +169,7 @@ TASK = {"federation": "f", "client": "a", "round": 2, "kind": "task", "restart":
         {"metrics": {"loss": {"sum": 1.0, "count": 1, "each": [0.5, 0.5]}}},
     ],
 )
-def test_a_reply_whose_header_says_something_else_is_refused(change: dict[str, Any]) -> None:
+def test_a_reply_with_a_false_header_is_refused(change: dict[str, Any]) -> None:
     decode_reply(frame(REPLY))
     with pytest.raises(MessageError) as caught:
         decode_reply(frame({**REPLY, **change}))
@@ -177,7 +177,7 @@ def test_a_reply_whose_header_says_something_else_is_refused(change: dict[str, A
 
 
 @pytest.mark.parametrize("change", [{"kind": "reply"}, {"restart": 1}, {"train": None}, {"seed": 3}, {"round": 1e300}])
-def test_a_task_whose_header_says_something_else_is_refused(change: dict[str, Any]) -> None:
+def test_a_task_with_a_false_header_is_refused(change: dict[str, Any]) -> None:
     payload = adapters.encode(ADAPTER)
     decode_task(frame(TASK, payload))
     with pytest.raises(MessageError):
@@ -275,12 +275,12 @@ def test_headers_of_any_json_raise_nothing_else(header: dict[str, Any], changes:
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_a_metric_that_is_no_number_is_not_sent(bad: float) -> None:
+def test_a_metric_that_is_not_a_number_is_not_sent(bad: float) -> None:
     with pytest.raises(MessageError, match=r"metrics\.loss\.sum"):
         encode_reply(ClientReply("f", "a", 2, None, 0, {"loss": Metric(bad, 1)}))
 
 
-def test_what_could_not_be_read_again_is_not_sent() -> None:
+def test_a_message_that_cannot_be_read_again_is_not_sent() -> None:
     with pytest.raises(MessageError, match="client"):
         encode_task(ClientTask("f", "a" * 65, 2, ADAPTER))
     with pytest.raises(MessageError, match="num_records"):

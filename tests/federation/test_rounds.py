@@ -97,9 +97,7 @@ def test_a_federation_of_two_clients_and_two_rounds_is_as_on_paper(fakes: Any) -
         ("federation.rounds=0", [9.0]),
     ],
 )
-def test_the_settings_change_what_they_say_and_nothing_else(
-    fakes: Any, override: str, expected: list[float | None]
-) -> None:
+def test_each_setting_changes_only_its_own_subject(fakes: Any, override: str, expected: list[float | None]) -> None:
     places, _, _ = paper_federation(fakes, override)
     assert len(places) == len(expected)
     for found, value in zip(places, expected, strict=True):

@@ -188,7 +188,7 @@ def test_a_second_reply_is_refused_but_not_one_after_a_refused_one(fakes: Any) -
     assert [bool(row.refused) for row in summary.clients] == [False, True, True, False]
 
 
-def test_who_was_not_asked_to_train_changes_nothing(fakes: Any) -> None:
+def test_a_client_not_asked_to_train_changes_nothing(fakes: Any) -> None:
     config = fakes.config("federation.participation=0.5", "warmup.rounds=1")
     for number in (0, 2):  # in round 0 all are asked, some of them for scores alone
         tasks = {task.client: task.train for task in plan(state_of(number), config)}
@@ -200,13 +200,13 @@ def test_who_was_not_asked_to_train_changes_nothing(fakes: Any) -> None:
         assert {row.refused for row in summary.clients if row.refused} == {"it was not asked to train in this round"}
 
 
-def test_who_did_not_answer_has_a_row_with_the_reason(fakes: Any) -> None:
+def test_a_client_without_an_answer_has_a_row_with_the_reason(fakes: Any) -> None:
     state, summary = apply(state_of(2), [Delivery("a", None, "no connection", 10), delivery("b")], fakes.config())
     assert adapters.encode(state.adapter) == adapters.encode(adapter_of(1.0))
     assert (summary.clients[0].refused, summary.clients[0].bytes_down) == ("no connection", 10)
 
 
-def test_who_did_not_train_has_a_row_and_no_weight(fakes: Any) -> None:
+def test_a_client_that_did_not_train_has_a_row_and_no_weight(fakes: Any) -> None:
     idle = delivery("a", adapter=None, num_records=0)
     state, summary = apply(state_of(2), [idle, delivery("b", 4.0)], fakes.config())
     assert adapters.encode(state.adapter) == adapters.encode(adapter_of(4.0))
@@ -221,7 +221,9 @@ def test_who_did_not_train_has_a_row_and_no_weight(fakes: Any) -> None:
         [delivery("a", adapter=NAN), delivery("b", round=7), Delivery("c", None, "no connection")],
     ],
 )
-def test_where_no_reply_counts_the_adapter_stays_and_the_round_is_over(fakes: Any, deliveries: list[Delivery]) -> None:
+def test_without_a_reply_that_counts_the_adapter_stays_and_the_round_is_over(
+    fakes: Any, deliveries: list[Delivery]
+) -> None:
     state, summary = apply(state_of(2), deliveries, fakes.config())
     assert (state.round, summary.aggregated) == (3, False)
     assert adapters.encode(state.adapter) == adapters.encode(adapter_of(0.5))
@@ -229,7 +231,7 @@ def test_where_no_reply_counts_the_adapter_stays_and_the_round_is_over(fakes: An
 
 
 @given(st.lists(st.tuples(st.integers(-8, 8), st.integers(0, 9), st.booleans()), max_size=8))
-def test_what_counts_is_folded_by_the_weighted_mean(fakes: Any, replies: list[tuple[int, int, bool]]) -> None:
+def test_replies_that_count_are_folded_by_the_weighted_mean(fakes: Any, replies: list[tuple[int, int, bool]]) -> None:
     deliveries, counted = [], []
     for client, (value, num_records, is_bad) in zip(CLIENTS, replies, strict=False):
         own = adapter_of(float(value)) if num_records else None

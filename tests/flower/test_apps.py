@@ -17,7 +17,7 @@ from fedmide.flower import apps
 from fedmide.flower.apps import GridExchange, frame_of, records_of
 
 
-def test_what_is_started_for_each_message_loads_no_model_s_libraries() -> None:
+def test_the_process_of_each_message_loads_no_model_s_libraries() -> None:
     code = "import sys; import fedmide.flower.apps, fedmide.flower.asking; print(*sys.modules)"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert "flwr" in loaded
@@ -118,7 +118,7 @@ def test_the_same_adapter_is_held_once_for_all(fakes: Any, sendable: None) -> No
 
 
 @pytest.mark.parametrize("where", ["no place", "no worker"])
-def test_a_site_that_can_t_work_says_one_word(where: str, tmp_path: Path, fakes: Any, monkeypatch: Any) -> None:
+def test_a_site_that_can_t_work_answers_with_one_word(where: str, tmp_path: Path, fakes: Any, monkeypatch: Any) -> None:
     monkeypatch.setattr("fedmide.flower.asking._WAIT_SECONDS", 0.1)
     for name in ("FEDMIDE_SITE", "FEDMIDE_RUN"):
         monkeypatch.delenv(name, raising=False)

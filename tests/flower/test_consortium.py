@@ -159,7 +159,7 @@ def test_a_folder_that_holds_something_is_left_alone(made: Path, fakes: Any) -> 
         create(Consortium(made, ("a",), "127.0.0.1:9092", 9092), fakes.config(), quiet)
 
 
-def test_other_folders_are_told_from_those_of_a_consortium(tmp_path: Path) -> None:
+def test_other_folders_are_distinguished_from_those_of_a_consortium(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="not the folder of a site"):
         SiteFolder.read(tmp_path)
     with pytest.raises(UsageError, match="not the folder of a server"):

@@ -282,7 +282,7 @@ def test_everything_listens_on_loopback_only(consortium: Any) -> None:
     assert set(listening) == {"127.0.0.1"}
 
 
-def test_nobody_is_told_of_the_use_and_no_secret_is_an_argument(consortium: Any) -> None:
+def test_no_use_is_reported_and_no_secret_is_an_argument(consortium: Any) -> None:
     secrets = [path.read_text() for path in consortium.path.rglob("superexec.secret")]
     secrets += [path.read_text().splitlines()[2] for path in consortium.path.rglob("node-key")]
     assert len(secrets) == 7
@@ -305,7 +305,7 @@ def test_secrets_are_files_of_their_owner_only_and_in_no_log(consortium: Any) ->
         assert path.read_bytes().strip() not in logs
 
 
-def test_the_check_of_a_site_says_what_is_wrong(consortium: Any, stranger: SiteFolder) -> None:
+def test_the_check_of_a_site_reports_each_fault(consortium: Any, stranger: SiteFolder) -> None:
     good = SiteFolder.read(consortium.site("a"))
     assert [finding for finding in check(good, lambda message: None) if finding.problem] == []
     for name in ("site.toml", "federation.json"):

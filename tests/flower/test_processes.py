@@ -50,14 +50,14 @@ def test_it_is_ended_also_where_something_failed(tmp_path: Path) -> None:
     assert process.returncode is not None
 
 
-def test_a_port_that_does_not_come_up_is_told_of_with_the_last_words(tmp_path: Path) -> None:
+def test_a_port_that_does_not_open_is_reported_with_the_last_lines_of_the_log(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with started(["sh", "-c", "echo no such thing; exit 3"], environment(tmp_path), log) as process:  # noqa: SIM117
         with pytest.raises(UserError, match="no such thing"):
             wait_for_port(free_port(), process, log)
 
 
-def test_flower_is_told_to_be_quiet(tmp_path: Path) -> None:
+def test_the_telemetry_of_flower_is_off(tmp_path: Path) -> None:
     variables = environment(tmp_path, MORE="1")
     off = ("FLWR_TELEMETRY_ENABLED", "RAY_USAGE_STATS_ENABLED")
     assert [variables[name] for name in off] == ["0", "0"]

@@ -42,7 +42,7 @@ def asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list
 
 
 @pytest.mark.parametrize("error", [PermissionError(13, SECRET), DataError(SECRET)])
-def test_a_site_that_can_t_be_opened_says_so_and_is_tried_again(
+def test_a_site_that_can_t_be_opened_is_reported_and_tried_again(
     error: Exception, asked: Callable[..., list[Connection]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = iter([error, SimpleNamespace(answer=lambda frame: b"done " + frame)])
@@ -59,6 +59,6 @@ def test_a_site_that_can_t_be_opened_says_so_and_is_tried_again(
     assert SECRET in capsys.readouterr().err, "the site's own log has it"
 
 
-def test_who_is_gone_is_not_waited_for(asked: Callable[..., list[Connection]]) -> None:
+def test_a_server_that_has_gone_is_not_waited_for(asked: Callable[..., list[Connection]]) -> None:
     site = SimpleNamespace(answer=lambda frame: b"done")
     assert [each.recv_bytes() for each in asked(lambda: site, 3, leaves=2)] == [b"done"]

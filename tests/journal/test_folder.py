@@ -72,7 +72,7 @@ def test_without_rounds_a_run_begins_at_the_beginning(folder: RunFolder) -> None
 
 
 @pytest.mark.parametrize("rounds", [[-2], [-2, -1], [-2, -1, 0], [-2, -1, 0, 1]])
-def test_a_run_goes_on_after_its_last_round(folder: RunFolder, rounds: list[int]) -> None:
+def test_a_run_resumes_after_its_last_round(folder: RunFolder, rounds: list[int]) -> None:
     commit(folder, *rounds)
     found = folder.last_round(BEGIN)
     assert (found.round, found.federation, found.clients) == (rounds[-1] + 1, "f", ("a", "b"))
@@ -250,7 +250,7 @@ def test_a_path_that_holds_something_else_is_refused(tmp_path: Path, occupy: Cal
         creation.create(tmp_path / "x", config(), {})
 
 
-def test_a_run_that_exists_is_refused_with_the_way_to_go_on(folder: RunFolder) -> None:
+def test_a_run_that_exists_is_refused_with_the_command_that_resumes_it(folder: RunFolder) -> None:
     with pytest.raises(RunFolderError, match=f"exists already.*fedmide run --resume {folder.path}"):
         creation.create(folder.path, config(), {})
 
@@ -272,7 +272,7 @@ def test_another_configuration_is_refused_with_all_that_differs(folder: RunFolde
     assert creation.reopen(folder.path, config()) == folder
 
 
-def test_what_is_no_run_folder_is_refused(tmp_path: Path) -> None:
+def test_a_folder_that_is_not_a_run_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for name, reason in (
         ("file", "it is not a folder"),
@@ -351,7 +351,7 @@ with locked(Path(sys.argv[1])):
 """
 
 
-def test_a_folder_that_cannot_be_locked_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_locked_is_reported(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(RunFolderError, match="can't be written: "), creation.locked(tmp_path / "file" / "run"):
         pass

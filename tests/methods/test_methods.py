@@ -29,7 +29,7 @@ BUDGETED = ("training.", "federation.", "warmup.", "personalization.", "ditto.",
 ALL = [name for name in get_args(MethodName) if name != "central"]
 
 
-def test_every_method_says_what_it_is() -> None:
+def test_every_method_has_a_summary() -> None:
     assert tuple(methods.METHODS) == get_args(MethodName)
     for name, method in methods.METHODS.items():
         assert method.name == name

@@ -156,7 +156,7 @@ def test_one_client_in_one_place_is_a_federation_of_one(small_input: Any, tmp_pa
         ("flexlora flexlora.ranks=[1,4]", 224 * 5 // 2, 0),
     ],
 )
-def test_the_figures_say_what_a_method_trains_and_needs(
+def test_the_figures_count_what_a_method_trains_and_needs(
     method: str, trained: int, extra: int, small_input: Any, tmp_path: Path
 ) -> None:
     """Rank 2 in one block: q 64 in and out, v 64 in and 32 out: A 2 * 128, B 2 * 96; two routers of 2 * 64."""

@@ -107,7 +107,7 @@ def test_a_limit_that_nobody_reaches_changes_nothing(seen: Seen) -> None:
         assert not any(row.clipped_from for row in summary.clients)
 
 
-def test_a_method_that_does_not_say_what_an_update_is_measured_from_goes_without_a_limit(
+def test_a_method_without_a_start_of_its_updates_has_no_limit_on_them(
     fakes: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(registry, "_OWN", {})

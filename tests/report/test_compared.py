@@ -35,7 +35,7 @@ def test_a_difference_is_paired_by_record(run_folder: RunFolder, shifted: RunFac
     assert found.worse == ("b",)
     told = compared.headline((read(run_folder), shifted))
     assert told.answer == "run is better than the other."
-    assert "NLL +0.125 nats per token from run on average (below 0 is better)" in re.sub(
+    assert "NLL differs from that of run by +0.125 nats per token on average (below 0 is better)" in re.sub(
         r" \[.*?\]", "", told.details[0]
     )
     assert "1 of 2 sites are worse off: b." in told.details[0]
@@ -53,7 +53,7 @@ def test_a_run_against_itself_differs_by_nothing(run_folder: RunFolder) -> None:
     assert [row.cells[0] for row in compared.knobs_table(runs).rows] == ["none"]
 
 
-def test_what_can_not_be_compared_is_said(run_folder: RunFolder, copied: Path) -> None:
+def test_runs_that_can_not_be_compared_are_reported(run_folder: RunFolder, copied: Path) -> None:
     shutil.rmtree(copied / "clients")
     manifest = json.loads((copied / "manifest.json").read_text())
     manifest["prompt"] = "another"

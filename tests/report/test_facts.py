@@ -94,7 +94,7 @@ def test_a_damaged_file_is_named(copied: Path) -> None:
         read(reopen(copied))
 
 
-def test_events_of_a_refused_reply_are_told(copied: Path) -> None:
+def test_events_of_a_refused_reply_are_reported(copied: Path) -> None:
     lines = (copied / "events.jsonl").read_text().splitlines()
     event = {**json.loads(lines[0]), "metrics": {}, "num_records": 0, "refused": "it came too late"}
     (copied / "events.jsonl").write_text("\n".join([json.dumps(event), *lines[1:]]) + "\n")

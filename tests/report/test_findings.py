@@ -45,7 +45,7 @@ def test_clients_are_named_by_their_own_intervals(facts: RunFacts) -> None:
     assert "by +0.200 nats" in worse[0] and "clearly lower for none" in worse[1]
 
 
-def test_a_run_without_figures_says_so(facts: RunFacts) -> None:
+def test_a_run_without_figures_is_marked(facts: RunFacts) -> None:
     bare = replace(facts, outcomes=(), mean_change=None, manifest={**facts.manifest, "status": "trained"})
     assert headline(bare).answer.startswith("This run is not evaluated yet (status: trained)")
     without: tuple[ClientOutcome, ...] = tuple(replace(each, change=None) for each in facts.outcomes)
@@ -61,7 +61,7 @@ def test_numbers_are_the_runs(facts: RunFacts) -> None:
     assert "sent, both ways" in {each.label for each in numbers(elsewhere)}
 
 
-def test_what_is_kept_of_records_is_shown_where_something_is(facts: RunFacts) -> None:
+def test_kept_prefixes_are_shown_if_there_are_any(facts: RunFacts) -> None:
     for kept, note in ((0, "900 MB of memory"), (65, "900 MB of memory, 65 MB of it kept prefixes")):
         manifest = {**facts.manifest, "seconds": {"trained": 3.0}, "peak_memory_mb": 900, "prefix_cache_mb": kept}
         (work,) = [each for each in numbers(replace(facts, manifest=manifest)) if each.label == "of work"]

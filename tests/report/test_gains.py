@@ -30,7 +30,7 @@ def test_records_are_paired_by_id_whatever_their_order() -> None:
     assert paired.num_tokens.tolist() == [1.0, 2.0]
 
 
-def test_a_record_that_is_no_number_is_left_out_on_both_sides() -> None:
+def test_a_record_that_is_not_a_number_is_left_out_on_both_sides() -> None:
     paired = pair(measures([1.0, None, 3.0], [1, 1, 1]), measures([None, 1.0, 2.0], [1, 1, 1]))  # type: ignore[list-item]
     assert paired is not None and paired.change() == -1.0
 
@@ -40,7 +40,7 @@ def test_a_record_that_is_no_number_is_left_out_on_both_sides() -> None:
     [measures([1.0], [1], "z"), measures([1.0], [2], "a"), measures([math.nan], [1], "a"), measures([], [])],
     ids=["nothing in common", "other tokens", "not finite", "no records"],
 )
-def test_what_cannot_be_paired_has_no_change(second: ResponseNlls) -> None:
+def test_records_that_cannot_be_paired_have_no_change(second: ResponseNlls) -> None:
     assert client_change(measures([1.0], [1], "a"), second, 50, 0) is None
     assert mean_change({"a": (measures([1.0], [1], "a"), second)}, 50, 0) is None
 

@@ -105,7 +105,7 @@ def test_texts_are_only_texts(copied: Path, tmp_path: Path) -> None:
     assert "&lt;img src=x onerror=alert(1)&gt;" in page and "&lt;/script&gt;" in page
 
 
-def test_records_that_are_gone_are_told_of(copied: Path, tmp_path: Path) -> None:
+def test_records_that_are_gone_are_reported(copied: Path, tmp_path: Path) -> None:
     config = copied / "config.toml"
     config.write_text(re.sub(r'path = ".*data"', f'path = "{tmp_path}/gone"', config.read_text()))
     with pytest.raises(DataError, match="no such folder"):
@@ -118,7 +118,7 @@ def test_the_default_places_are_in_the_run(copied: Path) -> None:
     assert report.write(folder, with_records=True) == copied / "report-with-records.html"
 
 
-def test_a_page_of_the_servers_part_alone_says_what_is_missing(copied: Path) -> None:
+def test_a_page_of_the_servers_part_alone_lists_what_is_missing(copied: Path) -> None:
     for name in ("clients", "predictions"):
         shutil.rmtree(copied / name)
     page = written(reopen(copied), copied / "report.html")

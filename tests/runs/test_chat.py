@@ -126,7 +126,9 @@ def test_the_context_is_part_of_the_prompt(folder: RunFolder) -> None:
         begun.answer("personalized", "Name", "very " * 40)
 
 
-def test_a_chat_that_is_impossible_says_why(folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chat_that_is_impossible_is_refused_with_the_reason(
+    folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(RunFolderError, match=r"there is no client 'c'\. Known: a, b"):
         chat.begin(folder, "c")
     copy = reopen(shutil.copytree(folder.path, tmp_path / "copy"))

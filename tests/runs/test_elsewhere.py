@@ -211,7 +211,7 @@ def test_a_site_that_lost_its_ledger_is_refused(elsewhere: Sites, small_input: A
     assert any("site b is refused: its ledger is not the one that its last round left" in line for line in told)
 
 
-def test_a_site_whose_records_have_changed_is_refused_and_its_log_says_why(
+def test_a_site_whose_records_have_changed_is_refused_with_the_reason_in_its_log(
     elsewhere: Sites, small_input: Any, tmp_path: Path
 ) -> None:
     said: list[str] = []

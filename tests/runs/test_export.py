@@ -128,7 +128,7 @@ def test_a_quantized_base_is_refused(
     assert not (tmp_path / "out").exists()
 
 
-def test_an_export_that_is_impossible_says_why(folder: RunFolder, tmp_path: Path) -> None:
+def test_an_export_that_is_impossible_is_refused_with_the_reason(folder: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(RunFolderError, match=r"there is no client 'c'\. Known: a, b"):
         export(folder, tmp_path / "out", "c")
     (tmp_path / "taken").mkdir()

@@ -249,7 +249,7 @@ class LikeAModel:
 # --- stopped between any two calls
 
 
-def test_a_run_goes_on_from_every_state_that_a_stop_can_leave(
+def test_a_run_resumes_from_every_state_that_a_stop_can_leave(
     dice_run: DiceRun, tmp_path: Path, lasting: Lasting
 ) -> None:
     with watched(tmp_path / "whole") as watch:

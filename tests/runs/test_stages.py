@@ -501,7 +501,7 @@ def test_the_silent_progress_takes_anything() -> None:
 # --- trouble during a run
 
 
-def test_a_federation_that_diverges_continues_and_says_so(
+def test_a_federation_that_diverges_continues_and_reports_it(
     small_input: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Adapters that are not finite are refused in each round, and no tuning of a client is kept."""

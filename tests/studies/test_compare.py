@@ -40,7 +40,7 @@ def compared(
         return folder / "out", compare.run(plan, said.append), said
 
 
-def test_every_run_is_there_and_told_of(compared: tuple[Path, dict[str, Any], list[str]]) -> None:
+def test_every_run_is_there_and_reported(compared: tuple[Path, dict[str, Any], list[str]]) -> None:
     out, figures, said = compared
     runs = {str(each.parent.relative_to(out / "runs")) for each in out.glob("runs/*/*/config.toml")}
     rates = {name: each["rate"] for name, each in figures["learning_rates"].items()}
@@ -128,7 +128,7 @@ def _cache(folder: Path) -> str:
     return str(locate("tiny-random", folder.parents[3] / "models").parent)
 
 
-def test_a_comparison_that_was_stopped_goes_on_and_ends_the_same(
+def test_a_stopped_comparison_resumes_and_ends_the_same(
     compared: tuple[Path, dict[str, Any], list[str]], tmp_path: Path, tiny_folder: Path, monkeypatch: Any
 ) -> None:
     out, figures, _ = compared
@@ -276,7 +276,7 @@ def test_measured_records_stay_in_the_run_folders(compared: tuple[Path, dict[str
         assert not any(repr(each) in text for each in measured.nll_sums)
 
 
-def test_whom_to_hold_others_against_is_one_of_them(small_input: Any) -> None:
+def test_the_baseline_of_differences_is_one_of_the_compared_methods(small_input: Any) -> None:
     values, names = values_of(small_input.config), ["local", "fedmide"]
     assert compare.planned(values, names, [0], Path("out")).against == ("fedmide",)
     with pytest.raises(UsageError, match="--against: fedavgft is not one of the compared methods"):

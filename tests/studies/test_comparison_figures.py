@@ -113,7 +113,7 @@ def test_resampled_clients_widen_the_interval_of_a_gain_that_one_client_has_alon
     assert row["low_of_all"] < -0.4
 
 
-def test_a_gain_of_one_seed_alone_is_told_by_seed_and_widens_the_interval_of_all() -> None:
+def test_a_gain_of_one_seed_alone_is_reported_by_seed_and_widens_the_interval_of_all() -> None:
     sums, tokens = [float(value) for value in np.random.default_rng(5).gamma(9.0, size=30)], [1] * 30
     clients = "ab"
     theirs = outcome(**{name: measured(sums, tokens) for name in clients})
@@ -153,7 +153,7 @@ def test_clients_of_one_size_are_not_resampled_alike() -> None:
     assert width(four) == pytest.approx(width(one) / 2, rel=0.2)
 
 
-def test_a_record_that_is_no_number_anywhere_is_left_out_everywhere() -> None:
+def test_a_record_that_is_not_a_number_anywhere_is_left_out_everywhere() -> None:
     runs = two_methods()
     runs["mine"][1] = outcome({"steps": 6.0}, a=measured([1.0, math.nan], [1, 3]), b=measured([7.0], [2]))
     figures = compare(runs, ["fedavg-ft"], RESAMPLES, 0)
@@ -183,7 +183,7 @@ def test_a_method_that_diverged_takes_no_record_from_the_others() -> None:
     assert alone["methods"].keys() == {"wild"} and sheets({**alone, **PROTOCOL})
 
 
-def test_who_is_worse_off_than_alone() -> None:
+def test_clients_that_are_worse_off_than_alone() -> None:
     runs = two_methods()
     runs["local"] = runs.pop("fedavg-ft")
     runs["bad"] = {

@@ -19,7 +19,7 @@ def test_ticks_hold_what_they_are_for(low: float, width: float) -> None:
     assert marks == sorted(set(marks))
 
 
-def test_a_picture_has_a_line_a_method_in_each_panel_and_says_what_it_shows() -> None:
+def test_a_picture_has_a_line_per_method_in_each_panel_and_a_description() -> None:
     lines = {"a<b": [Point("0.9", 2.0, 0.1), Point("1.1", 3.0)], "c": [Point("0.9", 2.5), Point("1.1", 2.2)]}
     root = ElementTree.fromstring(curves_svg({"mean": lines, "worst": lines}, "knob", "title"))
     assert len(root.findall(f"{SVG}polyline")) == 4

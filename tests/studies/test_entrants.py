@@ -124,7 +124,7 @@ def test_rates_change_together() -> None:
         ({"x": 3}, ["x"], "not a table of tables"),
     ],
 )
-def test_what_names_nothing_is_refused(variants: dict[str, Any], names: list[str], expected: str) -> None:
+def test_names_of_nothing_are_refused(variants: dict[str, Any], names: list[str], expected: str) -> None:
     with pytest.raises(ConfigError, match=expected):
         entrants({**VALUES, "variants": variants}, names)
 

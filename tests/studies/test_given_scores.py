@@ -46,7 +46,9 @@ def test_without_a_folder_nothing_is_written(scores: Path) -> None:
         ('{"score": "1.0"}', "field 'score' is text, expected a number (NaN where the measurement failed)"),
     ],
 )
-def test_what_can_not_be_read_is_refused_before_anything_is_written(tmp_path: Path, line: str, problem: str) -> None:
+def test_a_line_that_can_not_be_read_is_refused_before_anything_is_written(
+    tmp_path: Path, line: str, problem: str
+) -> None:
     path = tmp_path / "scores.jsonl"
     path.write_text('{"score": 0.5}\n' + line + "\n")
     with pytest.raises(DataError) as caught:

@@ -63,7 +63,7 @@ def test_the_method_sees_no_truth(config: Config, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("positions", ["all", "response"])
-def test_what_the_ledger_judged_by_is_the_rival_of_its_name(config: Config, positions: str) -> None:
+def test_the_score_in_the_ledger_is_the_rival_of_its_name(config: Config, positions: str) -> None:
     """The witness sees the same adapters as the sites: its ratio ranks as the ledger's score does."""
     given = parse(apply_overrides(for_method(config.model_dump(), config.method), [f"scoring.positions={positions}"]))
     figures = identify.identify(given, "own-style", SIZES)

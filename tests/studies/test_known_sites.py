@@ -58,7 +58,7 @@ def test_half_is_answered_as_everyone_does_and_half_is_not(
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS)
-def test_records_say_nothing_of_the_truth(known: Knowledge, scenario: Scenario) -> None:
+def test_records_reveal_nothing_of_the_truth(known: Knowledge, scenario: Scenario) -> None:
     made = sites(known, scenario)
     for client in made.clients:
         assert {record.category for record in client.training} == {""}

@@ -22,7 +22,7 @@ def values_of(config: Path) -> dict[str, Any]:
     return values
 
 
-def test_a_sweep_tells_of_each_value_and_draws_it(small_input: Any, tmp_path: Path) -> None:
+def test_a_sweep_reports_each_value_and_draws_it(small_input: Any, tmp_path: Path) -> None:
     plan = sweep.planned(values_of(small_input.config), "warmup.rounds=1,2", ["fedmide"], [0, 1], tmp_path)
     said: list[str] = []
     figures = sweep.run(plan, said.append)
@@ -71,7 +71,7 @@ def test_clients_in_pieces_are_swept_too(small_input: Any, tmp_path: Path) -> No
     assert {row["steps_per_client"]["mean"] for row in rows.values()} == {12}
 
 
-def test_what_no_knob_changes_is_run_once_for_all_knobs(small_input: Any, tmp_path: Path) -> None:
+def test_a_run_that_no_setting_changes_is_done_once_for_all_settings(small_input: Any, tmp_path: Path) -> None:
     values, said = values_of(small_input.config), list[str]()
     first, second = (
         sweep.run(sweep.planned(values, turned, ["fedavg-ft"], [0], tmp_path), said.append)["methods"]["fedavg-ft"]

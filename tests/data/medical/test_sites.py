@@ -182,7 +182,7 @@ def test_packages_that_are_missing_are_all_named(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.slow
-def test_codes_equal_what_their_package_says(known: Knowledge) -> None:
+def test_codes_equal_those_of_their_package(known: Knowledge) -> None:
     package = pytest.importorskip("simple_icd_10_cm")
     described = {entry.code: entry for entry in known.codes}
     nodes = [code for code in package.get_all_codes(with_dots=True) if package.is_category_or_subcategory(code)]

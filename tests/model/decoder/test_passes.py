@@ -416,7 +416,7 @@ def test_kept_states_give_the_losses_and_gradients_of_the_whole_model(
 # --- bfloat16
 
 
-def test_in_bfloat16_it_is_no_further_from_float32_than_the_modules(
+def test_in_bfloat16_the_passes_are_as_near_to_float32_as_the_modules(
     tiny_folder: Path, random_examples: MakeExamples
 ) -> None:
     """The reference is float32 over the same weights, already rounded."""
