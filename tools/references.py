@@ -74,8 +74,8 @@ def commands(command: click.Command, parent: click.Context | None = None) -> Ite
     if not isinstance(command, click.Group):
         yield context
         return
-    for inner in command.commands.values():
-        yield from commands(inner, context)
+    for name in command.list_commands(context):
+        yield from commands(command.commands[name], context)
 
 
 def command_section(context: click.Context) -> str:

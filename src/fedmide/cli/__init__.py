@@ -10,14 +10,27 @@ from typing import Annotated
 
 import click
 import typer
+from typer.core import TyperGroup
 
 from fedmide.cli import data, flower, reference, results, runs, studies
-from fedmide.cli.shared import print_json
+from fedmide.cli.shared import PANELS, RECORDS, SITES, print_json
 from fedmide.errors import UserError
 from fedmide.version import __version__
 
+
+class _InPanels(TyperGroup):
+    """The group of all commands. Its help has a panel per purpose, in the order of `PANELS`."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """The names of the commands, panel by panel; within a panel as they were added."""
+        names = super().list_commands(ctx)
+        return sorted(names, key=lambda name: PANELS.index(getattr(self.commands[name], "rich_help_panel", "")))
+
+
 app = typer.Typer(
-    help="Federated instruction tuning of language models. Records never leave their site. To start: fedmide demo.",
+    cls=_InPanels,
+    help="Federated instruction tuning of language models, personalized for each site. Records never leave their "
+    "site. To start: fedmide demo.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -27,10 +40,10 @@ for part in (runs, studies, results, reference):
     app.add_typer(part.app)
 
 
-app.add_typer(data.app, name="data")
+app.add_typer(data.app, name="data", rich_help_panel=RECORDS)
 
 
-app.add_typer(flower.app, name="flower")
+app.add_typer(flower.app, name="flower", rich_help_panel=SITES)
 
 
 EXIT_USER_ERROR = 2
@@ -64,7 +77,7 @@ def _way_on(words: Sequence[str]) -> str:
         return "give the command again; finished work is kept"
     deployed = words[:1] == ["flower"]
     verb = "fedmide flower resume SERVER RUN" if deployed else "fedmide run --resume RUN"
-    return f"to continue the run: {verb}"
+    return f"to resume a run that has begun: {verb}"
 
 
 def _show_version(wanted: bool) -> None:

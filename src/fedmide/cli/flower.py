@@ -46,7 +46,7 @@ def init(
         str, typer.Option(help="Address at which sites reach the server, HOST:PORT.")
     ] = "127.0.0.1:9092",
     port: Annotated[int, typer.Option(help="Port of the SuperLink on loopback.")] = 9092,
-    plain: Annotated[bool, typer.Option("--plain", help="No encryption and no keys; loopback only.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Use no encryption and no keys; loopback only.")] = False,
 ) -> None:
     """Write certificates, keys, scripts and configurations of a federation."""
     _check_installed()

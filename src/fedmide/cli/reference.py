@@ -5,13 +5,13 @@ from typing import Annotated
 
 import typer
 
-from fedmide.cli.shared import AsJson, print_json
+from fedmide.cli.shared import COMPARISON, MORE, AsJson, print_json
 from fedmide.errors import UsageError
 
 app = typer.Typer()
 
 
-@app.command("methods", epilog="Example: fedmide methods")
+@app.command("methods", rich_help_panel=COMPARISON, epilog="Example: fedmide methods")
 def list_methods(as_json: AsJson = False) -> None:
     """List the federated methods that a configuration can choose."""
     from rich.console import Console
@@ -26,7 +26,7 @@ def list_methods(as_json: AsJson = False) -> None:
         Console().print(methods_table(METHODS.values()))
 
 
-@app.command(epilog="Example: fedmide explain DataError")
+@app.command(rich_help_panel=MORE, epilog="Example: fedmide explain DataError")
 def explain(
     name: Annotated[str, typer.Argument(help="Name of an error, as at the end of a message.")], as_json: AsJson = False
 ) -> None:

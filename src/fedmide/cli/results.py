@@ -1,4 +1,4 @@
-"""The commands for the results of a run: report, compare, export, chat; and the split of a file of scored records."""
+"""The commands for a run that exists: report, track, export, chat, watch; and the split of a file of scored records."""
 
 import sys
 from pathlib import Path
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedmide.cli.shared import AsJson, RunFolderPath, TrackerName, print_json, track_run
+from fedmide.cli.shared import MORE, RECORDS, START, AsJson, RunFolderPath, TrackerName, print_json, track_run
 from fedmide.errors import UsageError
 
 app = typer.Typer()
@@ -20,7 +20,7 @@ Rule = Literal[  # the rules of the configuration, which is slow to import
 ]
 
 
-@app.command(epilog="Example: fedmide report runs/first")
+@app.command(rich_help_panel=START, epilog="Example: fedmide report runs/first")
 def report(
     paths: Annotated[
         list[Path], typer.Argument(help="Run folders. With several, the others are compared with the first.")
@@ -53,7 +53,7 @@ def report(
         sys.stdout.write(f"{written}\n")
 
 
-@app.command(epilog="Example: fedmide track runs/demo-001 --to mlflow")
+@app.command(rich_help_panel=MORE, epilog="Example: fedmide track runs/demo-001 --to mlflow")
 def track(
     path: RunFolderPath,
     tracker: Annotated[TrackerName, typer.Option("--to", help="Tracker to write to.")],
@@ -81,7 +81,10 @@ def track(
         sys.stdout.write(f"{where}\n")
 
 
-@app.command(epilog="Example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16")
+@app.command(
+    rich_help_panel=MORE,
+    epilog="Example: fedmide export runs/demo-001 radiology-model --client radiology --merge --dtype bfloat16",
+)
 def export(
     path: RunFolderPath,
     out: Annotated[Path, typer.Argument(help="New folder to write.")],
@@ -120,11 +123,13 @@ def export(
     sys.stdout.writelines(f"{line}\n" for line in (f"written: {out}", "to serve:", *commands))
 
 
-@app.command(epilog="Example: fedmide chat runs/demo-001 --client radiology --with base")
+@app.command(rich_help_panel=START, epilog="Example: fedmide chat runs/demo-001 --client radiology --with base")
 def chat(
     path: RunFolderPath,
     client: Annotated[str, typer.Option(help="Site whose tuned model answers.")],
-    beside: Annotated[Beside, typer.Option("--with", help="Models whose answers are shown next to it.")] = "nobody",
+    beside: Annotated[
+        Beside, typer.Option("--with", help="Models whose answers appear next to that of the tuned model.")
+    ] = "nobody",
     ask: Annotated[str, typer.Option(help="Ask one question and end. Default: type questions.")] = "",
     context: Annotated[Path | None, typer.Option(help="File with the text that the questions are about.")] = None,
     max_new_tokens: Annotated[
@@ -158,10 +163,10 @@ def chat(
         converse(begun, about, harmless)
 
 
-@app.command(epilog="Example: fedmide watch runs/demo-001")
+@app.command(rich_help_panel=MORE, epilog="Example: fedmide watch runs/demo-001")
 def watch(
     path: RunFolderPath,
-    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds between two looks.")] = 2.0,
+    seconds: Annotated[float, typer.Option(min=0.1, help="Seconds between two updates.")] = 2.0,
     once: Annotated[bool, typer.Option("--once", help="Print the state once and end.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -182,7 +187,7 @@ def watch(
         follow(folder, seconds, once)
 
 
-@app.command(epilog="Example: fedmide split scores.json --rule otsu-exact --out sets")
+@app.command(rich_help_panel=RECORDS, epilog="Example: fedmide split scores.json --rule otsu-exact --out sets")
 def split(
     path: Annotated[Path, typer.Argument(help="File of scored records: JSON or JSONL.")],
     rule: Annotated[Rule, typer.Option(help="Rule for the threshold.")] = "otsu-256",
@@ -210,4 +215,4 @@ def _text(path: Path) -> str:
     try:
         return path.read_text("utf-8")
     except UnicodeDecodeError:
-        raise UsageError(f"{path}: not a text in UTF-8", "Convert the file to UTF-8") from None
+        raise UsageError(f"{path} is not a text in UTF-8", "Convert the file to UTF-8") from None

@@ -8,7 +8,17 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 
 from fedmide.cli import flower
-from fedmide.cli.shared import AsJson, Overrides, RunFolderPath, TrackerName, preset, tell_results, track_run
+from fedmide.cli.shared import (
+    STAGES,
+    START,
+    AsJson,
+    Overrides,
+    RunFolderPath,
+    TrackerName,
+    preset,
+    tell_results,
+    track_run,
+)
 from fedmide.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,13 +59,15 @@ StageVerb = Literal["train", "personalize", "generate", "evaluate"]
 WHOLE: tuple[StageVerb, ...] = ("train", "personalize", "generate", "evaluate")
 
 
-@app.command(epilog="Example: fedmide demo --out runs/first-look")
+@app.command(rich_help_panel=START, epilog="Example: fedmide demo --out runs/first-look")
 def demo(overrides: Overrides = [], out: Out = None, as_json: AsJson = False) -> None:  # noqa: B006
     """Run everything on demo data (2 minutes, downloads a 93 MB model)."""
     _work(_begun(preset("demo"), overrides, out), WHOLE, as_json)
 
 
-@app.command(epilog="Example: fedmide run config.toml --set federation.rounds=3 --out runs/first")
+@app.command(
+    rich_help_panel=START, epilog="Example: fedmide run config.toml --set federation.rounds=3 --out runs/first"
+)
 def run(
     config: ConfigOrRun = None,
     overrides: Overrides = [],  # noqa: B006
@@ -84,7 +96,7 @@ def run(
     _work(_opened(config, overrides, out, resume), WHOLE, as_json, runtime=runtime, tracker=tracker)
 
 
-@app.command(epilog="Example: fedmide train config.toml --out runs/first")
+@app.command(rich_help_panel=STAGES, epilog="Example: fedmide train config.toml --out runs/first")
 def train(
     config: ConfigOrRun = None,
     overrides: Overrides = [],  # noqa: B006
@@ -97,19 +109,25 @@ def train(
     _work(_opened(config, overrides, out, resume), ["train"], as_json, runtime=runtime)
 
 
-@app.command(epilog="Example: fedmide personalize runs/first")
+@app.command(rich_help_panel=STAGES, epilog="Example: fedmide personalize runs/first")
 def personalize(path: RunFolderPath, as_json: AsJson = False) -> None:
-    """Tune the model of each site on its own records."""
+    """Tune the model of each site on its own records.
+
+    It starts from the common adapter or, with personalization.start = "own", from the site's last local adapter.
+    """
     _work(_earlier(path), ["personalize"], as_json)
 
 
-@app.command(epilog="Example: fedmide generate runs/first")
+@app.command(rich_help_panel=STAGES, epilog="Example: fedmide generate runs/first")
 def generate(path: RunFolderPath, as_json: AsJson = False) -> None:
     """Generate responses to each site's test prompts."""
     _work(_earlier(path), ["generate"], as_json)
 
 
-@app.command(epilog="Example: fedmide evaluate runs/first --choice medqa:copies/medqa --max-questions 200")
+@app.command(
+    rich_help_panel=STAGES,
+    epilog="Example: fedmide evaluate runs/first --choice medqa:copies/medqa --max-questions 200",
+)
 def evaluate(
     path: RunFolderPath,
     choice: Annotated[

@@ -15,6 +15,28 @@ if TYPE_CHECKING:
     from fedmide.runs.opening import Run
 
 
+START = "Start"
+
+
+COMPARISON = "Compare"
+
+
+STAGES = "Stages of a run"
+
+
+RECORDS = "Data"
+
+
+SITES = "Hospitals"
+
+
+MORE = "More"
+
+
+PANELS = (START, COMPARISON, STAGES, RECORDS, SITES, MORE)
+"""The panels of `fedmide --help`, in their order."""
+
+
 RunFolderPath = Annotated[Path, typer.Argument(help="Run folder.")]
 
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from fedmide.cli.shared import AsJson, Overrides, preset, print_json
+from fedmide.cli.shared import COMPARISON, MORE, AsJson, Overrides, preset, print_json
 from fedmide.errors import UsageError
 
 app = typer.Typer()
@@ -16,7 +16,7 @@ app = typer.Typer()
 WhichScenario = Literal["own-style", "own-labels", "both"]  # the scenarios of studies.known_sites
 
 
-@app.command(epilog="Example: fedmide identify --scenario own-style --set federation.rounds=1")
+@app.command(rich_help_panel=MORE, epilog="Example: fedmide identify --scenario own-style --set federation.rounds=1")
 def identify(
     config: Annotated[
         Path | None, typer.Argument(help="Configuration (TOML). Default: a preset that takes minutes.")
@@ -58,7 +58,9 @@ def identify(
         Console().print(rivals_table(name, figures), sets_table(name, figures))
 
 
-@app.command(epilog="Example: fedmide compare config.toml --methods fedmide,fedavg-ft --seeds 0,1")
+@app.command(
+    rich_help_panel=COMPARISON, epilog="Example: fedmide compare config.toml --methods fedmide,fedavg-ft --seeds 0,1"
+)
 def compare(
     config: Annotated[
         Path, typer.Argument(help="Configuration (TOML). A table variants.NAME in it defines a variant.")
@@ -108,10 +110,15 @@ def compare(
     sys.stdout.write(f"{folder / ('validation.md' if validation else 'comparison.html')}\n")
 
 
-@app.command(epilog="Example: fedmide sweep config.toml --knob enrollment.threshold=0.9,1.0,1.1 --seeds 0")
+@app.command(
+    rich_help_panel=COMPARISON,
+    epilog="Example: fedmide sweep config.toml --knob enrollment.threshold=0.9,1.0,1.1 --seeds 0",
+)
 def sweep(
     config: Annotated[Path, typer.Argument(help="Configuration (TOML).")],
-    knob: Annotated[list[str], typer.Option(help="Setting and its values: KNOB=VALUE,VALUE,... (repeatable).")],
+    knob: Annotated[
+        list[str], typer.Option(help="Setting to vary and its values: section.key=VALUE,VALUE,... (repeatable).")
+    ],
     methods: Annotated[
         str, typer.Option(help="Methods and variants, separated by commas. Default: the method of the configuration.")
     ] = "",
