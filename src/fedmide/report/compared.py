@@ -28,12 +28,15 @@ from fedmide.report.gains import ResponseNlls, client_change, mean_change
 from fedmide.report.settings import shown
 
 NOT_COMPARABLE = ("model", "prompt", "data")
-"""Entries of the manifest that must be equal for the NLLs of two runs to be comparable."""
+"""Entries of the manifest. If two runs differ in one of them, their NLLs are not comparable."""
 
 
 @dataclass(frozen=True)
 class Difference:
-    """The change of NLL from the first run to another, under their last adapters. Below 0 is better."""
+    """The change of NLL from the first run to another: of each site, and their mean. Below 0 is better.
+
+    Each run counts with its last adapter.
+    """
 
     run: str
     clients: dict[str, Interval]
@@ -46,7 +49,7 @@ class Difference:
 
 
 def labeled(runs: Sequence[RunFacts]) -> tuple[RunFacts, ...]:
-    """The runs under distinct names."""
+    """The runs, renamed where several have one name."""
     names = [run.name for run in runs]
     return tuple(
         replace(run, name=f"{run.name} ({index})") if names.count(run.name) > 1 else run
@@ -55,12 +58,12 @@ def labeled(runs: Sequence[RunFacts]) -> tuple[RunFacts, ...]:
 
 
 def differences(runs: Sequence[RunFacts]) -> tuple[Difference, ...]:
-    """Each later run minus the first, paired by record if the records' figures are here."""
+    """Each later run minus the first, paired by record. Sites without files of their records' NLLs are left out."""
     return tuple(_difference(runs[0], run) for run in runs[1:])
 
 
 def headline(runs: Sequence[RunFacts]) -> Headline:
-    """The runs that are better than the first, with intervals."""
+    """The runs that are better than the first by their intervals, and a sentence on each run."""
     found = differences(runs)
     details = tuple(_sentence(each, runs[0].name) for each in found)
     better = [each.run for each in found if each.mean and each.mean.high < 0]
@@ -159,7 +162,8 @@ def _sentence(each: Difference, first: str) -> str:
         return f"{each.run}: no test records in common with {first}."
     worse = f"{len(each.worse)} of {len(each.clients)} sites are worse off{': ' if each.worse else ''}"
     return (
-        f"{each.run}: NLL {ranged(each.mean, signed=True)} nats per token from {first} on average (below 0 is better). "
+        f"{each.run}: NLL differs from that of {first} by {ranged(each.mean, signed=True)} nats per token on average "
+        "(below 0 is better). "
         f"{worse}{', '.join(each.worse)}."
     )
 

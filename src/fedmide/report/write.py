@@ -1,4 +1,4 @@
-"""Writes facts as one self-contained page, which needs no network and no other file. Writing is atomic."""
+"""Writes facts as one self-contained page, which needs no network and no other file. It is written atomically."""
 
 import json
 from collections.abc import Sequence
@@ -136,7 +136,7 @@ def _drawn(makers: Sequence[Any], facts: RunFacts) -> tuple[Figure, ...]:
 
 
 def _about_scores(facts: RunFacts) -> str:
-    """The source of the scores, or the reason for none."""
+    """The source of the scores, or the reason why there are none."""
     if facts.scores:
         return (
             "These figures come from the sites' own ledgers, counted in bins. If you pass this page on, you pass on "

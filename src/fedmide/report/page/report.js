@@ -5,6 +5,7 @@
   const boxes = [...document.querySelectorAll("#filter input")];
   const choices = new Map([...document.querySelectorAll("select[data-figure]")].map((each) => [each.dataset.figure, each]));
   const root = document.documentElement;
+  // Width of a printed drawing in pixels, by its kind (see kindOf).
   const PRINTED_WIDTH = { one: 680, few: 330, small: 215 };
 
   // Looks up a color that is the name of a CSS variable in the current theme.
@@ -25,6 +26,7 @@
     if ((meta.client && !isShown(meta.client)) || (meta.choice && choice && meta.choice !== choice)) return null;
     if (!meta.clients) return trace;
     const keep = meta.clients.map(isShown);
+    // Keeps the shown clients' entries of each list with one entry per client.
     const pick = (value) => {
       if (Array.isArray(value)) return value.length === keep.length ? value.filter((_, index) => keep[index]) : value;
       if (value && typeof value === "object") {
@@ -67,6 +69,7 @@
     };
   }
 
+  // The kind follows from the number of drawings in the figure.
   function kindOf(drawing) {
     const grid = drawing.closest(".plots").classList;
     return grid.contains("small") ? "small" : grid.contains("few") ? "few" : "one";
@@ -185,5 +188,6 @@
     drawAll();
   });
 
+  // Tests in a browser wait for this mark.
   drawAll().then(() => { root.dataset.drawn = "true"; });
 })();
