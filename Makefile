@@ -21,7 +21,7 @@ check: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python -m bench
 
-# The site is in site/; the pages that are generated are written anew first.
+# The site is in site/. The generated pages are rewritten first.
 docs: $(VENV)/.installed-dev
 	$(BIN)/python -m tools.references
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict

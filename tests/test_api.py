@@ -18,7 +18,7 @@ from fedmide.config import load, parse, to_toml
 from fedmide.errors import ConfigError, RunFolderError, UsageError
 from fedmide.journal.creation import reopen
 from fedmide.methods import registry
-from fedmide.methods.registry import FEDAVG, FEDMIDE
+from fedmide.methods.registry import DITTO, FEDAVG, FEDMIDE
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_a_users_own_method_runs_under_its_name(
     with pytest.raises(ConfigError, match=r"method = 'own:mine' is not known to this process\. Call fedmide\.register"):
         fedmide.run(config, tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
-    fedmide.register(replace(FEDMIDE, name="own:mine"))
+    fedmide.register(replace(DITTO, name="own:mine"))
     fedmide.register(replace(FEDAVG, name="own:mine"))  # the later one
     ours = fedmide.run(config, tmp_path / "run", quiet=True)
     theirs = fedmide.run(config.model_copy(update={"method": "fedavg"}), tmp_path / "fedavg", quiet=True)
@@ -141,6 +141,12 @@ def test_a_users_own_method_runs_under_its_name(
 def load_again(config: Any, folder: Path) -> Any:
     (folder / "written.toml").write_text(to_toml(config))
     return load(folder / "written.toml")
+
+
+def test_a_method_of_your_own_cannot_enroll() -> None:
+    """Configurations fit the settings of enrollment to `fedmide` alone, so such a method would never split."""
+    with pytest.raises(ConfigError, match="own:mine: a method of your own can't enroll"):
+        fedmide.register(replace(FEDMIDE, name="own:mine"))
 
 
 @pytest.mark.parametrize("name", ["mine", "fedavg", "own:", "own:Mine", "own:a b"])

@@ -65,8 +65,12 @@ def test_nothing_is_unpickled() -> None:
     assert not any(name in ("torch.load", "numpy.load") for path in SOURCES for name in imported(path))
 
 
-def test_two_modules_import_transformers_and_peft() -> None:
-    assert importing("transformers", "peft") == {"model/lora.py", "model/pretrained/hf.py"}
+def test_three_modules_import_transformers_and_peft() -> None:
+    assert importing("transformers", "peft") == {"model/lora.py", "model/hooks.py", "model/pretrained/hf.py"}
+
+
+def test_one_module_imports_flwr() -> None:
+    assert importing("flwr") == {"flower/apps.py"}
 
 
 def test_private_names_stay_in_their_module() -> None:

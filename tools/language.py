@@ -52,7 +52,7 @@ BRITISH = re.compile(
     r"\b\w*(?:"
     r"personalis|optimis|initialis|normalis|summaris|organis|recognis|serialis|quantis|minimis|maximis|generalis|"
     r"tokenis|randomis|utilis|visualis|standardis|synchronis|parallelis|specialis|finalis|prioritis|memoris|"
-    r"behaviour|colour|neighbour|favour|labelled|labelling|modelling|cancelled|travelled|travelling|analyse[sd]?\b|"
+    r"behaviour|colour|neighbour|favour|labelled(?!by)|labelling|modelling|cancelled|travelled|travelling|analyse[sd]?\b|"
     r"catalogue|artefact|judgement|licence|defence|grey\b|centre"
     r")\w*",
     re.IGNORECASE,
@@ -135,6 +135,17 @@ def docstrings(source: str) -> Iterator[tuple[int, str]]:
             yield node.lineno, node.value.value
 
 
+def names_of_tests(source: str) -> Iterator[tuple[int, str]]:
+    """The names of test functions as words.
+
+    >>> list(names_of_tests("def test_one_and_one(): ..."))
+    [(1, 'one and one')]
+    """
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            yield node.lineno, node.name.removeprefix("test_").replace("_", " ")
+
+
 def prose_of_markdown(text: str) -> Iterator[tuple[int, str, bool]]:
     """The lines of prose, each with its number, and whether it is of a paragraph or list (not a heading or table).
 
@@ -200,6 +211,10 @@ def of_python(source: str) -> Iterator[Finding]:
     for line, text in docstrings(source):
         if found := QUESTION.match(text.strip()):
             yield Finding(line, "a docstring begins with a noun or a verb", found[0])
+    for line, text in names_of_tests(source):
+        if found := QUESTION.match(text.capitalize()):
+            yield Finding(line, "a test's name begins with a noun or a verb", found[0])
+        yield from wording(text, line)
     for line, text in texts_of_python(source):
         yield from wording(text, line)
         yield from length(text, line)
@@ -226,8 +241,20 @@ def _wrapping(line: str, number: int) -> Iterator[Finding]:
 def of_file(path: Path) -> list[Finding]:
     """Stumbling places of a file, by line. Pages that are generated keep the lines of their sources."""
     text = path.read_text("utf-8")
-    found = of_markdown(text, wrapped=path.name not in GENERATED) if path.suffix == ".md" else of_python(text)
+    if path.suffix == ".md":
+        found = of_markdown(text, wrapped=path.name not in GENERATED)
+    elif path.suffix == ".py":
+        found = of_python(text)
+    else:
+        found = wording(text, 1)
     return sorted(set(found), key=lambda each: (each.line, each.problem))
+
+
+OTHERS = (
+    *("pyproject.toml", "mkdocs.yml", "CITATION.cff", "Makefile", ".ci/*", "examples/*.toml", "docs/*.svg"),
+    *("src/fedmide/cli/presets/*.toml", "src/fedmide/runs/*.j2", "src/fedmide/report/page/report*"),
+)
+"""Files that are neither Python nor Markdown: their words are checked, not their sentences."""
 
 
 GENERATED = ("cli.md", "configuration.md", "errors.md")
@@ -237,6 +264,7 @@ def files() -> Iterator[Path]:
     """The files whose language is checked: all but the test of this module, which quotes slips."""
     yield from sorted(ROOT.glob("*.md"))
     yield from sorted((ROOT / "docs").rglob("*.md"))
+    yield from sorted(path for pattern in OTHERS for path in ROOT.glob(pattern))
     for folder in ("src", "examples", "tools", "bench", "tests"):
         yield from sorted(path for path in (ROOT / folder).rglob("*.py") if path.name != "test_language.py")
 

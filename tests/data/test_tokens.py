@@ -17,7 +17,7 @@ from fedmide.config.sections import ModelConfig, PromptConfig
 from fedmide.data.batches import MAX_SPREAD, WORTH_PARTING, batches, pad
 from fedmide.data.prompts import ALPACA, Template, render
 from fedmide.data.records import Record, RecordId
-from fedmide.data.tokens import ROOM, Encoder, Example, encode_all, encoder
+from fedmide.data.tokens import RESPONSE_SHARE, Encoder, Example, encode_all, encoder
 from fedmide.errors import DataError, ModelError
 from fedmide.model.pretrained.locate import locate
 
@@ -232,7 +232,7 @@ def test_cut_leaves_room_and_keeps_beginnings(
     record = Record(instruction, response, context=context)
     example = plain(tokenizer, cutoff, "cut").encode(record)
     whole = plain(tokenizer, 4096).encode(record)
-    room = min(len(whole.ids) - whole.prompt_length, cutoff // ROOM)
+    room = min(len(whole.ids) - whole.prompt_length, cutoff // RESPONSE_SHARE)
     assert len(example.ids) <= cutoff
     assert len(example.ids) - example.prompt_length >= room
     assert example.truncated == (len(whole.ids) > cutoff)

@@ -31,12 +31,12 @@ def squad_normalize(text: str) -> str:
 
 
 @given(st.text(alphabet=string.ascii_letters + string.digits + string.punctuation + " \t\n") | sentences)
-def test_normalising_ascii_is_squads(text: str) -> None:
+def test_normalizing_ascii_is_squads(text: str) -> None:
     assert normalize(text) == squad_normalize(text)
 
 
 @given(st.text())
-def test_normalising_twice_changes_nothing_and_forms_are_one(text: str) -> None:
+def test_normalizing_twice_changes_nothing_and_forms_are_one(text: str) -> None:
     once = normalize(text)
     assert normalize(once) == once
     assert unicodedata.is_normalized("NFC", once)
@@ -56,7 +56,7 @@ def test_normalising_twice_changes_nothing_and_forms_are_one(text: str) -> None:
         ("", ""),
     ],
 )
-def test_normalising_by_hand(text: str, expected: str) -> None:
+def test_normalizing_by_hand(text: str, expected: str) -> None:
     assert normalize(text) == expected
 
 

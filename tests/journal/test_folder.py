@@ -67,7 +67,7 @@ def told(folder: RunFolder) -> list[tuple[int, str]]:
 # --- rounds
 
 
-def test_without_rounds_a_run_begins_at_the_beginning(folder: RunFolder) -> None:
+def test_a_run_without_rounds_begins_at_the_beginning(folder: RunFolder) -> None:
     assert folder.last_round(BEGIN) is BEGIN
 
 

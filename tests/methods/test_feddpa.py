@@ -122,7 +122,7 @@ def test_only_the_local_half_trains(run_federation: Any, distance: Distance) -> 
     assert all(not np.allclose(trained[name], own[name], atol=1e-4) for name in own)
 
 
-def test_a_mixture_is_what_peft_makes_of_two_adapters(
+def test_a_mixture_is_the_one_of_peft_for_two_adapters(
     run_federation: Any, tiny_folder: Path, random_examples: Callable[..., Any]
 ) -> None:
     """The forward pass, against two PEFT adapters whose outputs are added."""

@@ -248,7 +248,7 @@ def test_a_change_is_taken_back_exactly(changed: tuple[Any, Adapter]) -> None:
     assert weights() == before
 
 
-def test_a_change_is_what_peft_makes_of_it_as_factors(
+def test_a_change_is_the_one_of_peft_for_it_as_factors(
     changed: tuple[Any, Adapter], tiny_folder: Path, tmp_path: Path
 ) -> None:
     """The passes over changed weights against a model that PEFT loads from the folder that a run leaves."""

@@ -51,9 +51,9 @@ class Scripted:
     def __init__(self, tokenizer: Any, said: list[int]) -> None:
         self.tokenizer, self.said = tokenizer, said
 
-    def continuations(self, ids: torch.Tensor, mask: torch.Tensor, most: int, hear: Callable[[int], None]) -> None:
+    def continuations(self, ids: torch.Tensor, mask: torch.Tensor, most: int, on_text: Callable[[int], None]) -> None:
         for token in self.said[:most]:
-            hear(token)
+            on_text(token)
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_one_question_is_answered_and_control_characters_are_escaped(
     assert command(*asked).stdout == f"{record_view.harmless(with_context)}\n"
     found = json.loads(command(*asked, "--json").stdout)
     assert found == {"client": "a", "answers": {"personalized": with_context}}
-    monkeypatch.setattr(chat.Chat, "answer", lambda self, voice, question, context, hear: hear("a\x1b[31m"))
+    monkeypatch.setattr(chat.Chat, "answer", lambda self, voice, question, context, on_text: on_text("a\x1b[31m"))
     assert command(*asked).stdout == "a\\x1b[31m\n"
 
 

@@ -102,7 +102,7 @@ def test_fresh_adapters_follow_the_seed(resident: Resident) -> None:
 def test_work_is_counted_without_padding(tiny_folder: Path, random_examples: MakeExamples) -> None:
     resident, examples = open_model(CONFIG, tiny_folder), random_examples(9)
     heard: dict[str, int] = {}
-    resident.heard = heard.__setitem__
+    resident.on_count = heard.__setitem__
     tokens = sum(len(example.ids) for example in examples)
     resident.nll(resident.fresh(0), examples, "response")
     list(resident.train(resident.fresh(0), examples, PLAN))

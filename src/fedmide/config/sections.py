@@ -11,20 +11,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 Positions = Literal["all", "response"]
-
-
 DataSource = Literal["published", "files", "table", "medical"]
-
-
 ThresholdRule = Literal["otsu-256", "otsu-exact", "otsu-log", "lower-quartile", "median", "upper-quartile", "natural"]
-
-
 SplitRule = Literal["score", "random", "reversed", "length-matched"]
-
-
 ScoreKind = Literal["ratio", "relative-gap"]
-
-
 PresetName = Literal["original", "recommended"]
 
 
@@ -58,11 +48,7 @@ OWN_METHOD = re.compile(r"own:[a-z0-9][a-z0-9-]{0,40}")
 
 
 Quantization = Literal["none", "int8", "nf4"]
-
-
 Device = Literal["auto", "cpu", "cuda", "mps"]
-
-
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
@@ -71,14 +57,8 @@ NATURAL: Mapping[ScoreKind, float] = MappingProxyType({"ratio": 1.0, "relative-g
 
 
 Fraction = Annotated[float, Field(ge=0.0, lt=1.0)]
-
-
 Positive = Annotated[int, Field(ge=1)]
-
-
 Count = Annotated[int, Field(ge=0)]
-
-
 Rate = Annotated[float, Field(gt=0.0, le=1e6)]
 
 

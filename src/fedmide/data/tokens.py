@@ -24,8 +24,8 @@ from fedmide.data.prompts import Template, chat_messages, render, resolve
 from fedmide.data.records import Record, RecordId
 from fedmide.errors import DataError, ModelError
 
-ROOM = 4
-"""If a prompt must be cut, the response keeps its full length or cutoff / ROOM, whichever is less."""
+RESPONSE_SHARE = 4
+"""If a prompt must be cut, the response keeps its full length or cutoff / RESPONSE_SHARE, whichever is less."""
 
 
 SAME_DAY = "{% macro strftime_now(format) %}26 Jul 2024{% endmacro +%}"
@@ -104,7 +104,7 @@ class Encoder:
         """The record with each response in place of its own. All share one prompt, cut as the longest one needs."""
         answers = [self.response_ids(response) for response in responses]
         prompt = self.prompt_ids(record)
-        room = min(max(map(len, answers)), self.cutoff // ROOM) if self.overflow == "cut" else 1
+        room = min(max(map(len, answers)), self.cutoff // RESPONSE_SHARE) if self.overflow == "cut" else 1
         cut = len(prompt) > self.cutoff - room
         if cut:
             prompt = self._shortened(record, len(prompt), room)

@@ -97,7 +97,7 @@ class RunFolder:
         The caller ensures that this run's rounds would be the same: both runs differ only in what follows the rounds.
         """
         for client in clients:
-            for path in filter(Path.exists, [other.site(client) / "ledger.jsonl", *other._memories(client)]):
+            for path in filter(Path.exists, [other.site(client) / "ledger.jsonl", *other._method_state_files(client)]):
                 write_file(self.path / path.relative_to(other.path), path.read_bytes())
         aside, place = self.path / ".server.partial", self.path / "server"
         for left in (aside, place):  # may hold an incomplete round
@@ -139,12 +139,12 @@ class RunFolder:
         for each in state.method_state:
             write_file(self._method_state(state.name, each.round), adapters.encode(each.arrays))
         kept = {self._method_state(state.name, each.round) for each in state.method_state}
-        for path in set(self._memories(state.name)) - kept:
+        for path in set(self._method_state_files(state.name)) - kept:
             path.unlink()
 
     def read_method_state(self, client: str, next_round: int) -> tuple[MethodState, ...]:
         """The arrays that the client's method kept of the rounds before `next_round`."""
-        rounds = {int(path.stem): path for path in self._memories(client)}
+        rounds = {int(path.stem): path for path in self._method_state_files(client)}
         return tuple(
             MethodState(number, adapters.read(path)) for number, path in sorted(rounds.items()) if number < next_round
         )
@@ -269,7 +269,7 @@ class RunFolder:
     def _method_state(self, client: str, round_number: int) -> Path:
         return self.site(client) / "memory" / f"{round_number:03d}.safetensors"
 
-    def _memories(self, client: str) -> list[Path]:
+    def _method_state_files(self, client: str) -> list[Path]:
         return sorted(self._method_state(client, 0).parent.glob("*.safetensors"))
 
     def _evaluation(self, client: str, stage: str) -> Path:

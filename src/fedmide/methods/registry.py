@@ -53,6 +53,11 @@ def register(method: Method) -> None:
         raise ConfigError(
             f"{method.name!r} is not a name for a method of your own", "Call it own:NAME, of a-z, 0-9 and -"
         )
+    if method.enrolls:
+        raise ConfigError(
+            f"{method.name}: a method of your own can't enroll: the settings for it are those of fedmide",
+            'Leave `enrolls` false, or change the settings of method = "fedmide"',
+        )
     _OWN[method.name] = method
 
 

@@ -52,8 +52,8 @@ def generate(
     return tuple(texts[row] for row in range(len(examples)))
 
 
-def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
-    """The model's own response to an example's prompt. `hear` is called with each piece of it as soon as it is final.
+def stream(model: LoraModel, example: Example, max_new_tokens: int, on_text: Callable[[str], None]) -> str:
+    """The model's own response to an example's prompt. `on_text` gets each piece as soon as it is final.
 
     The pieces together are the response. Two things are not final yet: blank space, which may turn out to be the end,
     and the bytes of a character that more tokens may complete.
@@ -65,7 +65,7 @@ def stream(model: LoraModel, example: Example, max_new_tokens: int, hear: Callab
     def pass_on(text: str) -> None:
         nonlocal passed_on
         if text != passed_on and text.startswith(passed_on):
-            hear(text.removeprefix(passed_on))
+            on_text(text.removeprefix(passed_on))
             passed_on = text
 
     def take(token: int) -> None:

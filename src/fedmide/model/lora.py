@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -26,7 +26,6 @@ from peft import LoraConfig as PeftConfig
 from peft import PeftModel
 from torch import Tensor, nn
 from transformers import GenerationConfig
-from transformers.generation.streamers import BaseStreamer
 
 from fedmide.config.sections import LoraConfig, ModelConfig, Quantization
 from fedmide.data.batches import Batch
@@ -37,48 +36,13 @@ from fedmide.model.decoder import attention, layout, passes
 from fedmide.model.decoder.layout import Flat
 from fedmide.model.decoder.parts import Dropout
 from fedmide.model.decoder.prefixes import Prefixes
+from fedmide.model.hooks import OnToken, RowFilter, TokenStreamer
 from fedmide.model.interface import Adapter
 from fedmide.model.memory import BatchBudget
 from fedmide.model.pretrained.hf import checkpoint, load_base, under_lora
 from fedmide.model.workers import Workers
 
 TORCH_SEED_BITS = 63
-
-
-OnToken = Callable[[int], None]
-"""A function that is called with each new token id."""
-
-
-class RowFilter(nn.Module):
-    """A hook that keeps only chosen rows of the hidden states (B, T, D), as (1, N, D)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: Tensor | None = None
-
-    def __call__(self, _module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...] | None:
-        """The arguments of the output layer with the chosen rows only; None leaves them unchanged."""
-        if self.rows is None:
-            return None
-        hidden = args[0]
-        return (hidden.reshape(-1, hidden.shape[-1])[self.rows].unsqueeze(0), *args[1:])
-
-
-class _TokenStreamer(BaseStreamer):
-    """Passes each new token of one text to a callback; skips the prompt, which transformers puts first."""
-
-    def __init__(self, on_token: OnToken) -> None:
-        self.on_token = on_token
-        self.begun = False
-
-    def put(self, value: Tensor) -> None:
-        """Receives the prompt (1, T), then one token (1,) at a time."""
-        if self.begun:
-            self.on_token(int(value.item()))
-        self.begun = True
-
-    def end(self) -> None:
-        """Does nothing, as every token has been passed on already."""
 
 
 @dataclass(frozen=True, eq=False, kw_only=True)
@@ -280,7 +244,7 @@ class LoraModel:
                 input_ids=ids.to(self.device),
                 attention_mask=mask.to(self.device),
                 generation_config=greedy,
-                streamer=None if on_token is None else _TokenStreamer(on_token),
+                streamer=None if on_token is None else TokenStreamer(on_token),
             )
         return output[:, ids.shape[1] :].cpu()
 

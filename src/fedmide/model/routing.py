@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from fedmide.data.batches import Batch
 from fedmide.model.adapters import ROUTER, A, without_routers
 from fedmide.model.decoder.layout import Flat
+from fedmide.model.hooks import OnToken
 from fedmide.model.interface import Adapter
-from fedmide.model.lora import LoraModel, OnToken
+from fedmide.model.lora import LoraModel
 from fedmide.model.workers import Workers
 
 

@@ -30,8 +30,8 @@ def nll(
     def score(most: int) -> None:
         """Scores the records that have no result yet, in batches of at most `most` tokens."""
         left = [row for row in range(len(examples)) if row not in results]
-        parts = tuple(batches([examples[row] for row in left], positions, most, unpadded=model.unpadded))
-        for batch, losses in zip(parts, model.workers.each(model.nll, parts), strict=True):
+        made = tuple(batches([examples[row] for row in left], positions, most, unpadded=model.unpadded))
+        for batch, losses in zip(made, model.workers.each(model.nll, made), strict=True):
             rows = [left[row] for row in batch.rows]
             results.update(zip(rows, _row_sums(losses.cpu().double().numpy(), batch.predicts), strict=True))
             progress(sum(len(examples[row].ids) for row in rows))

@@ -154,9 +154,9 @@ def _gradient(
 
     def losses(most: int) -> float:
         """The sum of the losses, in passes of at most `most` tokens; leaves the gradient of their mean."""
-        parts = tuple(batches(examples, settings.positions, most, unpadded=model.unpadded))
+        made = tuple(batches(examples, settings.positions, most, unpadded=model.unpadded))
         for scale in LOSS_SCALES if model.dtype == torch.float16 else (1.0,):
-            loss_sum = _pass(model, parts, scale / num_tokens, seed, weights)
+            loss_sum = _pass(model, made, scale / num_tokens, seed, weights)
             if scale == 1.0 or _unscale(model, scale):
                 break
         return loss_sum
@@ -180,14 +180,15 @@ def _gradients(model: LoraModel) -> list[Tensor]:
 
 
 def _pass(
-    model: LoraModel, parts: Sequence[Batch], scale: float, seed: int, weights: NDArray[np.float32] | None
+    model: LoraModel, made: Sequence[Batch], scale: float, seed: int, weights: NDArray[np.float32] | None
 ) -> float:
     """The sum of the batches' losses; leaves the gradient of `scale` times that sum."""
     for gradient in _gradients(model):
         gradient.zero_()
     loss_sum = 0.0
     for losses, gradient in model.workers.each(
-        lambda part: model.backpropagate(part[1], scale, seed + part[0], _of_tokens(weights, part[1])), enumerate(parts)
+        lambda each: model.backpropagate(each[1], scale, seed + each[0], _of_tokens(weights, each[1])),
+        enumerate(made),
     ):
         model.flat.gradient.add_(gradient)
         loss_sum += float(losses.cpu().double().sum())

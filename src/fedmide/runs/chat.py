@@ -37,8 +37,8 @@ class Chat:
     voices: dict[Voice, Adapter]
     max_new_tokens: int
 
-    def answer(self, voice: Voice, question: str, context: str = "", hear: Callable[[str], None] = quiet) -> str:
-        """The voice's answer to a question; `hear` is called with each piece of it as soon as it is generated.
+    def answer(self, voice: Voice, question: str, context: str = "", on_text: Callable[[str], None] = quiet) -> str:
+        """The voice's answer to a question; `on_text` is called with each piece of it as soon as it is generated.
 
         Raises `DataError` if question and context leave no room for an answer below the configured cutoff.
         """
@@ -46,7 +46,7 @@ class Chat:
         longest = self.max_new_tokens
         if (positions := self.resident.model.num_positions) is not None:
             longest = min(longest, positions - example.prompt_length)
-        return self.resident.stream(self.voices[voice], example, longest, hear)
+        return self.resident.stream(self.voices[voice], example, longest, on_text)
 
 
 def begin(

@@ -19,7 +19,7 @@ from fedmide.config.knobs import fingerprint as config_fingerprint
 from fedmide.config.sections import DataConfig, ModelConfig
 from fedmide.data import load as load_data
 from fedmide.data.prompts import prompt_hash, resolve
-from fedmide.data.records import ClientData, Record
+from fedmide.data.records import ClientData
 from fedmide.data.tokens import Encoder, Example, encode_all, encoder
 from fedmide.errors import DataError, ModelError, UserError
 from fedmide.federation.messages import Facts
@@ -153,7 +153,7 @@ def _encode_clients(encode: Encoder, clients: Sequence[ClientData]) -> dict[str,
     for client in clients:
         parts = [
             _attempt(errors, partial(encode_all, encode, records, f"client {client.name!r}, {part}")) or ()
-            for part, records in _parts(client)
+            for part, records in client.parts().items()
         ]
         examples[client.name] = SiteExamples(*parts)
     if errors:
@@ -178,10 +178,6 @@ def _together(errors: Sequence[UserError]) -> UserError:
     return kind([problem for error in errors for problem in error.problems], ". ".join(remedies))
 
 
-def _parts(client: ClientData) -> tuple[tuple[str, Sequence[Record]], ...]:
-    return (("training", client.training), ("validation", client.validation), ("test", client.test))
-
-
 def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]:
     model = inputs.resident.model
     dtype = str(model.dtype).removeprefix("torch.")
@@ -201,7 +197,7 @@ def _manifest(config: Config, inputs: Inputs, model_hash: str) -> dict[str, Any]
         "data": {
             client.name: {
                 "fingerprint": _data_fingerprint(client),
-                **{part: len(records) for part, records in _parts(client)},
+                **{part: len(records) for part, records in client.parts().items()},
                 "truncated": inputs.examples[client.name].num_truncated,
             }
             for client in inputs.clients.values()
@@ -223,7 +219,7 @@ def _federation(config: Config, model_hash: str, prompt: str) -> str:
 
 
 def _data_fingerprint(client: ClientData) -> str:
-    ids = "\n".join(f"{part} {record.id}" for part, records in _parts(client) for record in records)
+    ids = "\n".join(f"{part} {record.id}" for part, records in client.parts().items() for record in records)
     return hashlib.sha256(ids.encode()).hexdigest()[:16]
 
 

@@ -30,14 +30,14 @@ from fedmide.progress import quiet
 class Resident:
     """A loaded model.
 
-    `work`: tokens or responses so far, by kind of work and without padding. `heard` is called with each new count.
+    `work`: tokens or responses so far, by kind of work and without padding. `on_count` is called with each new count.
     `seconds`: time spent in training, scoring and generation.
     """
 
     model: LoraModel
     config: Config
     work: Counter[str] = field(default_factory=Counter)
-    heard: Callable[[str, int], None] = lambda kind, total: None
+    on_count: Callable[[str, int], None] = lambda kind, total: None
     seconds: Counter[str] = field(default_factory=Counter)
     _last_fresh: tuple[int, Adapter] | None = None
 
@@ -91,10 +91,10 @@ class Resident:
                     found[row] = text
         return tuple(found)
 
-    def stream(self, adapter: Adapter, example: Example, max_new_tokens: int, hear: Callable[[str], None]) -> str:
-        """The response to one example's prompt under the adapter; `hear` gets each piece as soon as it is generated."""
+    def stream(self, adapter: Adapter, example: Example, max_new_tokens: int, on_text: Callable[[str], None]) -> str:
+        """The response to one example's prompt under the adapter; `on_text` gets each generated piece."""
         ((_, each),) = self._by_record(adapter, [example])
-        text = generation.stream(self._holding(each), example, max_new_tokens, hear)
+        text = generation.stream(self._holding(each), example, max_new_tokens, on_text)
         self._count("responses generated")(1)
         return text
 
@@ -133,7 +133,7 @@ class Resident:
     def _count(self, kind: str) -> Callable[[int], None]:
         def count(number: int) -> None:
             self.work[kind] += number
-            self.heard(kind, self.work[kind])
+            self.on_count(kind, self.work[kind])
 
         return count
 

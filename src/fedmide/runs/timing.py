@@ -21,11 +21,11 @@ def listening(run: Run, shown: AbstractContextManager[Advance]) -> Iterator[Adva
     """The same progress, which also shows the model's work on the current client."""
     resident = run.inputs.resident
     with shown as advance:
-        resident.heard = lambda kind, total: advance(0, f"{total:,} {kind}")
+        resident.on_count = lambda kind, total: advance(0, f"{total:,} {kind}")
         try:
             yield advance
         finally:
-            resident.heard = lambda kind, total: None
+            resident.on_count = lambda kind, total: None
 
 
 def noted(run: Run, runtime: Runtime, advance: Advance) -> Runtime:

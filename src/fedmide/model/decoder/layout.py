@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedmide.model.decoder.parts import PAD_COLUMNS, Adapters, Block, Decoder, HeadRoom, Layer, Lora
+from fedmide.model.decoder.parts import PAD_COLUMNS, Adapters, Block, Decoder, HeadScratch, Layer, Lora
 
 MODEL_TYPES = ("llama", "mistral")
 
@@ -70,7 +70,7 @@ def fused(network: Any, flat: Flat) -> Decoder | None:
         head_size=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
         epsilon=config.rms_norm_eps,
         rotary=_Rotary(model.rotary_emb),
-        room=HeadRoom(head),
+        scratch=HeadScratch(head),
     )
 
 

@@ -102,11 +102,11 @@ class Layer:
         if self.adapters is None:
             return
         torch.mul(self.adapters.a, self.adapters.scale * boost, out=self.adapters.a_scaled)
-        for room, b in self._rooms:
+        for room, b in self._extra_columns:
             room.copy_(b)
 
     @cached_property
-    def _rooms(self) -> tuple[tuple[Tensor, Tensor], ...]:
+    def _extra_columns(self) -> tuple[tuple[Tensor, Tensor], ...]:
         """Pairs of B's place in the weight and B. Made once, as making views takes longer than filling them."""
         room, loras = self.weight[:, self.num_in :], self.adapters.loras if self.adapters else ()
         return tuple((room[lora.columns, lora.rows], lora.b) for lora in loras)
@@ -124,7 +124,7 @@ class Block:
     down: Layer  # F -> D
 
 
-class HeadRoom(threading.local):
+class HeadScratch(threading.local):
     """Scratch tensors for some rows of logits, one set per thread: allocating them takes longer than filling them."""
 
     def __init__(self, head: Tensor) -> None:
@@ -150,7 +150,7 @@ class Decoder:
     epsilon: float
     rotary: Callable[[int], tuple[Tensor, Tensor]]
     """A function that returns the cosines and sines (T, d), float32, of T positions."""
-    room: HeadRoom
+    scratch: HeadScratch
 
     @cached_property
     def first_trained(self) -> int:

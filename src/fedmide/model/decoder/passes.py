@@ -191,8 +191,8 @@ def _chunk_losses(
 
     Without `scale` there is no gradient, and the second value has no use.
     """
-    logits = torch.mm(normed, decoder.head.t(), out=decoder.room.logits[: len(targets)])
-    few = len(decoder.room.exact)
+    logits = torch.mm(normed, decoder.head.t(), out=decoder.scratch.logits[: len(targets)])
+    few = len(decoder.scratch.exact)
     pairs = zip(logits.split(few), targets[:, None].split(few), strict=True)
     nll = torch.cat([_exact_losses(decoder, *pair, scale is not None) for pair in pairs]).squeeze(1)
     return (nll, normed) if scale is None else (nll, (logits @ decoder.head).mul_(scale))
@@ -200,7 +200,7 @@ def _chunk_losses(
 
 def _exact_losses(decoder: Decoder, logits: Tensor, index: Tensor, is_wanted: bool) -> Tensor:
     """NLL (M, 1) of the indices (M, 1) under a few rows of logits. If `is_wanted`, the gradient replaces the logits."""
-    exact = decoder.room.exact[: len(logits)].copy_(logits)
+    exact = decoder.scratch.exact[: len(logits)].copy_(logits)
     exact.sub_(exact.amax(-1, keepdim=True))
     wanted = exact.gather(1, index)
     total = exact.exp_().sum(-1, keepdim=True)
