@@ -4,9 +4,9 @@ No other module imports flwr.
 
     fedmide run  <- socket ->  server_app  <- Flower ->  client_app  <- socket ->  the site's worker
 
-The loop, the run folder, the records and the model are in processes of our own. Flower neither starts nor ends these.
+The loop, the run folder, the records and the model are in fedmide's processes. Flower neither starts nor ends these.
 Flower learns nothing of an error at a site, because it would send the exception's text to the server.
-In a simulation the client app works on its task itself, in the process that Ray gave it.
+In a simulation there is no worker: the client app answers by itself, in the process that Ray gave it.
 """
 
 import os
@@ -45,7 +45,7 @@ def main(grid: Grid, context: Context) -> None:
 @client_app.query()
 @client_app.train()
 def answer(message: Message, context: Context) -> Message:
-    """The site's answer; after an error an answer that reports trouble."""
+    """The site's answer to a message. If an error occurs, the answer reports trouble, without the error's text."""
     try:
         records = records_of(*_split(_worked(frame_of(message.content), context)))
     except Exception:  # noqa: BLE001 - Flower would send the exception's text to the server
@@ -124,7 +124,7 @@ def _split(frame: bytes) -> tuple[bytes, bytes]:
 
 
 def _worked(frame: bytes, context: Context) -> bytes:
-    """The answer of the site's worker; in a simulation, of this process itself."""
+    """The answer of the site's worker. In a simulation, this process answers by itself."""
     if site := os.environ.get(SITE):
         from fedmide.flower.asking import ask
 

@@ -1,6 +1,7 @@
 """The app bundle that a Flower run carries: a project file that names the apps of the *installed* package, and no code.
 
-So a site runs the code that it has installed, whatever a server submits under this name.
+So with this bundle, a site runs the code that it has installed.
+fedmide does not check the bundle that a site receives.
 """
 
 import json
@@ -46,7 +47,10 @@ def write_bundle(folder: Path) -> None:
 
 
 def write_connection(home: Path, port: int, certificate: Path | None) -> None:
-    """Writes the address of this machine's SuperLink for Flower's own commands; no certificate means plain text."""
+    """Writes the address of this machine's SuperLink for Flower's own commands.
+
+    Without a certificate, they connect without encryption.
+    """
     secure = f"root-certificates = {json.dumps(str(certificate))}" if certificate else "insecure = true"
     text = f'[superlink]\ndefault = "fedmide"\n\n[superlink.fedmide]\naddress = "127.0.0.1:{port}"\n{secure}\n'
     write_file(home / "config.toml", text.encode())

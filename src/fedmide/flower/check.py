@@ -23,7 +23,7 @@ _CONNECT_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Finding:
-    """The thing that was checked, what was found, and the problem; `problem` is empty if there is none."""
+    """The result of one check: its subject, what was found, and the problem. `problem` is empty if there is none."""
 
     what: str
     found: str
@@ -75,7 +75,7 @@ def _keys(folder: SiteFolder) -> str:
         mode = stat.S_IMODE(path.stat().st_mode)
         if mode & 0o077:
             raise UserError(f"{path} can be read by others (mode {mode:o})", f"Run chmod 600 {path}")
-    return "there, and readable by their owner only"
+    return "present, and readable by their owner only"
 
 
 def _server(folder: SiteFolder) -> str:
@@ -96,9 +96,12 @@ def _server(folder: SiteFolder) -> str:
 
 
 def _node(folder: SiteFolder) -> str:
-    """Checks that the server accepts this site's key: starts the node for a moment, unless the site is running."""
+    """Checks that the server accepts this site's key.
+
+    It starts the node for a moment, unless the site is running.
+    """
     if socket_path(folder.path, "worker").exists():
-        return "the site is running; its connection is in logs/supernode.log"
+        return "the site is running; logs/supernode.log shows its connection"
     log = folder.path / "logs" / "check.log"
     log.unlink(missing_ok=True)
     command = supernode_command(folder, free_port())

@@ -29,7 +29,7 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 class Consortium:
     """The description of a new consortium.
 
-    `address` is where sites reach the server, HOST:PORT. `port` is the SuperLink's own, on loopback.
+    `address`, as HOST:PORT, is where sites reach the server. `port` is the SuperLink's own, on loopback.
     `plain` means no encryption and no keys; it needs an address on loopback.
     """
 
@@ -46,13 +46,13 @@ class Consortium:
 
     @property
     def behind_proxy(self) -> bool:
-        """True if sites are on other machines."""
+        """True if sites are on other machines: they reach the SuperLink through a proxy."""
         return self.host not in LOOPBACK
 
     def problems(self) -> list[str]:
         """All problems of the description."""
         found = [
-            f"{name!r} is not a name for a site: expected 1 to 32 characters out of a-z 0-9 _ -, the first no _ or -"
+            f"{name!r} is not a name for a site: expected 1 to 32 characters from a-z 0-9 _ -, starting with a-z or 0-9"
             for name in self.sites
             if not _NAME.fullmatch(name)
         ]
@@ -135,7 +135,7 @@ def _write_script(what: str, verb: str, path: Path) -> None:
 
 
 def named(sites: Sequence[str] | str) -> tuple[str, ...]:
-    """The names in a text with commas, or in a sequence.
+    """The sites' names, from a text with commas between them or from a sequence.
 
     >>> named("a, b,c")
     ('a', 'b', 'c')

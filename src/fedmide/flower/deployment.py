@@ -20,6 +20,7 @@ from fedmide.progress import Tell
 from fedmide.runs.opening import Run
 
 _COME_UP_SECONDS = 60.0
+"""The longest wait for the server app of a submitted run to connect."""
 
 
 _RETRY_SECONDS = 3.0
@@ -27,7 +28,7 @@ _RETRY_SECONDS = 3.0
 
 @dataclass
 class Submitted:
-    """Flower's runs for one run of ours: a new one whenever the last one was lost."""
+    """Flower's runs for one run of fedmide, one after the other: if one is lost, the next one is submitted."""
 
     folder: ServerFolder
     listener: socket
@@ -37,7 +38,10 @@ class Submitted:
     _connection: Connection | None = field(default=None)
 
     def connect(self) -> Linked:
-        """The connection to the sites; waits for a SuperLink that is down."""
+        """The connection to the sites, through a new run of Flower.
+
+        If the SuperLink is down, this tries again for `patience_seconds`.
+        """
         self.end()
         until = time.monotonic() + self.patience_seconds
         while True:
@@ -70,7 +74,7 @@ class Submitted:
 
 @contextmanager
 def deployed(run: Run, folder: ServerFolder) -> Iterator[Run]:
-    """The same run over the consortium; refused while another run is in progress."""
+    """The same run over the consortium; raises `UsageError` while another run is in progress."""
     _check_free(folder)
     bound = None if folder.plain else {node: name for name, node in folder.read_nodes().items()}
     with listening(socket_path(folder.path, "link")) as listener:

@@ -20,21 +20,26 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 from fedmide.atomic import write_file
 
 _CA_DAYS, _SERVER_DAYS = 3650, 825
+"""Days for which the certificates of the authority and of the server are valid."""
 
 
 _CLOCKS_DIFFER = timedelta(hours=1)
+"""Certificates are valid from this long ago, so that a site whose clock is behind accepts them."""
 
 
 @dataclass(frozen=True)
 class Authority:
-    """The signer of the server's certificate: a key that never leaves the coordinator, and the trusted certificate."""
+    """The signer of the server's certificate.
+
+    The key never leaves the coordinator. The certificate is the one that sites trust.
+    """
 
     key: ec.EllipticCurvePrivateKey
     certificate: x509.Certificate
 
 
 def write_secret(path: Path, data: bytes) -> None:
-    """Writes a file that only its owner can read, from its first moment on."""
+    """Writes a file that only its owner can read, even while it is being written."""
     former = os.umask(0o077)
     try:
         write_file(path, data)
@@ -46,6 +51,7 @@ def new_authority(name: str) -> Authority:
     """A new certificate authority."""
     key = ec.generate_private_key(ec.SECP384R1())
     subject = _name(f"{name} certificate authority")
+    # only key_cert_sign and crl_sign: the authority's key signs certificates and lists of revoked ones
     usage = x509.KeyUsage(False, False, False, False, False, True, True, False, False)
     builder = (
         _builder(subject, subject, key.public_key(), _CA_DAYS)

@@ -18,7 +18,7 @@ _GRACE_SECONDS = 10.0
 
 
 _FAST_POLLING = {"FLWR_SUPEREXEC_TASK_POLL_INTERVAL": "0.2"}
-"""Seconds between two looks of an executor for work; Flower's default is 1."""
+"""An executor looks for work every 0.2 seconds; Flower's default is 1 second."""
 
 
 def environment(home: Path, **more: str) -> dict[str, str]:
@@ -38,7 +38,7 @@ def environment(home: Path, **more: str) -> dict[str, str]:
 
 @contextmanager
 def started(command: Sequence[str], variables: Mapping[str, str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process for the length of a `with` block; then it is ended with all that it started."""
+    """A process that runs during a `with` block. At its end, the process is ended with all that it started."""
     process = start(command, variables, log)
     try:
         yield process

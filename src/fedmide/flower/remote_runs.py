@@ -14,7 +14,10 @@ from fedmide.runs.opening import Run, set_sizes
 
 
 def remote(run: Run, connect: Callable[[], Exchange], bound: Mapping[int, str] | None = None) -> Run:
-    """The same run over an exchange. `bound` is the site of each node, as its registered key proves it."""
+    """The same run over an exchange. `bound` maps each node to its site, as the node's registered key proves it.
+
+    Without keys, it is None.
+    """
     if methods.of(run.config).in_one_place:
         raise UsageError(
             f'method = "{run.config.method}" trains in one place and has no sites to reach', "Run it without --runtime"

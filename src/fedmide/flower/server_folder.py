@@ -4,11 +4,15 @@ It contains:
 
     server.json        the sites' names and the addresses
     federation.toml    the configuration that all sites got
-    keys/              CA and server key (0600), certificates, superexec secret (0600), sites/NAME.pub
+    keys/              keys of the CA and the server (0600), certificates, superexec secret (0600),
+                       sites/NAME.pub: the sites' public keys
     app/               the app bundle that Flower's runs carry
     flwr/              Flower's own settings and, in state.db, the SuperLink's state
     nodes.json         the node id of each site, by its registered key
     run.json           the run that was started last, with its process
+    runs/NNN/          the run folders, unless --out names another place
+    start.sh           the script that starts the server
+    nginx.conf         the proxy's configuration, if sites are on other machines
     logs/              the output of the server's processes
 """
 
@@ -58,7 +62,7 @@ class ServerFolder:
 
     @property
     def certificate(self) -> Path | None:
-        """The certificate that commands check the server's against; None in plain text."""
+        """The certificate with which Flower's commands check the server's one; None without encryption."""
         return None if self.plain else self.path / "keys" / "ca.pem"
 
     def log(self, name: str) -> Path:

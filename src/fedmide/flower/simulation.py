@@ -75,9 +75,9 @@ def host(home: str, size: str) -> None:
 
 
 def namespace() -> tuple[str, ...]:
-    """The command that starts another one in a network namespace with loopback only.
+    """The words before a command that run it in a network namespace with loopback only.
 
-    It is empty if the present namespace has loopback only. Raises `UsageError` if this user may not make one.
+    There are none if the present namespace has loopback only. Raises `UsageError` if this user may not make one.
     """
     if [name for _, name in socket.if_nameindex() if name != "lo"] == []:
         return ()

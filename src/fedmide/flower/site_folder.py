@@ -2,11 +2,14 @@
 
 It contains:
 
-    site.toml      the federation's configuration, with the path of this site's records, relative to this folder
-    site.json      the site's name and the server's address
-    keys/          node key (0600), superexec secret (0600), the server's CA certificate
-    runs/ID/       a run folder per federation: ledger, adapters and measurements; it never leaves the site
-    logs/          the output of the site's processes; it never leaves the site either
+    site.toml          the federation's configuration, with the path of this site's records, relative to this folder
+    site.json          the site's name and the server's address
+    federation.json    version, hashes and settings of the federation, with which `check` compares the site's own
+    keys/              node key (0600), superexec secret (0600), the server's CA certificate
+    runs/ID/           a run folder per federation: ledger, adapters and measurements; it never leaves the site
+    logs/              the output of the site's processes; it never leaves the site either
+    flwr/              Flower's own files
+    start.sh           the script that starts the site
 """
 
 import json
@@ -79,9 +82,12 @@ class SiteFolder:
 
     @contextmanager
     def personalized(self, path: Path | None, tell: "Tell") -> Iterator["Run"]:
-        """The run in `path` for which this site has a tuned adapter, to be measured; None: the last such run.
+        """The run in the folder `path`, ready to be measured.
 
-        Raises `RunFolderError` if there is none, or if settings, model, prompt or records have changed since.
+        Without `path`, it is the run begun last of those with a tuned adapter of this site.
+
+        Raises `RunFolderError` if the run has no tuned adapter of this site, or if settings, model, prompt or
+        records have changed since.
         """
         from fedmide.journal.creation import locked
         from fedmide.runs.opening import Run
@@ -98,7 +104,7 @@ class SiteFolder:
             yield Run(folder, inputs, tell, federation)
 
     def _last_personalized(self, wanted: Path | None) -> Path:
-        """The wanted run folder, or the one begun last, among those with a tuned adapter of this site."""
+        """The wanted run folder, or else that of the run begun last. It has a tuned adapter of this site."""
         from fedmide.journal.creation import reopen
 
         found = [adapter.parents[2] for adapter in (self.path / "runs").glob(f"*/clients/{self.name}/adapter")]

@@ -49,7 +49,7 @@ class Supervisor:
     _stopping: bool = False
 
     def run(self) -> None:
-        """Keeps the processes running until this one gets SIGTERM or SIGINT; then ends them, each by its id."""
+        """Keeps the processes running until this process gets SIGTERM or SIGINT. Then ends them, each by its id."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._stop)
         try:

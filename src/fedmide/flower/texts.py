@@ -71,8 +71,8 @@ Server ({address}), in `server/`:
 Each site, in its own folder (`site-NAME/`, here FOLDER):
 1. Receive the folder over a channel that nobody else can read, because `keys/node-key` identifies the site. The
    coordinator then removes the folder at the server.
-2. Edit `site.toml`: data.path is the path of the site's records; prompt.template and model.name are on its machine.
-   Relative paths start at FOLDER.
+2. Edit `site.toml`: set data.path to the path of the site's records. If prompt.template or model.name is a path, set it
+   to the path on the site's machine. Relative paths start at FOLDER.
 3. Run `fedmide flower site check FOLDER` and fix every problem that it prints.
 4. Run `FOLDER/start.sh`. It uses the first python3 on PATH, or the one that FEDMIDE_PYTHON names. To start it with the
    system instead, save the output of `fedmide flower site unit FOLDER` as
@@ -95,14 +95,14 @@ def unit(what: str, folder: Path) -> str:
 
 
 def proxy(host: str, port: int, inner: int, folder: Path) -> str:
-    """An nginx site in front of the SuperLink."""
+    """The configuration of nginx as a proxy in front of the SuperLink."""
     return _PROXY.format(host=host, port=port, inner=inner, folder=folder)
 
 
 def checklist(address: str, version: str, behind_proxy: bool) -> str:
     """The steps that the coordinator and each site must take, in order."""
     rule = (
-        "Put `server/nginx.conf` into nginx's sites and open the port that it names. Keep the SuperLink's port closed."
+        "Add `server/nginx.conf` to nginx's configuration, open its port, and keep the SuperLink's port closed."
         if behind_proxy
         else "Nothing to do: all sites are on this machine. It needs no proxy, and no port is open to others."
     )
