@@ -1,4 +1,4 @@
-"""A conversation with a client's model, in the terminal."""
+"""A conversation with a site's model, in the terminal."""
 
 import sys
 from collections.abc import Callable, Iterator

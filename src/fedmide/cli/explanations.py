@@ -16,7 +16,7 @@ def sections(page: str) -> dict[str, str]:
 
 
 def explanation(name: str) -> str:
-    """The section of the page about an error, in any case of its name; "" if there is none.
+    """The section of the page about an error; "" if there is none. The name may be in upper or lower case.
 
     >>> explanation("configerror").split("\\n")[0]
     '## ConfigError'

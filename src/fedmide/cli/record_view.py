@@ -1,6 +1,6 @@
 """Records as the model sees them: the tokens it reads, the tokens with loss, and the text that is cut.
 
-Only for the owner of the records, and only in the terminal.
+They show texts of records, so they are for the owner of the records only, and go to the terminal only.
 """
 
 import unicodedata

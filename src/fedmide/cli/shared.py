@@ -57,7 +57,7 @@ def preset(name: str) -> Path:
 
 
 def track_run(folder: "RunFolder", tracker: TrackerName, place: str = "") -> str:
-    """The place where the run is tracked now. Prints what was not sent."""
+    """Logs a run to a tracker and returns the entry's place. Prints what was not sent."""
     from fedmide.runs.tracking import track
     from fedmide.terminal import tell
 
