@@ -76,7 +76,7 @@ def test_rows_equal_the_files_of_the_folder(run_path: Path) -> None:
     ledger = folder.read_ledger("a")
     assert [(row["record_id"], row["score"]) for row in results.scores("a")] == [(e.record_id, e.score) for e in ledger]
     assert results.responses("b") == folder.read_predictions("b") and len(results.responses("b")) == 3
-    with pytest.raises(RunFolderError, match=r"there is no client 'c'\. Known: a, b"):
+    with pytest.raises(RunFolderError, match=r"there is no site 'c'\. Known: a, b"):
         results.scores("c")
 
 

@@ -86,7 +86,7 @@ class Results:
     def _check(self, client: str) -> None:
         if client not in self.manifest["data"]:
             known = ", ".join(self.manifest["data"])
-            raise RunFolderError(f"{self.path}: there is no client {client!r}", f"Known: {known}")
+            raise RunFolderError(f"{self.path}: there is no site {client!r}", f"Known: {known}")
 
     def _measured(self) -> Iterator[Row]:
         for client, figures in self.metrics.get("clients", {}).items():

@@ -263,7 +263,7 @@ def nothing(given: Any) -> None:
             ],
         ),
         (empty_a_file, [], ["a/test.jsonl: no records, expected at least one"]),
-        (repeat_a_client, [], ["duplicate client name, whatever its case: A, a"]),
+        (repeat_a_client, [], ["duplicate site name, whatever its case: A, a"]),
         (
             lose_the_data,
             ["prompt.template=alpac"],
@@ -286,7 +286,7 @@ def nothing(given: Any) -> None:
             nothing,
             ["model.cutoff=14"],
             [
-                "client 'a', training, record 1: a prompt of ",
+                "site 'a', training, record 1: a prompt of ",
                 "leaves no room below the cutoff of 14",
                 "Raise model.cutoff",
             ],
@@ -357,15 +357,15 @@ def test_a_run_prints_its_progress_then_a_table_and_its_folder(
     settings = [word for each in QUICK for word in ("--set", each)]
     first = fedmide("run", small_input.config, *settings)
     assert first.code == 0
-    for part in ("client", "base", "aggregated", "personalized", "worst", "evaluated: runs/small-001\n"):
+    for part in ("site", "base", "aggregated", "personalized", "worst", "evaluated: runs/small-001\n"):
         assert part in first.out
     assert first.err.splitlines()[:4] == [
         "fedmide: reading the records",
         "fedmide: loading tiny-random",
         "fedmide: the run is in runs/small-001",
-        "fedmide: rounds: 4 client rounds",
+        "fedmide: rounds: 4 site rounds",
     ]
-    for line in ("rounds: 4/4 client rounds", "personalization: 2/2 clients", "evaluation: 6/6 adapters"):
+    for line in ("rounds: 4/4 site rounds", "personalization: 2/2 sites", "evaluation: 6/6 adapters"):
         assert f"fedmide: {line}, " in first.err
     second = fedmide("train", small_input.config, *settings, "--json")
     assert second.json["run"] == "runs/small-002" and second.json["status"] == "trained"
@@ -510,7 +510,7 @@ def test_changed_data_is_refused(fedmide: Callable[..., Outcome], small_input: A
     file.write_text(file.read_text().replace("Find", "Seek"))
     told = fedmide("run", "--resume", "R").refusal
     assert told == (
-        "R: the records of client 'b' are not those that the run began with. Undo the change, or start a new run"
+        "R: the records of site 'b' are not those that the run began with. Undo the change, or start a new run"
     )
 
 
@@ -603,15 +603,15 @@ def test_a_log_gets_a_line_of_progress_now_and_then(
 
     clock = iter([0.0, 5.0, 12.0, 15.0, 60.0, 60.0])
     monkeypatch.setattr(terminal, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    with terminal.bars("rounds", 6, "client rounds") as advance:
+    with terminal.bars("rounds", 6, "site rounds") as advance:
         for number, units in enumerate((1, 1, 1, 3)):
-            advance(units, f"client {number}")
+            advance(units, f"site {number}")
     with terminal.bars("generation", 0, "clients"):
         pass
     assert capsys.readouterr().err.splitlines() == [
-        "fedmide: rounds: 6 client rounds",
-        "fedmide: rounds: 2/6 client rounds, 10.0/min, 0:00:24 left, client 1",
-        "fedmide: rounds: 6/6 client rounds, 6.0/min, 0:00:00 left, client 3",
+        "fedmide: rounds: 6 site rounds",
+        "fedmide: rounds: 2/6 site rounds, 10.0/min, 0:00:24 left, site 1",
+        "fedmide: rounds: 6/6 site rounds, 6.0/min, 0:00:00 left, site 3",
         "fedmide: generation: nothing left to do",
     ]
 
@@ -621,11 +621,11 @@ def test_a_terminal_shows_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch:
 
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "200")
-    with terminal.bars("rounds", 2, "client rounds") as advance:
-        advance(1, "round-001, client a")
-        advance(1, "round-001, client b")
+    with terminal.bars("rounds", 2, "site rounds") as advance:
+        advance(1, "round-001, site a")
+        advance(1, "round-001, site b")
     shown = capsys.readouterr()
-    assert "2/2" in shown.err and "round-001, client b" in shown.err and shown.out == ""
+    assert "2/2" in shown.err and "round-001, site b" in shown.err and shown.out == ""
 
 
 def test_without_test_records_there_is_no_table(fedmide: Callable[..., Outcome], small_input: Any, here: Path) -> None:
@@ -686,7 +686,7 @@ def test_data_are_checked(fedmide: Callable[..., Outcome], small_input: Any, her
     shown = fedmide("data", "check", small_input.data)
     assert shown.code == 0 and "no held-out record occurs in training" in shown.out
     (small_input.data / "b" / "test.jsonl").write_bytes((small_input.data / "a" / "training.jsonl").read_bytes())
-    assert "share their text with training records of client a" in fedmide("data", "check", small_input.data).out
+    assert "share their text with training records of site a" in fedmide("data", "check", small_input.data).out
     break_json(small_input)
     leave_out_a_field(small_input)
     told = fedmide("data", "check", small_input.data).refusal
@@ -820,8 +820,7 @@ def test_records_are_shown_as_the_model_sees_them(
     found = fedmide("data", "show", small_input.config, "--part", "test", "--count", "2", "--json").json
     assert [each["title"] for each in found["records"]] == [f"{c}, test record {n}" for c in "ab" for n in (1, 2)]
     assert (
-        "--client c: no such client. Known: a, b"
-        in fedmide("data", "show", small_input.config, "--client", "c").refusal
+        "--client c: no such site. Known: a, b" in fedmide("data", "show", small_input.config, "--client", "c").refusal
     )
 
 
@@ -845,8 +844,8 @@ def test_a_check_warns_of_a_possible_identifier_of_a_person(
     line = json.dumps({**json.loads(lines[0]), "response": "write to jane@clinic.org"})
     path.write_text("\n".join([line, *lines[1:]]) + "\n")
     told = fedmide("data", "check", small_input.data).out
-    assert "warning: 1 training records of client a seem to hold an e-mail address\n" in told
-    assert "categories of client a: anatomy 100%\n" in told and "jane" not in told
+    assert "warning: 1 training records of site a seem to hold an e-mail address\n" in told
+    assert "categories of site a: anatomy 100%\n" in told and "jane" not in told
     assert told.rstrip().endswith("does not make records anonymous")
 
 

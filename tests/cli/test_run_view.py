@@ -45,7 +45,7 @@ def test_every_stage_is_shown(looks: list[list[str]], tmp_path: Path) -> None:
         f"rounds {rounds}/3   personalized {tuned}/2   generated {told}/2"
         for rounds, tuned, told in [(0, 0, 0), (3, 0, 0), (3, 2, 0), (3, 2, 2), (3, 2, 2)]
     ]
-    assert "last news" in looks[0][0] and "last news" not in looks[-1][0]
+    assert "last change" in looks[0][0] and "last change" not in looks[-1][0]
     assert looks[0][4].split() == ["a", "0", "–", "–", "–", "0", "0:00:00"]
     events = [event for event in reopen(tmp_path / "run").events() if event["client"] == "a"]
     last = [event for event in events if event["stage"] == "train"][-1]["metrics"]
@@ -67,7 +67,7 @@ def test_silence_and_refusals_are_shown(trained: RunFolder) -> None:
     lines = path.read_text().splitlines()
     path.write_text("\n".join([json.dumps({**json.loads(lines[0]), "refused": "it came too late"}), *lines[1:]]) + "\n")
     told = shown(look(trained, datetime.now(UTC) + timedelta(hours=2)))
-    assert ", 2:00:0" in told[0] and "last news 2:00:0" in told[0]
+    assert ", 2:00:0" in told[0] and "last change 2:00:0" in told[0]
     assert told[-1] == "warmup-000, a: it came too late"
 
 

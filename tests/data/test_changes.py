@@ -63,7 +63,7 @@ def test_noise_swaps_training_responses_of_the_given_number_of_clients(number: i
 
 
 def test_more_noisy_clients_than_there_are_is_refused() -> None:
-    with pytest.raises(DataError, match="there are 1 clients"):
+    with pytest.raises(DataError, match="there are 1 sites"):
         noisy([client("a", 3)], 2, 0)
 
 

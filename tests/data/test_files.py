@@ -272,22 +272,22 @@ def test_the_problems_of_all_files_of_a_folder_come_together(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("names", "expected"),
     [
-        (["a.json", "a.jsonl"], ": duplicate client name, whatever its case: a, a"),
-        (["a.json", "A.jsonl"], ": duplicate client name, whatever its case: A, a"),
-        (["a.json", "a/training.json"], ": duplicate client name, whatever its case: a, a"),
+        (["a.json", "a.jsonl"], ": duplicate site name, whatever its case: a, a"),
+        (["a.json", "A.jsonl"], ": duplicate site name, whatever its case: A, a"),
+        (["a.json", "a/training.json"], ": duplicate site name, whatever its case: a, a"),
         (["a b.json"], "/a b: expected a name of 1 to 64 characters out of A-Z a-z 0-9 . _ -"),
         (["\u00e9.json"], "/\u00e9: expected a name of 1 to 64"),
         ([f"{'n' * 65}.json"], ": expected a name of 1 to 64"),
-        (["...json"], ": no clients found"),
+        (["...json"], ": no sites found"),
         (["a.json", "b/test.json"], "/b: no training file"),
         (
             ["a/training.json", "a/training.jsonl"],
             "/a/training.json: expected one file for each of training, validation",
         ),
         (["a/training.json", "a/tests.json"], "/a/tests.json: expected one file for each of training, validation"),
-        (["training.json", "test.json"], "/training.json: a part, expected a client"),
-        ([], ": no clients found"),
-        (["a.csv"], ": no clients found"),
+        (["training.json", "test.json"], "/training.json: a part, expected a site"),
+        ([], ": no sites found"),
+        (["a.csv"], ": no sites found"),
     ],
 )
 def test_a_folder_with_another_layout_is_refused(tmp_path: Path, names: list[str], expected: str) -> None:
@@ -356,8 +356,8 @@ def test_a_table_names_rows_without_a_client_and_clients_that_differ_in_case(tmp
     path = write_lines(tmp_path / "all.jsonl", [{**GOOD, "client": owner} for owner in owners])
     found = problems(lambda: read_table(path, FIELDS))
     assert [problem.split(":")[1] for problem in found[:-1]] == ["2", "3", "4", "5", "6", "7"]
-    assert all("field 'client' does not name a client" in problem for problem in found[:-1])
-    assert found[-1].endswith("duplicate client name, whatever its case: a, A")
+    assert all("field 'client' does not name a site" in problem for problem in found[:-1])
+    assert found[-1].endswith("duplicate site name, whatever its case: a, A")
 
 
 def test_load_splits_the_clients_of_a_table_and_takes_the_first(tmp_path: Path) -> None:
@@ -383,7 +383,7 @@ def test_of_a_folder_a_single_client_is_read_as_it_is_among_others(tmp_path: Pat
     (tmp_path / "d e").mkdir()
     assert load(config, 0, "b") == (among,)
     assert [client.name for client in load(config, 0, "c")] == ["c"], "however many are wanted"
-    with pytest.raises(DataError, match="no client 'z' found"):
+    with pytest.raises(DataError, match="no site 'z' found"):
         load(config, 0, "z")
 
 
@@ -395,11 +395,11 @@ def test_load_reports_problems_of_its_settings(tmp_path: Path) -> None:
             load(DataConfig(source=source), seed=0)
         with pytest.raises(DataError, match=r"nowhere: no such f.*data\.path"):
             load(DataConfig(source=source, path=str(tmp_path / "nowhere")), seed=0)
-    with pytest.raises(DataError, match=r"2 clients, expected at least data\.clients = 3"):
+    with pytest.raises(DataError, match=r"2 sites, expected at least data\.clients = 3"):
         load(DataConfig(source="files", path=str(tmp_path), clients=3), seed=0)
     with pytest.raises(DataError) as caught:
         load(DataConfig(source="files", path=str(tmp_path)), seed=0)
-    assert ["client 'a'" in caught.value.problems[0], "client 'b'" in caught.value.problems[1]] == [True, True]
+    assert ["site 'a'" in caught.value.problems[0], "site 'b'" in caught.value.problems[1]] == [True, True]
 
 
 def test_scores_are_read_in_every_form_and_the_objects_kept(tmp_path: Path) -> None:

@@ -61,8 +61,8 @@ def test_another_layout_is_refused(tmp_path: Path) -> None:
     write(tmp_path, "test", 2)
     (tmp_path / "local_training_1.json").write_text("[{}]")
     assert refused(tmp_path) == [
-        "/local_training_01.json: expected a whole number for the client",
-        "/local_training_a.json: expected a whole number for the client",
+        "/local_training_01.json: expected a whole number for the site",
+        "/local_training_a.json: expected a whole number for the site",
         "/local_test_2.json: no local_training_2.json next to it",
         "/local_training_1.json:1: field 'instruction' is missing, expected text",
         "/local_training_1.json:1: field 'response' is missing, expected text",

@@ -179,7 +179,7 @@ def test_too_few_groups_name_the_client_and_the_remedy() -> None:
     with pytest.raises(DataError) as caught:
         split(SourceParts("north", two), DataConfig(), seed=0)
     assert len(caught.value.problems) == 1
-    assert "client 'north'" in caught.value.problems[0]
+    assert "site 'north'" in caught.value.problems[0]
     assert "2, expected at least 3" in caught.value.problems[0]
     assert "data.test_fraction = 0 and data.validation_fraction = 0" in caught.value.remedy
     assert "data.fields.context" in caught.value.remedy
@@ -187,7 +187,7 @@ def test_too_few_groups_name_the_client_and_the_remedy() -> None:
 
 
 def test_a_client_without_training_records_is_refused() -> None:
-    with pytest.raises(DataError, match="client 'north': no training records"):
+    with pytest.raises(DataError, match="site 'north': no training records"):
         split(SourceParts("north", ()), DataConfig(test_fraction=0.0, validation_fraction=0.0), seed=0)
 
 

@@ -199,9 +199,9 @@ def test_prompts_without_room_are_all_named(tokenizer: Any) -> None:
     encode = plain(tokenizer, cutoff=11)
     assert len(encode.encode(records[1]).ids) == 11
     with pytest.raises(DataError) as caught:
-        encode_all(encode, records, "client 'a', training")
+        encode_all(encode, records, "site 'a', training")
     assert caught.value.problems == tuple(
-        f"client 'a', training, record {number}: a prompt of {length} tokens leaves no room below the cutoff of 11"
+        f"site 'a', training, record {number}: a prompt of {length} tokens leaves no room below the cutoff of 11"
         for number, length in ((3, 11), (4, 12), (5, 51))
     )
     assert "prompt.overflow = 'cut'" in caught.value.remedy

@@ -107,8 +107,8 @@ def test_replies_that_can_t_be_used_are_refused_and_nothing_of_a_patient_leaves(
     assert "length" in refused[0, "c"]
     assert "no answer within 45 s" in refused[1, "c"]
     assert {refused[number, "a"] for number in (-1, 0, 1, 2)} == {""}
-    assert "client b is not personalized: its work failed" in said
-    assert "client c is not personalized: its disk is full or can't be written to" in said
+    assert "site b is not personalized: its work failed" in said
+    assert "site c is not personalized: its disk is full or can't be written to" in said
     told = said.encode() + consortium.wrote()
     words = ["Musterfrau", *texts_of(consortium)]
     assert [word for word in words if word.encode() in told] == []

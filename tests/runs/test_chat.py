@@ -129,7 +129,7 @@ def test_the_context_is_part_of_the_prompt(folder: RunFolder) -> None:
 def test_a_chat_that_is_impossible_is_refused_with_the_reason(
     folder: RunFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(RunFolderError, match=r"there is no client 'c'\. Known: a, b"):
+    with pytest.raises(RunFolderError, match=r"there is no site 'c'\. Known: a, b"):
         chat.begin(folder, "c")
     copy = reopen(shutil.copytree(folder.path, tmp_path / "copy"))
     copy.update_manifest(prompt="another")
@@ -139,7 +139,7 @@ def test_a_chat_that_is_impossible_is_refused_with_the_reason(
     with pytest.raises(ModelError, match=r"not the model that .*copy was trained on"):
         chat.begin(copy, "a")
     shutil.rmtree(copy.personal_adapter("a"))
-    with pytest.raises(RunFolderError, match=r"no adapter of client a yet\. First: fedmide personalize"):
+    with pytest.raises(RunFolderError, match=r"no adapter of site a yet\. First: fedmide personalize"):
         chat.begin(copy, "a")
 
 

@@ -204,7 +204,7 @@ def test_a_site_that_lost_its_ledger_is_refused(elsewhere: Sites, small_input: A
         ledger = tmp_path / "site-b" / "runs" / opened.federation / "clients" / "b" / "ledger.jsonl"
     ledger.unlink()
     with (
-        pytest.raises(RunFolderError, match=r"client b is not personalized: .*ledger"),
+        pytest.raises(RunFolderError, match=r"site b is not personalized: .*ledger"),
         opening.resume(tmp_path / "run", elsewhere=("a", "b"), tell=told.append) as opened,
     ):
         stages.personalize(remote(opened, lambda: elsewhere))
@@ -224,11 +224,11 @@ def test_a_site_whose_records_have_changed_is_refused_with_the_reason_in_its_log
     records.write_text(kept.splitlines()[0] + "\n")
     elsewhere.sites[2] = folder.site(said.append)
     with (
-        pytest.raises(RunFolderError, match=r"client b is not personalized: its ledger can't be used"),
+        pytest.raises(RunFolderError, match=r"site b is not personalized: its ledger can't be used"),
         opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened,
     ):
         stages.personalize(remote(opened, lambda: elsewhere))
-    assert any("the records of client 'b' are not those that the run began with" in line for line in said)
+    assert any("the records of site 'b' are not those that the run began with" in line for line in said)
     records.write_text(kept)
     (folder.path / "data").rename(folder.path / "moved")
     site_toml = folder.path / "site.toml"
@@ -250,7 +250,7 @@ def test_a_site_that_lost_its_local_adapter_does_not_tune_the_common_one_instead
     kept = last.read_bytes()
     last.unlink()
     with (
-        pytest.raises(RunFolderError, match=r"client b is not personalized: its ledger can't be used"),
+        pytest.raises(RunFolderError, match=r"site b is not personalized: its ledger can't be used"),
         opening.resume(tmp_path / "run", elsewhere=("a", "b")) as opened,
     ):
         stages.personalize(remote(opened, lambda: elsewhere))

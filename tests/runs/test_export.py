@@ -129,14 +129,14 @@ def test_a_quantized_base_is_refused(
 
 
 def test_an_export_that_is_impossible_is_refused_with_the_reason(folder: RunFolder, tmp_path: Path) -> None:
-    with pytest.raises(RunFolderError, match=r"there is no client 'c'\. Known: a, b"):
+    with pytest.raises(RunFolderError, match=r"there is no site 'c'\. Known: a, b"):
         export(folder, tmp_path / "out", "c")
     (tmp_path / "taken").mkdir()
     with pytest.raises(RunFolderError, match="taken exists already"):
         export(folder, tmp_path / "taken")
     copy = shutil.copytree(folder.path, tmp_path / "copy")
     shutil.rmtree(copy / "clients" / "a" / "adapter")
-    with pytest.raises(RunFolderError, match=r"no adapter of client a yet\. First: fedmide personalize"):
+    with pytest.raises(RunFolderError, match=r"no adapter of site a yet\. First: fedmide personalize"):
         export(reopen(copy), tmp_path / "out", "a")
 
 
@@ -145,7 +145,7 @@ def test_the_card_describes_the_model_and_holds_no_text_of_a_record(folder: RunF
     card = (tmp_path / "out" / "README.md").read_text()
     data = folder.read_manifest()["data"]
     for part in (
-        "# tiny-random, tuned by fedmide for client a",
+        "# tiny-random, tuned by fedmide for site a",
         data["a"]["fingerprint"],
         "LoRA rank 12",
         "same first choice at 100.0 %",

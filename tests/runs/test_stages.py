@@ -245,7 +245,7 @@ def test_half_a_personalization_is_not_evaluated(copied: Path, refusal: Refusal)
     shutil.rmtree(copied / "predictions")
     for stage in (stages.generate, stages.evaluate):
         found = refusal(copied, stage)
-        assert "clients not yet personalized: b" in found and f"First: fedmide personalize {copied}" in found
+        assert "sites not yet personalized: b" in found and f"First: fedmide personalize {copied}" in found
 
 
 def test_a_run_can_be_evaluated_before_it_is_personalized(reference: tuple[Any, Path], copied: Path) -> None:
@@ -277,7 +277,7 @@ def test_changed_records_are_refused_by_client(small_input: Any, tmp_path: Path)
     with pytest.raises(RunFolderError) as error, opening.resume(path):
         pass
     assert error.value.problems == tuple(
-        f"{path}: the records of client '{client}' are not those that the run began with" for client in "ab"
+        f"{path}: the records of site '{client}' are not those that the run began with" for client in "ab"
     )
     shutil.rmtree(small_input.data / "b")
     shutil.copytree(small_input.data / "a", small_input.data / "c")
@@ -359,8 +359,8 @@ def test_records_longer_than_the_cutoff_are_all_named(small_input: Any, tmp_path
     with pytest.raises(UserError) as error, opening.start(config, tmp_path / "run"):
         pass
     assert [problem.split(":")[0] for problem in error.value.problems] == [
-        "client 'a', training, record 11",
-        "client 'b', test, record 4",
+        "site 'a', training, record 11",
+        "site 'b', test, record 4",
     ]
     assert "Raise model.cutoff" in str(error.value) and str(error.value).count("Raise") == 1
     assert not (tmp_path / "run").exists()
@@ -469,8 +469,8 @@ def test_progress_counts_the_work_that_is_left(small_input: Any, tmp_path: Path)
             stage(run, shown)
     assert shown.totals == {"rounds": 6, "personalization": 2, "generation": 2, "evaluation": 6}
     assert len(shown.notes) == sum(shown.totals.values())
-    assert shown.notes[0].startswith("warmup-000, client a, loss ") and shown.notes[5].startswith("round-001, client b")
-    assert shown.notes[6] == "client a" and shown.notes[-1] == "client b, personalized"
+    assert shown.notes[0].startswith("warmup-000, site a, loss ") and shown.notes[5].startswith("round-001, site b")
+    assert shown.notes[6] == "site a" and shown.notes[-1] == "site b, personalized"
     assert shown.signs_of_life[0].endswith(" tokens trained") and len(shown.signs_of_life) > len(shown.notes)
     report = tmp_path / "run" / "report.html"
     assert said[:3] == ["reading the records", "loading tiny-random", f"the run is in {tmp_path / 'run'}"]
@@ -521,11 +521,11 @@ def test_a_federation_that_diverges_continues_and_reports_it(
         aggregated, fresh = stages._trained(run).adapter, run.inputs.fresh_adapter()
     assert all((aggregated[name] == fresh[name]).all() for name in fresh)
     refusals = [line for line in said if "its reply does not count" in line]
-    assert len(refusals) == 6 and refusals[0].startswith("warmup-000, client a: its reply does not count: ")
+    assert len(refusals) == 6 and refusals[0].startswith("warmup-000, site a: its reply does not count: ")
     assert "holds a value that is not finite" in refusals[0]
     assert sum("no adapter counts" in line for line in said) == 3
     assert [line for line in said if "its tuning" in line] == [
-        f"client {client}: no epoch of its tuning can be used, so it keeps the common adapter" for client in CLIENTS
+        f"site {client}: no epoch of its tuning can be used, so it keeps the common adapter" for client in CLIENTS
     ]
     for client in metrics["clients"].values():
         assert client["stages"]["personalized"] == client["stages"]["aggregated"]
@@ -550,7 +550,7 @@ def test_one_client_that_diverges_leaves_the_round_to_the_others(
     with opening.start(load(small_input.config), tmp_path / "run", said.append) as run:
         stages.train(run)
     assert [line.split(":")[0] for line in said if "does not count" in line] == [
-        f"{name}, client b" for name in ("warmup-000", "round-000", "round-001")
+        f"{name}, site b" for name in ("warmup-000", "round-000", "round-001")
     ]
     assert not any("nobody" in line for line in said)
     with opening.resume(tmp_path / "run") as run:  # its ledger is its own, even if its replies did not count

@@ -23,7 +23,8 @@ def check(
 ) -> None:
     """Report counts, lengths, duplicates, leaks, categories and possible identifiers of persons.
 
-    The splits are those of the files. Add --set data.test_fraction=... to split off test records.
+    The parts (training, validation, test) are those of the files. Add --set data.test_fraction=... to split
+    off test records.
     """
     from dataclasses import asdict
 
@@ -48,7 +49,7 @@ def check(
 def show(
     path: Annotated[Path, typer.Argument(help="Configuration (TOML), or a folder or file of records.")],
     client: Annotated[str, typer.Option(help="Site whose records are shown. Default: every site.")] = "",
-    part: Annotated[Part, typer.Option(help="Split to show.")] = "training",
+    part: Annotated[Part, typer.Option(help="Part to show.")] = "training",
     count: Annotated[int, typer.Option(min=1, help="Number of records to show per site, from the first.")] = 2,
     overrides: Overrides = [],  # noqa: B006
     as_json: AsJson = False,
@@ -71,7 +72,7 @@ def show(
         config = parse(apply_overrides({"data": {"path": str(path), "source": detect(path)}}, overrides))
     clients = load_data(config.data, config.data_seed)
     if client and client not in [each.name for each in clients]:
-        raise UsageError(f"--client {client}: no such client", f"Known: {', '.join(each.name for each in clients)}")
+        raise UsageError(f"--client {client}: no such site", f"Known: {', '.join(each.name for each in clients)}")
     chosen = [
         (f"{each.name}, {part} record {number}", record)
         for each in clients
@@ -79,7 +80,7 @@ def show(
         for number, record in enumerate(getattr(each, part)[:count], 1)
     ]
     if not chosen:
-        raise UsageError(f"no {part} records", "Choose another split with --part")
+        raise UsageError(f"no {part} records", "Choose another part with --part")
     from fedmide.cli.record_view import render, see
     from fedmide.model.pretrained.hf import load_tokenizer
     from fedmide.model.pretrained.locate import locate

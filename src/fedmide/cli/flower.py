@@ -176,7 +176,7 @@ def resume(path: ServerPath, run: Annotated[Path, typer.Argument(help="Run folde
 
 @app.command(epilog="Example: fedmide flower status consortium/server")
 def status(path: ServerPath, as_json: AsJson = False) -> None:
-    """Show the connected sites and the progress of the run."""
+    """Show each site's connection and the progress of the last run."""
     _check_installed()
     from fedmide.flower.deployment import status as status_of
     from fedmide.flower.server_folder import ServerFolder

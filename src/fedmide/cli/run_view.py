@@ -1,6 +1,6 @@
 """The progress of a run in the terminal. It is read from the run folder alone, not from the process at work.
 
-A round appears when it is complete, because the folder holds nothing of it before.
+A round appears when it is complete: before that, the folder holds nothing of it.
 """
 
 import time
@@ -65,11 +65,11 @@ def render(seen: Snapshot) -> RenderableType:
     count = len(seen.clients)
     head = Text(f"{seen.name}: {seen.status}, {clock(seen.elapsed_seconds)}", style="bold")
     if seen.status != LAST:
-        head.append(f", last news {clock(seen.silent_seconds)} ago", style="dim")
+        head.append(f", last change {clock(seen.silent_seconds)} ago", style="dim")
     stages = f"rounds {seen.rounds_done}/{seen.rounds}   personalized {seen.personalized}/{count}   "
     stages += f"generated {seen.generated}/{count}"
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("client", overflow="fold")
+    table.add_column("site", overflow="fold")
     for column in ("rounds", "loss", "", "shared", "personal", "enrolled", "time"):
         table.add_column(column, justify="left" if column == "" else "right", no_wrap=True)
     for client in seen.clients:
@@ -115,7 +115,7 @@ def clock(seconds: float) -> str:
 
 
 def _cells(own: Sequence[Turn]) -> tuple[str, ...]:
-    """A client's cells after its name."""
+    """The cells of a site's row after its name."""
     rounds = [turn for turn in own if turn.stage != "personalize"]
     losses = [turn.loss for turn in rounds if turn.loss is not None]
     sets = next(((turn.shared, turn.personal) for turn in reversed(rounds) if turn.shared is not None), ("–", "–"))

@@ -45,7 +45,7 @@ RuntimeOption = Annotated[
     RuntimeName,
     typer.Option(
         "--runtime",
-        help="Place of the sites: this process, processes that Ray starts, or real sites (fedmide flower).",
+        help="Place of the sites: this process, processes that Ray starts (flower-simulation), or real sites (flower).",
     ),
 ]
 

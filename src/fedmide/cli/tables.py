@@ -18,18 +18,21 @@ ARTICLES = dict.fromkeys("aeiou", "an")
 
 
 MAX_CATEGORIES = 6
-"""The most categories of a client that are named."""
+"""The maximum number of categories that are named per site."""
 
 
 STAGE_TITLES = {"base": "base", "aggregated": "aggregated", "personalized": "personalized"}
 
 
 def results_table(metrics: Mapping[str, Any]) -> Table:
-    """Each client's shared records, its response NLL and choice accuracy under every adapter, and their means."""
+    """Each site's shared records, and its response NLL and choice accuracy under every adapter.
+
+    The last rows are the mean over sites and the worst site.
+    """
     over = metrics["over_clients"]
     stages = [stage for stage in STAGE_TITLES if stage in over]
     table = _table("Shared records; response NLL (nats per token), choice accuracy")
-    table.add_column("client", overflow="fold")  # on a narrow terminal, names may break and figures may not
+    table.add_column("site", overflow="fold")  # on a narrow terminal, names may break and figures may not
     table.add_column("shared\nfirst last", justify="right", no_wrap=True)
     for stage in stages:
         table.add_column(f"{STAGE_TITLES[stage]}\n  NLL choice", justify="right", no_wrap=True)
@@ -59,7 +62,10 @@ def questions_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def rivals_table(scenario: str, figures: Mapping[str, Any]) -> Table:
-    """AUROC and average precision of each score in finding personal records, as means over sites."""
+    """AUROC and average precision of each score in finding personal records, as means over sites.
+
+    The row "as judged" is the score that the method itself used, at its own positions.
+    """
     table = _table(f"{scenario}: AUROC and average precision of personal records, mean over sites")
     table.add_column("score", no_wrap=True)
     moments = ("after_warmup", "after_rounds")
@@ -84,7 +90,7 @@ def rivals_table(scenario: str, figures: Mapping[str, Any]) -> Table:
 def sets_table(scenario: str, figures: Mapping[str, Any]) -> Table:
     """Each site's personal set compared with the truth, after the split and at the end, and the enrolled records."""
     table = _table(f"{scenario}: the personal set; precision, recall, F1")
-    table.add_column("client", no_wrap=True)
+    table.add_column("site", no_wrap=True)
     for column in ("after the split", "after the rounds", "enrolled, of them shared"):
         table.add_column(column, justify="right", no_wrap=True)
     for name, site in [*figures["clients"].items(), ("mean", figures["mean"])]:
@@ -105,7 +111,7 @@ def sheet_table(sheet: "Sheet") -> Table:
 
 
 def sweep_table(figures: Mapping[str, Any]) -> Table:
-    """Mean and worst client at each value of a setting, with the deviation over seeds."""
+    """The mean over sites and the worst site at each value of a setting, with the deviation over seeds."""
     seeds = len(figures["seeds"])
     about = f"± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
     table = _table(f"Response NLL by {figures['knob']}; {about}")
@@ -126,13 +132,13 @@ def _deviating(row: Mapping[str, Any]) -> str:
 
 
 def partition_table(dealt: "Dealt") -> Table:
-    """Each client's records of each part and of the most frequent values."""
+    """Each site's number of records per part, and per frequent value of the rule's field or, without one, category."""
     from fedmide.data.partition import counts
     from fedmide.data.partition_svg import shown_values, with_others
 
     values = shown_values(counts(dealt), 4)
     table = _table("Records; the most frequent values")
-    table.add_column("client", no_wrap=True)
+    table.add_column("site", no_wrap=True)
     parts = list(next(iter(dealt.values())))
     for part in parts:
         table.add_column(part, justify="right", no_wrap=True)
@@ -156,9 +162,9 @@ def methods_table(methods: Iterable["Method"]) -> Table:
 
 
 def check_table(report: "Report") -> Table:
-    """Sizes, duplicates and lengths of each client's parts."""
+    """Sizes, duplicates and lengths of each site's parts."""
     table = _table("Records; lengths in characters, mean/longest")
-    table.add_column("client", no_wrap=True)
+    table.add_column("site", no_wrap=True)
     for column in ("part", "records", "repeats", "categories", "concepts", "prompt", "response"):
         table.add_column(column, justify="right")
     for client in report.clients:
@@ -176,14 +182,14 @@ def leak_lines(report: "Report") -> list[str]:
     if not report.leaks:
         return ["no held-out record occurs in training"]
     return [
-        f"leak: {leak.records} {leak.part} records of client {leak.client} ({leak.distinct} distinct) share their "
-        f"{leak.kind} with training records of client {leak.training_client}"
+        f"leak: {leak.records} {leak.part} records of site {leak.client} ({leak.distinct} distinct) share their "
+        f"{leak.kind} with training records of site {leak.training_client}"
         for leak in report.leaks
     ]
 
 
 def category_lines(report: "Report") -> list[str]:
-    """A line for each client whose records have categories: the most frequent ones with their part of the records."""
+    """A line for each site whose records have categories: the most frequent ones, each with its percentage."""
     lines = []
     for client in report.clients:
         mix: Counter[str] = Counter()
@@ -191,14 +197,14 @@ def category_lines(report: "Report") -> list[str]:
             mix.update(part.category_mix)
         shown = ", ".join(f"{name} {count / mix.total():.0%}" for name, count in mix.most_common(MAX_CATEGORIES))
         more = f", {len(mix) - MAX_CATEGORIES} more" if len(mix) > MAX_CATEGORIES else ""
-        lines += [f"categories of client {client.name}: {shown}{more}"] if mix else []
+        lines += [f"categories of site {client.name}: {shown}{more}"] if mix else []
     return lines
 
 
 def identifier_lines(report: "Report") -> list[str]:
     """A warning for each kind of identifier that records of a part seem to hold, and the limits of this search."""
     lines = [
-        f"warning: {count} {part} records of client {client.name} seem to hold {ARTICLES.get(kind[0], 'a')} {kind}"
+        f"warning: {count} {part} records of site {client.name} seem to hold {ARTICLES.get(kind[0], 'a')} {kind}"
         for client in report.clients
         for part in ("training", "validation", "test")
         for kind, count in getattr(client, part).identifiers.items()
@@ -208,7 +214,7 @@ def identifier_lines(report: "Report") -> list[str]:
 
 
 def _table(title: str) -> Table:
-    """An empty table, narrow enough for eight columns of words on 80 characters."""
+    """An empty table, narrow enough for eight columns of words on a terminal of 80 characters."""
     return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
 
 

@@ -35,7 +35,7 @@ def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]
             sizes[part][home[name]] += members[name]
     if not all(sizes["training"].values()):
         raise DataError(
-            f"client {client.name!r}: its training records form fewer groups, which must stay whole, than "
+            f"site {client.name!r}: its training records form fewer groups, which must stay whole, than "
             f"data.pieces = {number}",
             "Set a smaller data.pieces",
         )
@@ -51,9 +51,7 @@ def pieces(client: ClientData, number: int, seed: int) -> tuple[ClientData, ...]
 def noisy(clients: Sequence[ClientData], number: int, seed: int) -> tuple[ClientData, ...]:
     """The clients, `number` of them with wrong labels: each training record has the response of another one."""
     if number > len(clients):
-        raise DataError(
-            f"data.noisy_clients = {number}: there are {len(clients)} clients", f"Set at most {len(clients)}"
-        )
+        raise DataError(f"data.noisy_clients = {number}: there are {len(clients)} sites", f"Set at most {len(clients)}")
     chosen = sorted(clients, key=lambda client: entropy(seed, "noisy", client=client.name))[:number]
     names = {client.name for client in chosen}
     return tuple(_swapped(client, seed) if client.name in names else client for client in clients)

@@ -153,7 +153,7 @@ def _owner(row: Row, fields: FieldNames) -> Reading[str]:
     name = str(value) if type(value) in {str, int} else ""
     if _NAME.fullmatch(name):
         return Reading((name,))
-    return Reading(problems=(f"{row.place}: field '{fields.client}' does not name a client, {_NAME_RULE}",))
+    return Reading(problems=(f"{row.place}: field '{fields.client}' does not name a site, {_NAME_RULE}",))
 
 
 def _clients_in(path: Path, only: str = "") -> Reading[ClientFiles]:
@@ -167,10 +167,10 @@ def _clients_in(path: Path, only: str = "") -> Reading[ClientFiles]:
     problems = [*found.problems, *_repeated(path, names)]
     problems += [f"{path / name}: {_NAME_RULE}" for name in names if not _NAME.fullmatch(name)]
     # Without this check, the folder of a single client would be read as clients called training and test.
-    problems += [f"{file}: a part, expected a client" for file in files if file.stem in PARTS]
+    problems += [f"{file}: a part, expected a site" for file in files if file.stem in PARTS]
     return Reading(
         tuple(clients),
-        tuple(problems if clients else [f"{path}: no {f'client {only!r}' if only else 'clients'} found"]),
+        tuple(problems if clients else [f"{path}: no {f'site {only!r}' if only else 'sites'} found"]),
     )
 
 
@@ -197,4 +197,4 @@ def _repeated(path: Path, names: Iterable[str]) -> list[str]:
     for name in names:
         same[name.casefold()].append(name)
     repeated = [", ".join(alike) for alike in same.values() if len(alike) > 1]
-    return [f"{path}: duplicate client name, whatever its case: {alike}" for alike in repeated]
+    return [f"{path}: duplicate site name, whatever its case: {alike}" for alike in repeated]

@@ -60,7 +60,7 @@ def _read(config: DataConfig, only: str) -> tuple[SourceParts, ...]:
     found = _READERS[config.source](path, config.fields)
     if config.clients > len(found):
         raise DataError(
-            f"{config.path}: {len(found)} clients, expected at least data.clients = {config.clients}",
+            f"{config.path}: {len(found)} sites, expected at least data.clients = {config.clients}",
             "Set data.clients = 0 to take all of them",
         )
     return found[: config.clients or None]

@@ -236,6 +236,6 @@ def _positive(text: str) -> bool:
 
 def _too_few(found: str, expected: int) -> DataError:
     return DataError(
-        f"{found}, expected at least {expected}: one for each part of each client",
-        "Ask for fewer clients, or set --validation-fraction 0 or --test-fraction 0",
+        f"{found}, expected at least {expected}: one for each part of each site",
+        "Ask for fewer sites, or set --validation-fraction 0 or --test-fraction 0",
     )

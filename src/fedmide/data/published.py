@@ -64,7 +64,7 @@ def _holds_records(folder: Path) -> bool:
 def _client_files(folder: Path) -> Reading[ClientFiles]:
     files = {part: _numbered(folder, part) for part in PARTS}
     unnumbered = [path for paths in files.values() for name, path in paths.items() if not _NUMBER.fullmatch(name)]
-    problems = [f"{path}: expected a whole number for the client" for path in sorted(unnumbered)]
+    problems = [f"{path}: expected a whole number for the site" for path in sorted(unnumbered)]
     training = files["training"]
     problems += [
         f"{path}: no local_training_{name}.json next to it"

@@ -153,12 +153,12 @@ def _groups_for(sizes: Sequence[int], fraction: float) -> int:
 
 def _too_few_groups(client: str, number: int, parts: Sequence[HeldOut]) -> DataError:
     if not number:
-        return DataError(f"client '{client}': no training records, expected at least one")
+        return DataError(f"site '{client}': no training records, expected at least one")
     knobs = " and ".join(f"data.{part}_fraction = 0" for part in parts)
     return DataError(
-        f"client '{client}': groups of training records that share no question and no concept: {number}, "
+        f"site '{client}': groups of training records that share no question and no concept: {number}, "
         f"expected at least {len(parts) + 1} to split off {' and '.join(parts)}",
-        f"Give the client its own {' and '.join(parts)} records, or set {knobs}. If records of one instruction "
+        f"Give the site its own {' and '.join(parts)} records, or set {knobs}. If records of one instruction "
         "differ in another field, set data.fields.context to its name",
     )
 

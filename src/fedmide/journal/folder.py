@@ -203,10 +203,10 @@ class RunFolder:
         """
         clients = self.read_manifest()["data"]
         if client and client not in clients:
-            raise RunFolderError(f"{self.path}: there is no client {client!r}", f"Known: {', '.join(clients)}")
+            raise RunFolderError(f"{self.path}: there is no site {client!r}", f"Known: {', '.join(clients)}")
         path = self.personal_adapter(client) if client else self.adapter
         if not path.is_dir():
-            what = f"no adapter of client {client}" if client else "no common adapter"
+            what = f"no adapter of site {client}" if client else "no common adapter"
             verb = "personalize" if client else "train"
             raise RunFolderError(f"{self.path}: {what} yet", f"First: fedmide {verb} {self.path}")
         return path

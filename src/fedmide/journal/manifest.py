@@ -24,7 +24,7 @@ def changed_records(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> I
     for client in {**earlier["data"], **present["data"]}:
         records = [each["data"].get(client, {}).get("fingerprint") for each in (earlier, present)]
         if records[0] != records[1]:
-            yield f"the records of client {client!r} are not those that the run began with"
+            yield f"the records of site {client!r} are not those that the run began with"
 
 
 def _version_hint(earlier: Mapping[str, Any], present: Mapping[str, Any]) -> str:

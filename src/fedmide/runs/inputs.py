@@ -95,7 +95,7 @@ def only(name: str) -> LoadData:
             return own
         found = ", ".join(client.name for client in clients)
         raise DataError(
-            f"{config.path}: no client {name!r} there, only {found}",
+            f"{config.path}: no site {name!r} there, only {found}",
             f"Set data.path to the file or folder of site {name}",
         )
 
@@ -152,7 +152,7 @@ def _encode_clients(encode: Encoder, clients: Sequence[ClientData]) -> dict[str,
     examples: dict[str, SiteExamples] = {}
     for client in clients:
         parts = [
-            _attempt(errors, partial(encode_all, encode, records, f"client {client.name!r}, {part}")) or ()
+            _attempt(errors, partial(encode_all, encode, records, f"site {client.name!r}, {part}")) or ()
             for part, records in client.parts().items()
         ]
         examples[client.name] = SiteExamples(*parts)

@@ -25,7 +25,7 @@ def is_personalized(run: Run) -> bool:
     missing = [name for name in run.inputs.clients if not run.folder.is_personalized(name)]
     if 0 < len(missing) < len(run.inputs.clients):
         raise RunFolderError(
-            f"{run.folder.path}: clients not yet personalized: {', '.join(missing)}",
+            f"{run.folder.path}: sites not yet personalized: {', '.join(missing)}",
             f"First: fedmide personalize {run.folder.path}",
         )
     return not missing

@@ -58,7 +58,7 @@ def train(run: Run, progress: Progress = silent) -> None:
     )
     ahead = range(state.round, run.config.federation.rounds)
     num_tasks = sum(len(server.asked(replace(state, round=number), run.config)) for number in ahead)
-    shown = listening(run, progress("rounds", num_tasks, "client rounds"))
+    shown = listening(run, progress("rounds", num_tasks, "site rounds"))
 
     def commit(after: ServerState, summary: RoundSummary) -> None:
         """Commits the round, after the files of all its sites are on disk."""
@@ -85,18 +85,16 @@ def personalize(run: Run, progress: Progress = silent) -> None:
     waiting = replace(state, clients=tuple(task.client for task in tasks))
     runtime = run.runtime or _in_process(run, waiting, partial(keep, run.folder, run.inputs))
     problems: list[str] = []
-    shown = listening(run, progress("personalization", len(tasks), "clients"))
+    shown = listening(run, progress("personalization", len(tasks), "sites"))
     with timed(run, "personalized", len(tasks)), shown as advance:
         for delivery in noted(run, runtime, advance)(tasks):
             _, tuned = server.apply(state, [delivery], run.config)
             if refused := tuned.clients[0].refused:
-                problems.append(f"client {delivery.client} is not personalized: {refused}")
+                problems.append(f"site {delivery.client} is not personalized: {refused}")
                 continue
             run.folder.commit_personalization(tuned)
             if tuned.clients[0].metrics.get("epoch") == Metric(0):
-                run.tell(
-                    f"client {delivery.client}: no epoch of its tuning can be used, so it keeps the common adapter"
-                )
+                run.tell(f"site {delivery.client}: no epoch of its tuning can be used, so it keeps the common adapter")
         if problems:
             raise RunFolderError(problems, f"Fix this, then resume the run: {_resuming(run)}")
 
@@ -108,14 +106,14 @@ def generate(run: Run, progress: Progress = silent) -> None:
         return
     if not is_personalized(run):
         raise RunFolderError(
-            f"{run.folder.path}: no client is personalized", f"First: fedmide personalize {run.folder.path}"
+            f"{run.folder.path}: no site is personalized", f"First: fedmide personalize {run.folder.path}"
         )
     names = [name for name in run.inputs.clients if not run.folder.predictions(name).exists()]
-    shown = listening(run, progress("generation", len(names), "clients"))
+    shown = listening(run, progress("generation", len(names), "sites"))
     with timed(run, "generated", len(names)), shown as advance:
         for name in names:
             write_file(run.folder.predictions(name), responses(run, name))
-            advance(1, f"client {name}")
+            advance(1, f"site {name}")
 
 
 def validate(run: Run) -> dict[str, Nll]:
@@ -157,7 +155,7 @@ def evaluate(
             ask_all(run, asked, questions[asked], aggregated, advance)
         for name, stage in work:
             measured[name][stage] = measurements(run, name, stage, aggregated)
-            advance(1, f"client {name}, {stage}")
+            advance(1, f"site {name}, {stage}")
         metrics = summary.summarize(
             run.config,
             measured,
@@ -210,7 +208,7 @@ def _troubles(run: Run, summary: RoundSummary) -> Iterator[str]:
     title = run.folder.round_name(summary.round)
     for row in summary.clients:
         if row.refused:
-            yield f"{title}, client {row.client}: its reply does not count: {row.refused}"
+            yield f"{title}, site {row.client}: its reply does not count: {row.refused}"
     if not summary.aggregated and methods.of(run.config).travels:
         yield f"{title}: no adapter counts, so the common adapter stays as it was"
 

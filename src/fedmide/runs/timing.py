@@ -43,7 +43,7 @@ def _note(run: Run, round_number: int, delivery: Delivery) -> str:
     """A short note on a client's finished work: round, name, loss."""
     title = f"{run.folder.round_name(round_number)}, " if round_number < run.config.federation.rounds else ""
     loss = delivery.reply.metrics.get("loss") if delivery.reply else None
-    return f"{title}client {delivery.client}" + (f", loss {loss.sum / loss.count:.3f}" if loss else "")
+    return f"{title}site {delivery.client}" + (f", loss {loss.sum / loss.count:.3f}" if loss else "")
 
 
 @contextmanager

@@ -52,7 +52,7 @@ OURS = ".fedmide"
 """The ending of TensorBoard files that fedmide wrote."""
 
 
-ALONE = "a client's figures are over a single record, so neither they nor the report are tracked"
+ALONE = "a site's figures are over a single record, so neither they nor the report are tracked"
 
 
 _NOT_IN_A_NAME = re.compile(r"[^A-Za-z0-9_\-./ ]")

@@ -320,7 +320,7 @@ def test_every_shortage_is_named(known: Knowledge) -> None:
     with pytest.raises(DataError) as caught:
         medical.assemble(few, seed=0, clients=7, sizes={**SIZES, "validation": 60, "test": 100})
     assert len(caught.value.problems) == 2
-    assert "client icd10-coding:" in caught.value.problems[0] and "expected 60" in caught.value.problems[0]
+    assert "site icd10-coding:" in caught.value.problems[0] and "expected 60" in caught.value.problems[0]
 
 
 def test_sizes_out_of_range_are_all_named() -> None:

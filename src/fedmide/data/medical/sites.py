@@ -106,12 +106,12 @@ def assemble(known: Knowledge, seed: int, clients: int, sizes: Mapping[str, int]
         ]
         made[place] = drawn
         problems += [
-            f"client {place.name}: {len(records)} {part} records, expected {size}"
+            f"site {place.name}: {len(records)} {part} records, expected {size}"
             for records, (part, size) in zip(drawn, sizes.items(), strict=True)
             if len(records) < size
         ]
     if problems:
-        raise DataError(problems, "Ask for fewer records or fewer clients: the packages have no more concepts")
+        raise DataError(problems, "Ask for fewer records or fewer sites: the packages have no more concepts")
     return tuple(client_data(place.name, *parts) for place, parts in made.items())
 
 
@@ -217,12 +217,12 @@ def _record(item: Item, question: str) -> Record:
 
 def _check_names(clients: Sequence[ClientData]) -> None:
     names = [client.name for client in clients]
-    problems = [f"client {name!r}: not usable as a folder's name" for name in names if not _is_file_safe(name)]
+    problems = [f"site {name!r}: not usable as a folder's name" for name in names if not _is_file_safe(name)]
     problems += [
-        f"client {name}: occurs {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
+        f"site {name}: occurs {names.count(name)} times" for name in sorted(set(names)) if names.count(name) > 1
     ]
     if problems:
-        raise DataError(problems, "Give each client a name of letters, digits, '.', '_' and '-'")
+        raise DataError(problems, "Give each site a name of letters, digits, '.', '_' and '-'")
 
 
 def _is_file_safe(name: str) -> bool:
