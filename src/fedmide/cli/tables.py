@@ -21,7 +21,7 @@ MAX_CATEGORIES = 6
 """The maximum number of categories that are named per site."""
 
 
-STAGE_TITLES = {"base": "base", "aggregated": "aggregated", "personalized": "personalized"}
+STAGES = ("base", "aggregated", "personalized")
 
 
 def results_table(metrics: Mapping[str, Any]) -> Table:
@@ -30,12 +30,12 @@ def results_table(metrics: Mapping[str, Any]) -> Table:
     The last rows are the mean over sites and the worst site.
     """
     over = metrics["over_clients"]
-    stages = [stage for stage in STAGE_TITLES if stage in over]
+    stages = [stage for stage in STAGES if stage in over]
     table = _table("Shared records; response NLL (nats per token), choice accuracy")
     table.add_column("site", overflow="fold")  # on a narrow terminal, names may break and figures may not
     table.add_column("shared\nfirst last", justify="right", no_wrap=True)
     for stage in stages:
-        table.add_column(f"{STAGE_TITLES[stage]}\n  NLL choice", justify="right", no_wrap=True)
+        table.add_column(f"{stage}\n  NLL choice", justify="right", no_wrap=True)
     for name, client in metrics["clients"].items():
         rows = (client["stages"][stage] for stage in stages)
         measured = (_pair(row["response_nll"], "value", row["choice"], "accuracy") for row in rows)
