@@ -20,7 +20,7 @@ def test_no_sentence_makes_readers_stumble(path: Path) -> None:
         ('x = 1\n"""Whether it is."""\n', "a docstring begins with a noun or a verb"),
         ('x = f"the run {1} goes on with it"\n', "write resume or continue"),
         ("x = 1  # a file that nobody mends\n", "write fix"),
-        ("def test_who_is_there(): ...\n", "a test's name begins"),
+        ("def test_who_is_there(): ...\n", "a test's name begins with a noun or a verb"),
         ("def test_a_run_goes_on(): ...\n", "write resume or continue"),
         ("# nats a token, measured\n", "write per"),
         ('"""The personalised adapter."""\n', "spell it as Americans do"),
