@@ -63,7 +63,7 @@ def _settings(task: ClientTask, config: Config, fold: int | None) -> TrainingCon
 
 
 def kept_method_state(task: ClientTask, state: ClientState, trained: Epoch | None) -> tuple[MethodState, ...]:
-    """The memory after the round: with the local adapter, if that is needed again and is finite."""
+    """The method state after the round: with the local adapter, if that is needed again and is finite."""
     if trained is None or not state.config.keeps_own or not is_finite(trained.adapter):
         return state.method_state
     return (*state.method_state[-1:], MethodState(task.round, trained.adapter))

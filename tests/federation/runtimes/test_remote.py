@@ -228,7 +228,7 @@ def test_a_site_whose_ledger_is_not_the_reported_one_is_refused(sites: Sites, fa
 def test_a_node_is_the_site_of_its_key(sites: Sites, fakes: Any) -> None:
     sites.facts = {"b": replace(FACTS, client="a")}
     _, summary = one_round(sites, fakes, bound={1: "a", 2: "b"})
-    assert "says that it is another" in refusals(summary)["b"]
+    assert "names another site" in refusals(summary)["b"]
     assert "c" in refusals(summary), "its node has no key of the consortium's"
     assert sites.asked == [("a", -1)]
 

@@ -140,9 +140,9 @@ class Remote:
         known = "" if self.bound is None else self.bound.get(answer.node, "")
         facts = _decoded(answer)
         if not isinstance(facts, Facts):
-            return known, [facts if isinstance(facts, str) else "it does not say who it is"]
+            return known, [facts if isinstance(facts, str) else "it does not name its site"]
         if self.bound is not None and facts.client != known:
-            return known, [f"its key belongs to {known or 'no site'}, but it says that it is another"]
+            return known, [f"its key belongs to {known or 'no site'}, but it names another site"]
         if facts.client in self._node_of:
             return facts.client, ["another node is already connected as this site"]
         return facts.client, list(differences(self.own, facts, set_sizes.get(facts.client)))
