@@ -58,7 +58,7 @@ def score(nll_aggregated: float, nll_local: float) -> float:
 
 
 def relative_gap(nll_aggregated: float, nll_local: float) -> float:
-    """The part of the common adapter's NLL that the local one saves: above 0 it predicts the record better.
+    """The fraction of the common adapter's NLL that the local one saves: above 0 the local one is better.
 
     NaN if either NLL is not finite, or if the common adapter's is 0.
 

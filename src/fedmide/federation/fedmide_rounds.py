@@ -4,10 +4,12 @@ A federated round, step by step:
 
     receive the common adapter
     score the personal records with it: their NLL under it against their NLL under the local adapter
-    enroll those whose score is below 1
+    enroll those whose score is below the threshold (`enrollment.threshold`, 1 as published)
     train on the shared set
     measure the records that stay personal under the new local adapter
     reply with the adapter and the number of records that trained it
+
+The first common adapter after the warm-up splits all records by score, instead of enrolling.
 """
 
 from collections.abc import Iterable, Mapping
@@ -54,7 +56,7 @@ def federated_round(task: ClientTask, state: ClientState, model: LocalModel) -> 
     trained: Epoch | None = None
     own: Mapping[RecordId, Nll] = {}
     if task.train and not now.is_split and state.config.warmup.rounds > 0:
-        # a site that missed the warm-up's last round is split at its next task, as if this round had been that one
+        # A site that missed the last warm-up round: this round serves as one, and its next task splits its records.
         trained, own = train_and_measure(task, state, model)
     elif task.train and (trained := train_on(task, state, model, weights)) is not None:
         compared = now.personal if state.config.enrollment.enabled else ()

@@ -16,7 +16,7 @@ MAX_RECORDS = 2**29 - 1
 
 
 MetricName = Literal[
-    "loss",  # training loss: nats over trained tokens, count of those
+    "loss",  # sum of the training loss in nats; count: trained tokens
     "validation_loss",  # the same on the validation records, at the kept epoch
     "shared",  # records in the shared set
     "personal",  # records in the personal set

@@ -174,7 +174,7 @@ def _reason(
 
 
 def _bounded(reply: ClientReply, state: ServerState, config: Config) -> tuple[Adapter | None, float]:
-    """The reply's arrays, with the update cut to the longest allowed, and its length before if it was cut, else 0."""
+    """The reply's arrays, with the update cut to the longest allowed, and its length before; 0 if it was not cut."""
     most = config.replies.max_update_norm
     if reply.adapter is None or not most:
         return reply.adapter, 0.0

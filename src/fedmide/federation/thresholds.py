@@ -92,7 +92,7 @@ def otsu_log(scores: ArrayLike) -> float | None:
 
 
 def quantile(part: float, scores: ArrayLike) -> float | None:
-    """The threshold that makes about this part of the records shared, whatever their scores.
+    """The threshold that makes about this fraction of the records shared, whatever their scores.
 
     >>> quantile(0.5, [3.0, 1.0, 2.0])
     2.0

@@ -105,7 +105,7 @@ def learn(
 
 
 def train_received(visit: Visit, model: LocalModel) -> Trained:
-    """Local training from the received adapter, which then travels back: FedAvg's."""
+    """FedAvg's local training: from the received adapter, which then travels back."""
     work = learn(visit, model, visit.received)
     return Trained(work.adapter, work)
 
@@ -188,7 +188,7 @@ class Method:
     """The start of a client's training, by the names of `up`: the length of an update is its distance from there.
     None: the arrays that travel down."""
     combine: Callable[[Common, Iterable[Contribution], Config], Common | None] = mean
-    """The server's state after the replies; None where they have no weight at all, then it stays as it was."""
+    """The server's state after the replies; None if they have no weight at all: the state then stays as it was."""
     trainings: int = 1
     """Number of local trainings per client and round, of one adapter each."""
     travels: bool = True

@@ -1,4 +1,4 @@
-"""FedMIDE and the methods it is compared with; each is a `Method` in a short module."""
+"""The table of methods by name, and the registration of your own."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -37,7 +37,9 @@ METHODS: Mapping[str, Method] = MappingProxyType({method.name: method for method
 
 
 assert tuple(METHODS) == get_args(MethodName), "a method is named in the configuration and not here, or the reverse"
-assert {name for name, method in METHODS.items() if method.enrolls} == set(ENROLLING), "settings of enrollment fit"
+assert {name for name, method in METHODS.items() if method.enrolls} == set(ENROLLING), (
+    "ENROLLING in the configuration differs from the methods that enroll"
+)
 
 
 _OWN: dict[str, Method] = {}
@@ -62,11 +64,11 @@ def register(method: Method) -> None:
 
 
 def of(config: Config) -> Method:
-    """The method that the configuration chooses; raises `ConfigError` where nobody has registered it."""
+    """The method that the configuration chooses; raises `ConfigError` if nobody has registered it."""
     method = METHODS.get(config.method) or _OWN.get(config.method)
     if method is None:
         raise ConfigError(
             f"method = {config.method!r} is not known to this process",
-            "Call fedmide.register(METHOD) before, as examples/own_method.py does",
+            "Call fedmide.register(METHOD) before the run, as examples/own_method.py does",
         )
     return method

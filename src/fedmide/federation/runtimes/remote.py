@@ -1,8 +1,10 @@
 """Sites in other processes or on other machines: a runtime over any `Exchange`.
 
 A node is greeted before it gets a task. Its version, model, prompt and settings must be the server's, and its ledger
-must be the one that the server knows. Otherwise it is refused with the reason. One message travels each way per client
-and round. Replies that arrive close enough together are returned in the tasks' order, so that sums repeat to the bit.
+must be the one that the server knows. Otherwise it is refused with the reason.
+One message travels each way per client and round.
+Replies are returned in the tasks' order, so that sums repeat to the bit. If early replies fill `_EARLY_BYTES`, they are
+returned out of order.
 """
 
 import time
