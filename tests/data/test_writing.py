@@ -1,10 +1,13 @@
 """Folders of clients: what is written is read back, and a folder in use is left alone."""
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from fedmide.atomic import write_folder
 from fedmide.config.sections import FieldNames
+from fedmide.data import writing
 from fedmide.data.files import read_folder
 from fedmide.data.records import Record
 from fedmide.data.writing import check_free, write_clients
@@ -18,6 +21,24 @@ def test_written_clients_are_read_back(tmp_path: Path) -> None:
     assert folder == tmp_path / "out" / "north" and (tmp_path / "out" / "SOURCES.md").read_bytes() == b"last"
     (client,) = read_folder(tmp_path / "out", FieldNames())
     assert client.name == "north" and (client.training, client.validation, client.test) == (records, None, records[:1])
+
+
+def test_a_failed_write_leaves_no_client_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+
+    def full(path: Path, files: Mapping[str, bytes]) -> None:
+        if written:
+            raise RunFolderError(f"{path}: no room on disk", is_disk=True)
+        written.append(path)
+        write_folder(path, files)
+
+    parts = {"training": (Record("q", "a"),)}
+    with monkeypatch.context() as patched:
+        patched.setattr(writing, "write_folder", full)
+        with pytest.raises(RunFolderError, match="no room on disk"):
+            write_clients(tmp_path, {"north": parts, "south": parts}, "SOURCES.md", b"")
+    assert list(tmp_path.iterdir()) == [] and len(written) == 1
+    assert len(write_clients(tmp_path, {"north": parts, "south": parts}, "SOURCES.md", b"")) == 2
 
 
 def test_a_folder_that_is_taken_is_refused(tmp_path: Path) -> None:

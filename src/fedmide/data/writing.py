@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 from fedmide.atomic import clear_errors, write_file, write_folder
 from fedmide.data.records import Part, Record
@@ -25,13 +26,20 @@ def write_clients(
 ) -> tuple[Path, ...]:
     """Writes each client's records by part into a new or empty folder, and then the file `last`.
 
-    Each client's folder is written completely or not at all. A folder that has `last` is complete.
+    All is written to a temporary folder first, then moved client by client: a failed write leaves no client behind.
+    A folder that has `last` is complete.
     Returns the clients' folders. Raises `RunFolderError` if the folder is not free or cannot be written.
     """
     check_free(folder)
-    for name, parts in clients.items():
-        write_folder(folder / name, {f"{part}.jsonl": _lines(records) for part, records in parts.items()})
-    write_file(folder / last, content)
+    with clear_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=".partial-", dir=folder) as aside:
+            for name, parts in clients.items():
+                files = {f"{part}.jsonl": _lines(records) for part, records in parts.items()}
+                write_folder(Path(aside, name), files)
+            write_file(Path(aside, last), content)
+            for name in (*clients, last):
+                Path(aside, name).rename(folder / name)
     return tuple(folder / name for name in clients)
 
 
