@@ -89,10 +89,8 @@ def _judge(task: ClientTask, state: ClientState, model: LocalModel, now: Standin
     if now.is_split and not enrollment.enabled:
         return ()
     candidates = [record for record in (now.personal if now.is_split else now.sets) if record in now.own]
-    kind, kept = (
-        state.config.scoring.kind,
-        {each.round: each.arrays for each in state.method_state},
-    )
+    kind = state.config.scoring.kind
+    kept = {each.round: each.arrays for each in state.method_state}
     aggregated = nll_of(without_own(task.adapter, kept), candidates, state, model)
     values = scores(aggregated, now.own, kind)
     judged = _enrolled(values, state, task.round) if now.is_split else _split(values, state)
